@@ -1,0 +1,76 @@
+# The two commands of the README are `make demo` and `make test`; both set up .venv and build first.
+# TORCH is what pip installs as torch: `make test TORCH=torch==2.13.0` takes that version (a CPU build where the index has one).
+TORCH  ?= torch
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= out
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+PY      := $(VENV)/bin/python
+# One stamp per requirement: asking for another torch makes a new stamp and removes the old one.
+TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
+BUILT   := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+FORMAT  := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help build demo test test-exhaustive test-all test-gpu lint format bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo             train a character model with torch.nn and with rnnfast side by side (4 minutes)'
+	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
+	@echo 'make bench            time the layers against torch.nn; result in benchmarks/results/'
+	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
+	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python'
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo '$(PYTHON) is older than 3.10: set PYTHON='; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'No venv could be made. On Debian: apt-get install python3-venv'; exit 1; }
+
+$(TORCHED): | $(PY)
+	$(PY) -m pip install -q 'setuptools>=77' wheel ninja '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch '$@'
+
+# The extension is built against the torch in .venv, and runs with every other one: a new torch needs no new build.
+$(BUILT): $(SOURCES) | $(TORCHED)
+	$(PY) -m pip install -q --no-build-isolation -e '.[bench,dev]'
+	@touch $@
+
+# The order-only stamp above would not be looked at again once $(BUILT) exists, hence both here.
+build: $(TORCHED) $(BUILT)
+
+demo: build
+	$(PY) benchmarks/train_charlm.py --out $(OUT)
+	$(PY) benchmarks/train_digits.py --out $(OUT)
+
+test: build
+	$(PY) -m pytest
+
+test-exhaustive: build
+	$(PY) -m pytest -m 'exhaustive and not gpu'
+
+test-all: test test-exhaustive
+
+test-gpu: build
+	$(PY) -m pytest -m gpu
+
+lint: build
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(if $(FORMAT),$(VENV)/bin/clang-format --dry-run -Werror $(FORMAT))
+
+format: build
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(if $(FORMAT),$(VENV)/bin/clang-format -i $(FORMAT))
+
+bench: build
+	$(PY) benchmarks/run.py bar small packed
+
+wheel: build
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(BUILT)
