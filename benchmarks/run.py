@@ -1,0 +1,115 @@
+"""Time rnnfast's layers against torch.nn's on named suites of shapes; print a table and write a result file per suite.
+
+    python benchmarks/run.py bar small packed
+
+A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster. Exit status 1 says that a case's results
+were wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from shapes import CELLS, SUITES
+from timing import MODES, environment, measure
+
+HERE = Path(__file__).parent
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def table(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> Table:
+    """Every row, and per cell and mode the geometric mean of the ratios and the worst case."""
+    result = Table(
+        title=f"{suite}: {environment['device']}, torch {environment['torch']}",
+        caption="ratio = torch.nn's time / rnnfast's time",
+    )
+    packed = any("over_padded" in row for row in rows)
+    for name in ("case", "mode"):
+        result.add_column(name)
+    for name in ("torch.nn\nus/step", "rnnfast\nus/step", "ratio", "p20", "p80"):
+        result.add_column(name, justify="right")
+    if packed:
+        result.add_column("packed / padded\ntorch.nn", justify="right")
+        result.add_column("packed / padded\nrnnfast", justify="right")
+    result.add_column("results")
+    for row in rows:
+        cells = [row["case"], row["mode"], f"{row['torch_us_per_step']:.2f}", f"{row['us_per_step']:.2f}"]
+        cells += [f"{row[key]:.2f}" for key in ("ratio", "p20", "p80")]
+        if packed:
+            cells += [f"{row[key]:.2f}" if key in row else "" for key in ("torch_over_padded", "over_padded")]
+        colour = "red" if row["ratio"] < 1 or not row["correct"] else None
+        result.add_row(*cells, "agree" if row["correct"] else "WRONG", style=colour)
+    result.add_section()
+    for cell in CELLS:
+        for mode in MODES:
+            group = [row for row in rows if row["cell"] == cell and row["mode"] == mode]
+            if group:
+                worst = min(group, key=lambda row: row["ratio"])
+                text = f"{cell}: geometric mean of {len(group)}; worst {worst['ratio']:.2f} at {worst['case']}"
+                result.add_row(text, mode, "", "", f"{geometric_mean(row['ratio'] for row in group):.2f}", style="bold")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="+", choices=sorted(SUITES), metavar="suite", help=" ".join(sorted(SUITES)))
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of a row (default 4)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder of the result files (default benchmarks/results)"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    status = 0
+    for suite in options.suites:
+        rows: list[dict[str, Any]] = []
+        interrupted = False
+        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(suite, total=len(SUITES[suite]) * len(options.modes))
+            try:
+                for case in SUITES[suite]:
+                    correct = None
+                    for mode in options.modes:
+                        progress.update(task, description=f"{suite}: {case.name} {mode}")
+                        rows.append(measure(case, mode, options.seconds, options.device, correct))
+                        correct = rows[-1]["correct"]
+                        progress.advance(task)
+            except KeyboardInterrupt:
+                interrupted = True
+        record = {**environment(options.device), "suite": suite, "rows": rows}
+        if rows:
+            console.print(table(suite, rows, record))
+        if interrupted:
+            # Half a suite must not take the place of a whole one's file.
+            console.print(f"Interrupted: {len(rows)} rows measured, no result file written.")
+            return 130
+        if not all(row["correct"] for row in rows):
+            status = 1
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"{options.device.type}-{suite}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        console.print(f"written: {path}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
