@@ -1,0 +1,398 @@
+"""The ops of rnnfast: the C++ library where it is built, plain PyTorch (`reference.py`) otherwise.
+
+Each function here has the signature of the op of the same name (docs/design.md lists shapes and meanings) and one more
+argument, `backend`: the name of the backend that runs it, None for the one that `backends.select` chooses.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import GATES
+
+Tensors = Sequence[Tensor]
+
+
+def _load_library() -> str | None:
+    """Loads the C++ CPU library that lies beside this file; the reason in words where that fails."""
+    found = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), "_C_cpu*.so")))
+    if not found:
+        return "the C++ library (_C_cpu*.so) is not built: run `pip install .` where a C++ compiler is found"
+    try:
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        return f"the C++ library {os.path.basename(found[0])} does not load: {error}"
+    return None
+
+
+# None where the C++ library is loaded, else why it is not.
+library_error: str | None = _load_library()
+
+
+def _missing(*_: Any) -> Any:
+    raise RuntimeError(f"rnnfast: backend 'cpu' is not available: {library_error}")
+
+
+# Bound once: looking an op up through torch.ops costs as much as a small call.
+_input_gates: Callable[..., Any] = _missing
+_recurrence_forward: Callable[..., Any] = _missing
+_recurrence_backward: Callable[..., Any] = _missing
+_layer_inference: Callable[..., Any] = _missing
+_matmul: Callable[..., Any] = _missing
+if library_error is None:
+    _input_gates = torch.ops.rnnfast.input_gates.default
+    _recurrence_forward = torch.ops.rnnfast.recurrence_forward.default
+    _recurrence_backward = torch.ops.rnnfast.recurrence_backward.default
+    _layer_inference = torch.ops.rnnfast.layer_inference.default
+    _matmul = torch.ops.rnnfast.matmul.default
+
+
+def cpu_isa() -> str:
+    """The instruction set that the C++ kernels use: avx512, avx2, portable, ... ("" without the library)."""
+    return "" if library_error is not None else str(torch.ops.rnnfast.use_cpu_isa(""))
+
+
+def _backend_for(tensor: Tensor) -> str:
+    from .backends import select  # imported late: backends reports on this module
+
+    return select(tensor)
+
+
+def input_gates(
+    mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors, *, backend: str | None = None
+) -> Tensor:
+    """All gates' input part, (rows, D*G*H): `W_ih x + b_ih + b_hh` (without b_hn for the GRU's n gate)."""
+    if (backend or _backend_for(input)) == "reference":
+        return reference.input_gates(mode, input, weight_ih, bias_ih, bias_hh)
+    return _input_gates(mode, input, weight_ih, bias_ih, bias_hh)
+
+
+def recurrence_forward(
+    mode: str,
+    gates: Tensor,
+    weight_hh: Tensors,
+    bias_hh: Tensors,
+    weight_hr: Tensors,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_first: bool,
+    save_reserve: bool,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Runs every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
+    call = reference.recurrence_forward if (backend or _backend_for(gates)) == "reference" else _recurrence_forward
+    return call(
+        mode, gates, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, save_reserve
+    )
+
+
+def recurrence_backward(
+    mode: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    reserve: Tensor,
+    weight_hh: Tensors,
+    weight_hr: Tensors,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_first: bool,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
+    call = reference.recurrence_backward if (backend or _backend_for(output)) == "reference" else _recurrence_backward
+    return call(
+        mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr, hx, cx,
+        batch_sizes, lengths, resets, batch_first,
+    )  # fmt: skip
+
+
+def layer_inference(
+    mode: str,
+    input: Tensor,
+    weight_ih: Tensors,
+    weight_hh: Tensors,
+    bias_ih: Tensors,
+    bias_hh: Tensors,
+    weight_hr: Tensors,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_first: bool,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer without anything kept for backward: (output, h_n, c_n)."""
+    call = reference.layer_inference if (backend or _backend_for(input)) == "reference" else _layer_inference
+    return call(
+        mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
+        batch_first,
+    )  # fmt: skip
+
+
+class _Matmul(torch.autograd.Function):
+    """The C++ product of two matrices, differentiable any number of times."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return _matmul(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None
+        a, b = ctx.saved_tensors
+        return (
+            matmul(grad, b.t()) if ctx.needs_input_grad[0] else None,
+            matmul(a.t(), grad) if ctx.needs_input_grad[1] else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+        return _matmul_vmap(info, in_dims, a, b)
+
+
+# The types whose products the C++ library does faster than ATen's BLAS; oneDNN does the 16-bit ones well.
+_MATMUL_TYPES = (torch.float32, torch.float64)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for two matrices, each with any strides of which one is 1; differentiable any number of times."""
+    if library_error is not None or not a.is_cpu or a.dtype not in _MATMUL_TYPES:
+        return torch.mm(a, b)
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return _matmul(a, b)
+    return _Matmul.apply(a, b)
+
+
+# --- vmap ---------------------------------------------------------------------------------------------------------
+# Batched data are folded into the batch: the vmapped dimension (V) goes right behind B, where it does no harm to packed
+# rows either: row (t, b) becomes rows (t, b*V) .. (t, b*V + V-1), and every batch size V times itself. Batched weights
+# leave nothing to share: one call a member.
+
+# What an argument or a result is, for folding: ROWS (T, B, ...), (B, T, ...) or packed (rows, ...); STATE (D, B, ...);
+# BATCH (B,); SIZES batch_sizes; WEIGHT a tensor or a list of them; OTHER anything that is not a tensor.
+ROWS, STATE, BATCH, SIZES, WEIGHT, OTHER = range(6)
+
+
+def is_batched(dims: Any) -> bool:
+    """Whether any of `dims`, an in_dims entry (int, None or a list of them), names a vmapped dimension."""
+    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
+
+
+def _member(arg: Any, dims: Any, index: int) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_member(a, d, index) for a, d in zip(arg, dims, strict=True)]
+    return arg if dims is None else arg.select(dims, index)
+
+
+def batched_call(
+    call: Callable[..., tuple[Tensor, ...]],
+    size: int,
+    in_dims: Sequence[Any],
+    args: Sequence[Any],
+    roles: Sequence[int],
+    out_roles: Sequence[int],
+    packed: bool,
+    batch_first: bool,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Runs `call` on arguments with a vmapped dimension of `size`: the results and their out_dims."""
+    for dims, role in zip(in_dims, roles, strict=True):
+        if role == SIZES and is_batched(dims):
+            raise RuntimeError("rnnfast: vmap over batch_sizes is not possible; map over the packed data")
+    if any(is_batched(dims) for dims, role in zip(in_dims, roles, strict=True) if role == WEIGHT):
+        members = [call(*[_member(a, d, i) for a, d in zip(args, in_dims, strict=True)]) for i in range(size)]
+        # Results that do not apply, of shape (0,), stay as they are.
+        stacked = [r[0] if _is_placeholder(r[0]) else torch.stack(r) for r in zip(*members, strict=True)]
+        return tuple(stacked), tuple(None if _is_placeholder(r) else 0 for r in stacked)
+
+    # Where V goes, before folding, by role.
+    axes = {ROWS: 1 if packed or batch_first else 2, STATE: 2, BATCH: 1}
+    folded = []
+    for arg, dims, role in zip(args, in_dims, roles, strict=True):
+        if arg is None or role in (WEIGHT, OTHER) or _is_placeholder(arg):
+            folded.append(arg)
+        elif role == SIZES:
+            folded.append(arg * size)
+        else:
+            axis = axes[role]
+            if dims is None:
+                arg = arg.unsqueeze(axis).expand(*arg.shape[:axis], size, *arg.shape[axis:])
+            else:
+                arg = arg.movedim(dims, axis)
+            folded.append(arg.flatten(axis - 1, axis))
+    results: list[Tensor] = []
+    out_dims: list[int | None] = []
+    for result, role in zip(call(*folded), out_roles, strict=True):
+        if _is_placeholder(result):
+            results.append(result)
+            out_dims.append(None)
+        else:
+            axis = axes[role]
+            results.append(result.unflatten(axis - 1, (result.size(axis - 1) // size, size)))
+            out_dims.append(axis)
+    return tuple(results), tuple(out_dims)
+
+
+def _is_placeholder(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.size(0) == 0
+
+
+def _input_gates_vmap(info: Any, in_dims: Any, mode: Any, input: Any, *weights: Any) -> tuple[Tensor, int | None]:
+    results, out_dims = batched_call(
+        lambda x, *w: (_input_gates(mode, x, *w),), info.batch_size, in_dims[1:], (input, *weights),
+        (ROWS, WEIGHT, WEIGHT, WEIGHT), (ROWS,), True, False,
+    )  # fmt: skip
+    return results[0], out_dims[0]
+
+
+_FORWARD_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER, OTHER)
+_BACKWARD_ROLES = (
+    OTHER, ROWS, STATE, STATE, ROWS, ROWS, ROWS, ROWS, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER,
+)  # fmt: skip
+_INFERENCE_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER)
+
+
+def _recurrence_forward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    out_roles = (ROWS, STATE, STATE, ROWS, ROWS)
+    return batched_call(
+        _recurrence_forward, info.batch_size, in_dims, args, _FORWARD_ROLES, out_roles, args[7] is not None, args[10]
+    )
+
+
+def _recurrence_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    out_roles = (ROWS, ROWS, STATE, STATE, ROWS)
+    return batched_call(
+        _recurrence_backward, info.batch_size, in_dims, args, _BACKWARD_ROLES, out_roles, args[12] is not None, args[15]
+    )
+
+
+def _layer_inference_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return batched_call(
+        _layer_inference, info.batch_size, in_dims, args, _INFERENCE_ROLES, (ROWS, STATE, STATE), args[9] is not None,
+        args[12],
+    )  # fmt: skip
+
+
+def _matmul_vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    a = a if in_dims[0] is None else a.movedim(in_dims[0], 0)
+    b = b if in_dims[1] is None else b.movedim(in_dims[1], 0)
+    return torch.matmul(a, b), 0
+
+
+# --- shapes, for tracing ------------------------------------------------------------------------------------------
+# Sizes are only ever passed on, never compared: T and B stay symbols.
+
+
+def _state_batch(
+    rows: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, batch_first: bool
+) -> Any:
+    if hx is not None:
+        return hx.size(1)
+    if cx is not None:
+        return cx.size(1)
+    if batch_sizes is not None:
+        # The first batch size is a number in a tensor: a size that only the run knows.
+        return torch.library.get_ctx().new_dynamic_size()
+    return rows.size(0 if batch_first else 1)
+
+
+def _input_gates_fake(mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors) -> Tensor:
+    return input.new_empty(*input.shape[:-1], len(weight_ih) * weight_ih[0].size(0))
+
+
+def _states_fake(
+    mode: str, rows: Tensor, weight_hh: Tensors, weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None,
+    batch_sizes: Tensor | None, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    directions = len(weight_hh)
+    batch = _state_batch(rows, hx, cx, batch_sizes, batch_first)
+    output = rows.new_empty(*rows.shape[:-1], directions * weight_hh[0].size(1))
+    h_n = rows.new_empty(directions, batch, weight_hh[0].size(1))
+    c_n = rows.new_empty(directions, batch, weight_hh[0].size(0) // 4) if mode == "LSTM" else rows.new_empty(0)
+    return output, h_n, c_n
+
+
+def _recurrence_forward_fake(
+    mode: str, gates: Tensor, weight_hh: Tensors, bias_hh: Tensors, weight_hr: Tensors, hx: Tensor | None,
+    cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool,
+    save_reserve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    output, h_n, c_n = _states_fake(mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
+    cells = reserve = gates.new_empty(0)
+    width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
+    if save_reserve and mode == "LSTM":
+        cells = gates.new_empty(*gates.shape[:-1], width)
+    if save_reserve and mode in ("LSTM", "GRU"):
+        reserve = gates.new_empty(*gates.shape[:-1], 4 * width)
+    if cells is reserve:
+        reserve = gates.new_empty(0)
+    return output, h_n, c_n, cells, reserve
+
+
+def _recurrence_backward_fake(
+    mode: str, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_cells: Tensor | None,
+    output: Tensor, cells: Tensor, reserve: Tensor, weight_hh: Tensors, weight_hr: Tensors, hx: Tensor | None,
+    cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = output.shape[:-1]
+    width = len(weight_hh) * weight_hh[0].size(0)
+    grad_gates = output.new_empty(*rows, width)
+    grad_gates_hh = output.new_empty(*rows, width) if mode == "GRU" else output.new_empty(0)
+    grad_hx = output.new_empty(0 if hx is None else hx.shape)
+    grad_cx = output.new_empty(0 if cx is None or mode != "LSTM" else cx.shape)
+    grad_projected = output.new_empty(output.shape if weight_hr else (0,))
+    return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
+
+
+def _layer_inference_fake(
+    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors,
+    weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None,
+    resets: Tensor | None, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _states_fake(mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
+
+
+def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.size(0), b.size(1))
+
+
+def _register() -> None:
+    for name, fake, rule in (
+        ("input_gates", _input_gates_fake, _input_gates_vmap),
+        ("recurrence_forward", _recurrence_forward_fake, _recurrence_forward_vmap),
+        ("recurrence_backward", _recurrence_backward_fake, _recurrence_backward_vmap),
+        ("layer_inference", _layer_inference_fake, _layer_inference_vmap),
+        ("matmul", _matmul_fake, _matmul_vmap),
+    ):
+        torch.library.register_fake(f"rnnfast::{name}", fake)
+        torch.library.register_vmap(f"rnnfast::{name}", rule)
+
+
+if library_error is None:
+    _register()
