@@ -1,0 +1,33 @@
+"""rnnfast: drop-in LSTM, GRU and RNN layers for PyTorch, with the time loop in fused kernels.
+
+lstm = rnnfast.LSTM(128, 256, num_layers=2)     # instead of torch.nn.LSTM
+print(rnnfast.accelerate(model))                # or: swap them all inside a model, in place
+"""
+
+from . import _dynamo_hook, functional
+
+# This hides the submodule of the same name: `from rnnfast.backends import ...` still reaches it.
+from .backends import backend, backends, explain
+from .cells import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+from .patch import accelerate, restore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "accelerate",
+    "backend",
+    "backends",
+    "explain",
+    "functional",
+    "restore",
+]
+
+_dynamo_hook.install()

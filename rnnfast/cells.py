@@ -1,0 +1,227 @@
+"""LSTMCell, GRUCell and RNNCell: torch.nn's cells, one step of the same recurrence that the layers run.
+
+A cell is a layer with T = 1, so it has the layers' kernels, vmap rule and double backward. Checks and messages are
+torch.nn's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import run_layers
+from .modules import check_alike
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
+
+
+class Cell(nn.RNNCellBase):
+    """What the three cells share: weights, checks, and the step."""
+
+    def _weights(self) -> list[Tensor]:
+        """weight_ih, weight_hh and, with bias, bias_ih, bias_hh as they are now, whoever replaced them."""
+        parameters = self._parameters
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        weights: list[Any] = [parameters.get(name) for name in names]
+        for i, weight in enumerate(weights):
+            if weight is None:
+                # weight_norm, prune and parametrize keep it elsewhere.
+                weights[i] = getattr(self, names[i])
+        return weights
+
+    def _check(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
+        """`input` (N, I) and `states` (N, H) against the sizes of the cell and against the weights."""
+        batch = input.shape[0]
+        if input.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
+        for i, state in enumerate(states):
+            shape = state.shape
+            if shape[0] != batch:
+                raise RuntimeError(f"Input batch size {batch} doesn't match hidden{i} batch size {shape[0]}")
+            # An unbatched input with a batched state comes here as (1, N, H).
+            if len(shape) != 2 or shape[1] != self.hidden_size:
+                size = shape[1] if len(shape) > 1 and shape[1] != self.hidden_size else list(shape)
+                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {size}, expected {self.hidden_size}")
+            check_alike(input, state, "hidden")
+        for weight in weights:
+            if weight.device != input.device or weight.dtype != input.dtype:
+                check_alike(input, weight, "parameter")
+
+    def _step(self, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checks, then one step for input (N, I) or (I,). Returns h', c' (c' None without a cell state)."""
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            h = None if h is None else h.unsqueeze(0)
+            c = None if c is None else c.unsqueeze(0)
+        weights = self._weights()
+        states = () if h is None else (h,) if c is None else (h, c)
+        self._check(input, states, weights)
+        device = input.device.type
+        if mode in ("LSTM", "GRU") and torch.is_autocast_enabled(device) and device == "cpu":
+            # On the CPU autocast lowers only the products inside torch.nn's LSTMCell and GRUCell: the result has the
+            # wider of the autocast type and the state's type. Here all of the step runs in that type.
+            carried = states[-1] if states else input
+            wide = torch.promote_types(torch.get_autocast_dtype(device), carried.dtype)
+            with torch.autocast(device, enabled=False):
+                h_n, c_n = self._call(
+                    mode,
+                    input.to(wide),
+                    None if h is None else h.to(wide),
+                    None if c is None else c.to(wide),
+                    [weight.to(wide) for weight in weights],
+                )
+        else:
+            h_n, c_n = self._call(mode, input, h, c, weights)
+        if not batched:
+            return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+        return h_n, c_n
+
+    def _call(
+        self, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The recurrence with T = 1."""
+        if self.hidden_size == 0:
+            # Nothing to compute; the product keeps the result attached to the graph, as it is in torch.nn.
+            empty = nn.functional.linear(input, weights[0])
+            return empty, empty.clone() if mode == "LSTM" else None
+        output, _, c_n, _ = run_layers(
+            mode,
+            input.unsqueeze(0),
+            None if h is None else h.unsqueeze(0),
+            None if c is None else c.unsqueeze(0),
+            weights,
+            bias=bool(self.bias),
+            num_layers=1,
+            bidirectional=False,
+            batch_first=False,
+            dropout=0.0,
+            training=self.training,
+        )
+        # At T = 1 the output is h_n: one of the two is enough.
+        return output.squeeze(0), None if c_n is None else c_n.squeeze(0)
+
+    def _check_rank(self, cell: str, name: str, tensor: Tensor) -> None:
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{cell}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+
+
+class LSTMCell(Cell, nn.LSTMCell):
+    r"""A drop-in for :class:`torch.nn.LSTMCell`: the same arguments, parameters, results and errors.
+
+    .. math::
+        i, f, g, o = \sigma, \sigma, \tanh, \sigma \text{ of } W_{ih} x + b_{ih} + W_{hh} h + b_{hh}, \quad
+        c' = f \odot c + i \odot g, \quad h' = o \odot \tanh(c')
+
+    Source of the equations: the documentation of :class:`torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state; 0 is allowed.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        device, dtype: of the parameters.
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (h, c), each (N, H) or (H,). None means zeros.
+        Returns:
+            (h', c'), each (N, H) or (H,).
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
+        """
+        self._check_rank("LSTMCell", "input", input)
+        h: Tensor | None = None
+        c: Tensor | None = None
+        if hx is not None:
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+            h, c = hx[0], hx[1]
+            self._check_rank("LSTMCell", "hx[0]", h)
+            self._check_rank("LSTMCell", "hx[1]", c)
+        h_n, c_n = self._step("LSTM", input, h, c)
+        assert c_n is not None
+        return h_n, c_n
+
+
+class GRUCell(Cell, nn.GRUCell):
+    r"""A drop-in for :class:`torch.nn.GRUCell`: the same arguments, parameters, results and errors.
+
+    .. math::
+        r, z = \sigma(W_{ih} x + b_{ih} + W_{hh} h + b_{hh}), \quad
+        n = \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})), \quad h' = (1 - z) \odot n + z \odot h
+
+    Source of the equations: the documentation of :class:`torch.nn.GRUCell`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state; 0 is allowed.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        device, dtype: of the parameters.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (N, H) or (H,). None means zeros.
+        Returns:
+            h', (N, H) or (H,).
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
+        """
+        self._check_rank("GRUCell", "input", input)
+        if hx is not None:
+            self._check_rank("GRUCell", "hidden", hx)
+        return self._step("GRU", input, hx, None)[0]
+
+
+class RNNCell(Cell, nn.RNNCell):
+    r"""A drop-in for :class:`torch.nn.RNNCell`: the same arguments, parameters, results and errors.
+
+    Besides torch.nn's nonlinearities there is a linear cell.
+
+    .. math:: h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of
+    :class:`torch.nn.RNNCell`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state; 0 is allowed.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``, looked at in forward as torch.nn does. Default:
+            ``'tanh'``
+        device, dtype: of the parameters.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (N, H) or (H,). None means zeros.
+        Returns:
+            h', (N, H) or (H,).
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, or a nonlinearity that is not known, in
+                the words of torch.nn.
+        """
+        self._check_rank("RNNCell", "input", input)
+        if hx is not None:
+            self._check_rank("RNNCell", "hidden", hx)
+        mode = _RNN_MODES.get(self.nonlinearity)
+        if mode is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step(mode, input, hx, None)[0]

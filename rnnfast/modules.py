@@ -1,0 +1,449 @@
+"""LSTM, GRU and RNN: torch.nn's modules, with the time loop in rnnfast's kernels.
+
+The classes derive from torch.nn's, which keep what is stored (parameters, initialisation, pickling, repr); replaced is
+what happens in `forward`. Checks and their messages are torch.nn's own, made before anything else runs, and equally for
+packed input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .functional import run_layers
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+States: TypeAlias = tuple[Tensor, Tensor]
+
+
+def as_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device) -> Tensor:
+    """Checks `lengths` and brings them to the form that the ops take.
+
+    Args:
+        lengths: (N,) integers with 0 <= lengths <= steps, as a tensor on any device or as a sequence.
+        steps: T.
+        batch: N.
+        device: where the input is.
+    Returns:
+        (N,) int64 on `device`.
+    Raises:
+        TypeError: not integers. ValueError: wrong shape or out of range. On an accelerator, and while a graph is
+            traced, the
+        range is not looked at: reading it would halt the device, or break the graph.
+    """
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths) if len(lengths) else torch.zeros(0, dtype=torch.int64)
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths should be integers, got a tensor of {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise ValueError(f"Expected lengths of shape (N,) = ({batch},), got {tuple(lengths.shape)}")
+    if batch > 0 and _readable(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths should be from 0 to T = {steps}, got {low if low < 0 else high}")
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` can be looked at here without breaking a graph or waiting for a device."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) is Tensor  # not a FakeTensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def check_resets(resets: Tensor, first: int, second: int, batch_first: bool) -> None:
+    """Raises TypeError unless `resets` is bool, ValueError unless its shape is (first, second)."""
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets should be a bool tensor, got {resets.dtype}")
+    if resets.dim() != 2 or resets.shape[0] != first or resets.shape[1] != second:
+        axes = "(N, T)" if batch_first else "(T, N)"
+        raise ValueError(f"Expected resets of shape {axes} = ({first}, {second}), got {tuple(resets.shape)}")
+
+
+def check_alike(input: Tensor, tensor: Tensor, kind: str) -> None:
+    """Raises RuntimeError unless `tensor` is on the device of `input` and, outside autocast, of its type."""
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"Input and {kind} tensors are not at the same device, "
+            f"found input tensor at {input.device} and {kind} tensor at {tensor.device}"
+        )
+    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"Input and {kind} tensors are not the same dtype, "
+            f"found input tensor with {input.dtype} and {kind} tensor with {tensor.dtype}"
+        )
+
+
+class Recurrent(nn.RNNBase):
+    """What LSTM, GRU and RNN share: weights, checks, and the call of the layers."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read each weight where it is, so there is no flat buffer to keep."""
+
+    def _weights(self) -> list[Tensor]:
+        """The weights in `_flat_weights` order as they are NOW, whoever replaced them and how.
+
+        Plain parameters are found in one look (functional_call puts its own there too). Those that weight_norm, prune,
+        parametrize or DataParallel turned into attributes or properties are asked for by name; a deleted one is served
+        by the list, as in torch.nn.
+        """
+        parameters = self._parameters
+        weights: list[Any] = [parameters.get(name) for name in self._flat_weights_names]
+        for i, weight in enumerate(weights):
+            if weight is None:
+                name = self._flat_weights_names[i]
+                weight = getattr(self, name, None)
+                weights[i] = self._flat_weights[i] if weight is None else weight
+                if weights[i] is None:
+                    raise RuntimeError(f"{type(self).__name__}: parameter {name} is missing")
+        return weights
+
+    def _check(self, input: Tensor, batch: int, h: Tensor | None, c: Tensor | None, weights: list[Tensor]) -> None:
+        """torch.nn's checks, in its order and words. `input` is (T, N, I), (N, T, I) or packed rows."""
+        dtype, weight_dtype = input.dtype, weights[0].dtype
+        if dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({dtype}) does not match weight dtype ({weight_dtype}). "
+                f"Convert input: input.to({weight_dtype}), or convert model: model.to({dtype})"
+            )
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
+            )
+        if h is not None:
+            self._check_state(h, batch, self.proj_size or self.hidden_size, "hidden" if c is None else "hidden[0]")
+            check_alike(input, h, "hidden")
+        if c is not None:
+            self._check_state(c, batch, self.hidden_size, "hidden[1]")
+            check_alike(input, c, "hidden")
+        device = input.device
+        for weight in weights:
+            if weight.device != device or weight.dtype != dtype:
+                check_alike(input, weight, "parameter")
+
+    def _check_state(self, state: Tensor, batch: int, size: int, name: str) -> None:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        shape = state.shape
+        if len(shape) != 3 or shape[0] != layers or shape[1] != batch or shape[2] != size:
+            name += " size"
+            raise RuntimeError(f"Expected {name} ({layers}, {batch}, {size}), got {list(shape)}")
+
+    def _run(
+        self,
+        input: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        resets: Tensor | None,
+        cell_states: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, cells."""
+        batch_first = self.batch_first
+        rank = input.dim()
+        if rank == 2:
+            return self._run_unbatched(input, h, c, lengths, resets, cell_states)
+        if rank != 3:
+            # torch.nn's RNN alone says "tensor".
+            name, noun = (self.mode, "") if self.mode in ("LSTM", "GRU") else ("RNN", " tensor")
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {rank}D{noun} instead")
+        first, second = input.shape[0], input.shape[1]
+        steps, batch = (second, first) if batch_first else (first, second)
+        weights = self._weights()
+        self._check(input, batch, h, c, weights)
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = as_lengths(lengths, steps, batch, input.device)
+        if resets is not None:
+            check_resets(resets, first, second, batch_first)
+            resets = resets.to(input.device)
+        return run_layers(
+            self.mode,
+            input,
+            h,
+            c,
+            weights,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional),
+            batch_first=batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            return_cell_states=cell_states,
+        )
+
+    def _run_unbatched(
+        self,
+        input: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        resets: Tensor | None,
+        cell_states: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(T, I) as a batch of one. What comes back has no batch dimension either."""
+        axis = 0 if self.batch_first else 1
+        if resets is not None:
+            if resets.dim() != 1:
+                raise ValueError(f"Expected resets of shape (T,) = ({input.shape[0]},), got {tuple(resets.shape)}")
+            resets = resets.unsqueeze(axis)
+        if isinstance(lengths, Tensor) and lengths.dim() == 0:
+            lengths = lengths.unsqueeze(0)
+        output, h_n, c_n, cells = self._run(
+            input.unsqueeze(axis),
+            None if h is None else h.unsqueeze(1),
+            None if c is None else c.unsqueeze(1),
+            lengths,
+            resets,
+            cell_states,
+        )
+        return (
+            output.squeeze(axis),
+            h_n.squeeze(1),
+            None if c_n is None else c_n.squeeze(1),
+            None if cells is None else cells.squeeze(axis),
+        )
+
+    def _run_packed(
+        self,
+        packed: PackedSequence,
+        h: Tensor | None,
+        c: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        resets: Tensor | None,
+        cell_states: bool,
+    ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
+        """Packed rows go to the ops as they are; the states are permuted on the way in and on the way out."""
+        if lengths is not None:
+            raise ValueError("lengths cannot be given with a PackedSequence, which carries its own")
+        if resets is not None:
+            raise ValueError("resets cannot be given with a PackedSequence: pass a padded input with lengths instead")
+        input, batch_sizes, sorted_indices, unsorted_indices = packed
+        if input.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        weights = self._weights()
+        # A shape is asked before a value: reading a value breaks a graph that is being traced.
+        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+        self._check(input, batch, h, c, weights)
+        if sorted_indices is not None:
+            h = None if h is None else h.index_select(1, sorted_indices)
+            c = None if c is None else c.index_select(1, sorted_indices)
+        output, h_n, c_n, cells = run_layers(
+            self.mode,
+            input,
+            h,
+            c,
+            weights,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional),
+            batch_first=False,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+            return_cell_states=cell_states,
+        )
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
+        return (
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+            h_n,
+            c_n,
+            None if cells is None else PackedSequence(cells, batch_sizes, sorted_indices, unsorted_indices),
+        )
+
+    def _check_ranks(self, input: Tensor, hx: Tensor) -> None:
+        """The rank of a lone state against that of a dense input."""
+        rank = input.dim()
+        if rank in (2, 3) and hx.dim() != rank:
+            what = "batched" if rank == 3 else "unbatched"
+            raise RuntimeError(f"For {what} {rank}-D input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+
+
+class LSTM(Recurrent, nn.LSTM):
+    r"""A drop-in for :class:`torch.nn.LSTM`: the same arguments, parameters, results and errors.
+
+    .. math::
+        i, f, g, o &= \sigma, \sigma, \tanh, \sigma \text{ of } W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh} \\
+        c_t &= f \odot c_{t-1} + i \odot g, \qquad h_t = o \odot \tanh(c_t)
+
+    with :math:`h_t = W_{hr} (o \odot \tanh(c_t))` where ``proj_size > 0`` (Sak et al., https://arxiv.org/abs/1402.1128).
+    Source of the equations: the documentation of :class:`torch.nn.LSTM`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        num_layers: L layers stacked, each on the output of the one below. Default: 1
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        batch_first: input and output are (N, T, .) instead of (T, N, .); states never. Default: False
+        dropout: probability of an element being zeroed between layers, in training. Default: 0
+        bidirectional: D = 2 directions, the second reversed in time. Default: False
+        proj_size: P > 0 projects h to P features. Default: 0
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.LSTM does, in its words.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | Sequence[Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        """Runs the layers over a sequence.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0) of shapes (D*L, N, P or H) and (D*L, N, H), without N for unbatched input. None means zeros.
+            lengths: (N,) integers, 0 <= lengths <= T. Row n ends after lengths[n] steps: the output beyond is zero, the
+                final states are those of its last step (with length 0: hx), and the reverse direction starts there.
+            resets: bool (T, N), with batch_first (N, T), unbatched (T,). True at t starts a new segment at t: no state
+                crosses the boundary before t, in either direction. hx serves the first segment (reverse direction: the
+                last).
+            return_cell_states: also return every c_t of the last layer.
+        Returns:
+            output, (h_n, c_n): output (T, N, D*P or D*H) or as the input is laid out; states shaped as hx.
+            With return_cell_states: output, (h_n, c_n), cell_states of shape (T, N, D*H), packed if the input is.
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.LSTM.
+            ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
+        """
+        h: Tensor | None = None
+        c: Tensor | None = None
+        if hx is not None:
+            if len(hx) != 2:
+                raise RuntimeError("lstm expects two hidden states")
+            h, c = hx[0], hx[1]
+            if not isinstance(input, PackedSequence):
+                rank = input.dim()
+                if rank in (2, 3) and (h.dim() != rank or c.dim() != rank):
+                    raise RuntimeError(
+                        f"For {'batched' if rank == 3 else 'unbatched'} {rank}-D input, hx and cx should "
+                        f"also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
+                    )
+        output: Any
+        cells: Any
+        if isinstance(input, PackedSequence):
+            output, h_n, c_n, cells = self._run_packed(input, h, c, lengths, resets, return_cell_states)
+        else:
+            output, h_n, c_n, cells = self._run(input, h, c, lengths, resets, return_cell_states)
+        if return_cell_states:
+            return output, (h_n, c_n), cells
+        return output, (h_n, c_n)
+
+
+class _OneState(Recurrent):
+    """GRU and RNN: the state is one tensor."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> Any:
+        """Runs the layers over a sequence.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: h_0 of shape (D*L, N, H), without N for unbatched input. None means zeros.
+            lengths: (N,) integers, 0 <= lengths <= T. Row n ends after lengths[n] steps: the output beyond is zero, h_n
+                is the state of its last step (with length 0: hx), and the reverse direction starts there.
+            resets: bool (T, N), with batch_first (N, T), unbatched (T,). True at t starts a new segment at t: no state
+                crosses the boundary before t, in either direction. hx serves the first segment (reverse direction: the
+                last).
+        Returns:
+            output, h_n: output (T, N, D*H) or as the input is laid out; h_n shaped as hx.
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
+            ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
+        """
+        if isinstance(input, PackedSequence):
+            packed, h_n, _, _ = self._run_packed(input, hx, None, lengths, resets, False)
+            return packed, h_n
+        if hx is not None:
+            self._check_ranks(input, hx)
+        output, h_n, _, _ = self._run(input, hx, None, lengths, resets, False)
+        return output, h_n
+
+
+class GRU(_OneState, nn.GRU):
+    r"""A drop-in for :class:`torch.nn.GRU`: the same arguments, parameters, results and errors.
+
+    .. math::
+        r, z &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Source of the equations: the documentation of :class:`torch.nn.GRU`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        num_layers: L layers stacked, each on the output of the one below. Default: 1
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        batch_first: input and output are (N, T, .) instead of (T, N, .); states never. Default: False
+        dropout: probability of an element being zeroed between layers, in training. Default: 0
+        bidirectional: D = 2 directions, the second reversed in time. Default: False
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.GRU does, in its words.
+    """
+
+
+class RNN(_OneState, nn.RNN):
+    r"""A drop-in for :class:`torch.nn.RNN`: the same arguments, parameters, results and errors.
+
+    Besides torch.nn's nonlinearities there is a linear recurrence.
+
+    .. math:: h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of :class:`torch.nn.RNN`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        num_layers: L layers stacked, each on the output of the one below. Default: 1
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``. Default: ``'tanh'``
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        batch_first: input and output are (N, T, .) instead of (T, N, .); states never. Default: False
+        dropout: probability of an element being zeroed between layers, in training. Default: 0
+        bidirectional: D = 2 directions, the second reversed in time. Default: False
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.RNN does, in its words.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch.nn knows no linear recurrence: it builds a tanh one, whose parameters are the same.
+        identity = (args[3] if len(args) > 3 else kwargs.get("nonlinearity")) == "identity"
+        if identity and len(args) > 3:
+            args = (*args[:3], "tanh", *args[4:])
+        elif identity:
+            kwargs["nonlinearity"] = "tanh"
+        super().__init__(*args, **kwargs)
+        if identity:
+            self.nonlinearity = "identity"
+            self.mode = "RNN_IDENTITY"
+
+    def extra_repr(self) -> str:
+        # torch.nn leaves the nonlinearity out; the one that it does not have is worth showing.
+        return super().extra_repr() + (", nonlinearity=identity" if self.mode == "RNN_IDENTITY" else "")

@@ -1,0 +1,147 @@
+"""Swaps torch.nn's recurrent modules inside a model for ours, in place, and back.
+
+Only the class of a module object changes. The object stays, and with it its parameters, hooks, buffers, its place in
+the model and whatever refers to it: optimizer state, DDP buckets, tied weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import jit, nn
+from torch.nn.utils import parametrize
+
+from . import cells, modules
+from .backends import backends
+
+__all__ = ["Report", "accelerate", "restore"]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: modules.LSTM,
+    nn.GRU: modules.GRU,
+    nn.RNN: modules.RNN,
+    nn.LSTMCell: cells.LSTMCell,
+    nn.GRUCell: cells.GRUCell,
+    nn.RNNCell: cells.RNNCell,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_NAMES = frozenset(theirs.__name__ for theirs in _OURS)
+# The backends with kernels for a device. On the CPU a module is swapped even where only the reference is there.
+_KERNELS = {"cuda": ("cuda", "triton")}
+
+
+@dataclass
+class Report:
+    """What `accelerate` or `restore` did. `str()` of it is a readable list.
+
+    Attributes:
+        swapped: from a module's name in the model ("" for the model itself) to what became of it, "torch.nn.LSTM ->
+            rnnfast.LSTM".
+        left: from the name of a recurrent module that was left alone to the reason.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"recurrent modules swapped: {len(self.swapped)}, left alone: {len(self.left)}"]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  {name or '(the model)'}: left alone: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Makes every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell inside `model` one of rnnfast's, in place.
+
+    Parameters are shared: an optimizer made before goes on with its state, and the state dict is the same. Calling it
+    again changes nothing more.
+
+    Args:
+        model: any module, or such a layer itself.
+    Returns:
+        Report: what was swapped, and which recurrent modules were left alone and why. Left alone are subclasses (they
+            may rely on what torch.nn does inside), quantized and scripted modules, those whose `forward` was replaced,
+            and those on a device for which there are no kernels here.
+    """
+    return _swap(model, _OURS, _why_not_ours)
+
+
+def restore(model: nn.Module) -> Report:
+    """Undoes `accelerate`: every rnnfast layer and cell inside `model` becomes torch.nn's, in place.
+
+    Args:
+        model: any module, or such a layer itself.
+    Returns:
+        Report: what was swapped, and what was left alone and why: torch.nn has no linear RNN, and subclasses of ours
+            rely on ours.
+    """
+    return _swap(model, _THEIRS, _why_not_theirs)
+
+
+def _swap(
+    model: nn.Module,
+    table: dict[type[nn.Module], type[nn.Module]],
+    why_not: Callable[[nn.Module, bool], str | None],
+) -> Report:
+    """Swaps classes by `table`, unless `why_not(module, whether its class is in the table)` gives a reason."""
+    report = Report()
+    for name, module in model.named_modules():
+        old = _torch_class(module)
+        reason = why_not(module, old in table)
+        if reason is not None:
+            report.left[name] = reason
+        elif old in table:
+            new = table[old]
+            if type(module) is not old:
+                # A parametrized module has a class of its own, made by torch from the original one: so it gets another.
+                new = type(type(module).__name__, (new,), dict(vars(type(module))))
+            module.__class__ = new
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()
+            report.swapped[name] = f"{_title(old)} -> {_title(table[old])}"
+    return report
+
+
+def _torch_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class; of a parametrized module the class that it was made from."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) and len(cls.__bases__) == 1 else cls
+
+
+def _title(cls: type) -> str:
+    package = cls.__module__.partition(".")[0]
+    return f"{'torch.nn' if package == 'torch' else package}.{cls.__name__}"
+
+
+def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
+    cls = type(module)
+    if isinstance(module, (modules.Recurrent, cells.Cell)):
+        return None
+    if isinstance(module, jit.ScriptModule):
+        return "a ScriptModule" if getattr(module, "original_name", "") in _NAMES else None
+    if cls.__module__.startswith("torch.ao."):
+        return "quantized" if cls.__name__ in _NAMES else None
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    if not exact:
+        return f"{cls.__module__}.{cls.__qualname__} is a subclass, which may rely on what torch.nn does inside"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if isinstance(module, nn.RNNBase) and module.mode not in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"):
+        return f"unknown mode {module.mode!r}"
+    weight = next(module.parameters(), None)
+    device = "cpu" if weight is None else weight.device.type
+    if device not in ("cpu", "meta") and not any(backends()[name].available for name in _KERNELS.get(device, ())):
+        return f"there are no kernels for {device!r} devices here"
+    return None
+
+
+def _why_not_theirs(module: nn.Module, exact: bool) -> str | None:
+    if not isinstance(module, (modules.Recurrent, cells.Cell)):
+        return None
+    if not exact:
+        return f"{type(module).__module__}.{type(module).__qualname__} is a subclass of rnnfast's class"
+    if getattr(module, "nonlinearity", None) == "identity":
+        return "torch.nn has no linear recurrence"
+    return None
