@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -35,6 +34,10 @@ EARLY_STEPS, EARLY_TOLERANCE = 20, 1e-4
 SMOOTH, TOLERANCE = 20, 0.05
 
 
+# Trains on batch number i; gives the loss (a tensor) and how many units (tokens, images) it saw.
+Step = Callable[[int], tuple[torch.Tensor, int]]
+
+
 @dataclass
 class Side:
     """One of the two that are compared.
@@ -42,12 +45,12 @@ class Side:
     Args:
         name: "torch.nn" or "rnnfast".
         model: what is trained.
-        step: trains on batch number i and returns the loss (a tensor) and how many units (tokens, images) it saw.
+        step: a training step.
     """
 
     name: str
     model: torch.nn.Module
-    step: Callable[[int], tuple[torch.Tensor, int]]
+    step: Step
     losses: list[float] = field(default_factory=list)
     # Units a second, one number a block.
     speeds: list[float] = field(default_factory=list)
@@ -144,7 +147,8 @@ def report(
     loss_unit: str,
     device: torch.device,
     out: Path,
-    extra: dict[str, Any],
+    interrupted: bool,
+    scores: Callable[[], dict[str, list[float]]],
 ) -> bool:
     """Print both sides' speeds and losses, write ``<name>-<device>.json`` and ``.png`` into ``out``.
 
@@ -156,11 +160,17 @@ def report(
         loss_unit: the loss axis' unit.
         device: where it ran.
         out: folder of the files, made if missing.
-        extra: more to print and to keep with the result: text -> [torch.nn's value, rnnfast's value] or one value.
+        interrupted: whether Ctrl-C ended the training.
+        scores: gives more to print and to keep: what it is -> [torch.nn's value, rnnfast's value].
 
     Returns:
         Whether the two loss curves agree.
     """
+    if interrupted:
+        print("Interrupted: this is what was measured so far.")
+    if not sides[0].losses:
+        print("No block of steps was finished: there is nothing to report.")
+        return True
     theirs, ours = sides
     ratio = Ratio.of([1 / s for s in theirs.speeds], [1 / s for s in ours.speeds])
     early = largest_difference(theirs.losses[:EARLY_STEPS], ours.losses[:EARLY_STEPS])
@@ -173,7 +183,8 @@ def report(
         ("training, s", f"{theirs.seconds:.1f}", f"{ours.seconds:.1f}"),
         (f"loss, last {min(SMOOTH, len(ours.losses))} steps", f"{finals[0]:.4f}", f"{finals[1]:.4f}"),
     ]
-    lines += [(key, *(f"{v:.4f}" for v in value)) for key, value in extra.items() if isinstance(value, list)]
+    extra = scores()
+    lines += [(key, *(f"{value:.4f}" for value in values)) for key, values in extra.items()]
     print(f"\n{title}: {len(ours.losses)} steps each, {device.type}")
     for line in lines:
         print(f"  {line[0]:<24}{line[1]:>12}{line[2]:>12}")
@@ -190,6 +201,7 @@ def report(
         "name": name,
         "unit": unit,
         "steps": len(ours.losses),
+        "interrupted": interrupted,
         "ratio": round(ratio.median, 4),
         "p20": round(ratio.p20, 4),
         "p80": round(ratio.p80, 4),
@@ -252,7 +264,18 @@ def pick_device(asked: torch.device | None) -> torch.device:
     if asked is not None:
         return asked
     if torch.cuda.is_available():
-        if rnnfast.backends.select(torch.empty(0, device="cuda")) != "reference":
+        available = rnnfast.backends()
+        if available["cuda"].available or available["triton"].available:
             return torch.device("cuda")
         print("There is a GPU, but rnnfast has no kernels for it yet: training on the CPU.")
     return torch.device("cpu")
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a demo's ``main`` and exit with its status; Ctrl-C outside the training ends it without a traceback."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("\nInterrupted.")
+        status = 130
+    raise SystemExit(status)

@@ -86,6 +86,7 @@ def main() -> int:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(suite, total=len(SUITES[suite]) * len(options.modes))
             try:
+                console.print(f"{suite}: {len(SUITES[suite]) * len(options.modes)} rows, {options.seconds} s each")
                 for case in SUITES[suite]:
                     correct = None
                     for mode in options.modes:

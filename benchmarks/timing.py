@@ -171,6 +171,8 @@ def measure(case: Case, mode: str, seconds: float, device: torch.device, correct
     samples = interleave(calls, seconds, device)
     ratio = Ratio.of(samples[0], samples[1])
     per_step = [statistics.median(s) * 1e6 / case.steps for s in samples]
+    with torch.set_grad_enabled(mode == "fwdbwd"):
+        explanation = rnnfast.explain(ours, sequence)
     row = {
         "case": case.name,
         "cell": case.cell,
@@ -182,14 +184,14 @@ def measure(case: Case, mode: str, seconds: float, device: torch.device, correct
         "I": case.inputs,
         "H": case.hidden_size,
         "mode": mode,
-        "backend": str(rnnfast.backends.select(data(sequence))),
+        "backend": explanation.backend,
         "us_per_step": round(per_step[1], 4),
         "torch_us_per_step": round(per_step[0], 4),
         "ratio": round(ratio.median, 4),
         "p20": round(ratio.p20, 4),
         "p80": round(ratio.p80, 4),
         "limit_us_per_step": None,
-        "plan": str(rnnfast.explain(ours, sequence)),
+        "plan": explanation.kernel,
         "correct": correct,
     }
     if case.packed:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import rnnfast
-from demo import Side, arguments, pick_device, race, report
+from demo import Side, Step, arguments, pick_device, race, report, run
 
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -77,7 +77,7 @@ def detach(state: State) -> State:
     )
 
 
-def trainer(model: CharacterModel, text: torch.Tensor, chunk: int, steps: int, rate: float):
+def trainer(model: CharacterModel, text: torch.Tensor, chunk: int, steps: int, rate: float) -> Step:
     """A training step for :class:`demo.Side`: chunk number i of all streams, the state carried on."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     # Warm up over 20 steps, then go down in a line to a tenth.
@@ -159,15 +159,12 @@ def main() -> int:
     )
     print(f"{title}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     interrupted = race(sides, options.steps, "tokens", 60 * options.minutes, device)
-    if interrupted:
-        print("Interrupted: this is what was measured so far.")
-    if not sides[0].losses:
-        print("No block of steps was finished: nothing to report.")
-        return 0
-    bits = [bits_per_character(side.model, validation, options.chunk) for side in sides]
-    extra = {"held-out bits/character": bits}
+
+    def scores() -> dict[str, list[float]]:
+        return {"held-out bits/character": [bits_per_character(s.model, validation, options.chunk) for s in sides]}
+
     name = f"charlm-{options.cell}"
-    agree = report(name, title, sides, "tokens", "nats per character", device, options.out, extra)
+    agree = report(name, title, sides, "tokens", "nats per character", device, options.out, interrupted, scores)
     if not interrupted:
         print(f"\nA sample from rnnfast's model:\n{'-' * 80}")
         print(sample(sides[1].model, alphabet, "def ", options.sample, options.seed, device))
@@ -176,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

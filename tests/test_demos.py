@@ -1,0 +1,133 @@
+"""The demos and the benchmark run as a user runs them, on tiny settings, and end cleanly on Ctrl-C."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shapes
+
+pytest.importorskip("matplotlib", reason="the demos draw with matplotlib: pip install rnnfast[bench]")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY_TEXT = "--hidden 8 --layers 2 --batch 4 --chunk 12 --characters 60000 --sample 20 --device cpu".split()
+DEMOS = {
+    "charlm-lstm": ["train_charlm.py", "--cell", "lstm", *TINY_TEXT],
+    "charlm-gru": ["train_charlm.py", "--cell", "gru", *TINY_TEXT],
+    "digits-gru": ["train_digits.py", "--hidden", "8", "--device", "cpu"],
+}
+
+
+def command(*arguments):
+    script, *options = map(str, arguments)
+    # One thread: the settings are tiny, and other tests may share the machine.
+    return {"args": [sys.executable, str(BENCHMARKS / script), *options], "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def run(*arguments):
+    done = subprocess.run(**command(*arguments), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_files(folder, name):
+    record = json.loads((folder / f"{name}-cpu.json").read_text())
+    assert (folder / f"{name}-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert record["agree"]
+    losses = [side["losses"] for side in record["sides"].values()]
+    assert len(losses[0]) == len(losses[1]) == record["steps"]
+    assert all(math.isfinite(x) for x in losses[0] + losses[1])
+    # Two processors may round differently, but over a few tiny steps only that.
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
+    return record
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demo_trains_both_sides_alike(name, tmp_path):
+    printed = run(*DEMOS[name], "--steps", 12, "--out", tmp_path)
+    record = check_files(tmp_path, name)
+    assert record["steps"] == 12
+    assert not record["interrupted"]
+    assert "they agree" in printed
+    assert "times as fast" in printed
+    assert list(record["sides"]) == ["torch.nn", "rnnfast"]
+
+
+def test_time_limit_ends_the_training(tmp_path):
+    run(*DEMOS["digits-gru"], "--steps", 1000000, "--minutes", 0.001, "--out", tmp_path)
+    assert 0 < check_files(tmp_path, "digits-gru")["steps"] < 1000000
+
+
+@pytest.mark.parametrize("name", ["charlm-lstm", "digits-gru"])
+def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
+    process = subprocess.Popen(
+        **command(*DEMOS[name], "--steps", 1000000, "--out", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        # The bar shows a loss once both sides have finished a block of steps.
+        seen = ""
+        while "loss" not in seen:
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen + process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "Interrupted" in printed
+    record = check_files(tmp_path, name)
+    assert record["interrupted"]
+    assert 0 < record["steps"] < 1000000
+
+
+def test_run_writes_a_row_a_case_and_mode(tmp_path):
+    printed = run("run.py", "smoke", "--seconds", 0.05, "--threads", 1, "--out", tmp_path)
+    record = json.loads((tmp_path / "cpu-smoke.json").read_text())
+    assert set(record) == {"device", "torch", "cuda", "cudnn", "commit", "date", "suite", "rows"}
+    expected = [(case.name, mode) for case in shapes.SUITES["smoke"] for mode in ("fwd", "fwdbwd")]
+    assert [(row["case"], row["mode"]) for row in record["rows"]] == expected
+    keys = "case cell layers directions dtype T B I H mode backend us_per_step torch_us_per_step ratio p20 p80".split()
+    for row in record["rows"]:
+        assert set(keys) | {"limit_us_per_step", "plan", "correct"} <= set(row)
+        assert row["correct"]
+        assert row["p20"] <= row["ratio"] <= row["p80"]
+        assert ("over_padded" in row) == row["case"].endswith("packed")
+    assert "geometric mean" in printed
+
+
+def test_interrupted_run_keeps_the_older_result_file(tmp_path):
+    older = tmp_path / "cpu-bar.json"
+    older.write_text("{}")
+    process = subprocess.Popen(
+        **command("run.py", "bar", "--seconds", 0.05, "--threads", 1, "--out", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    # Printed when the measuring starts.
+    assert "rows" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Interrupted" in printed
+    assert older.read_text() == "{}"
+
+
+def test_suites_cover_the_bar():
+    bar = {(case.cell, case.batch, case.hidden_size, case.steps) for case in shapes.SUITES["bar"]}
+    assert bar == {(c, b, h, 100) for c in ("LSTM", "GRU", "RNN") for b in (1, 8, 64) for h in (64, 256, 512)}
+    assert all(case.steps == 1 for case in shapes.SUITES["small"])
+    for cases in shapes.SUITES.values():
+        for case in cases:
+            # A packed case has exactly the tokens of the padded one that it is compared with.
+            assert sum(case.lengths) == case.steps * case.batch
+            assert min(case.lengths) >= case.steps // 2
