@@ -6,7 +6,7 @@ The functions have the names, arguments and results of the ops in docs/design.md
   and forward mode, and be mapped with ``torch.vmap`` over inputs, weights or both;
 * the backward pass beside it is written by hand, uses no autograd, and is itself composed of differentiable operations.
 
-The step equations, and their derivatives, stand once: in :func:`cell_step` and :func:`cell_step_backward`. Their source:
+The step equations and their derivatives stand once, in :func:`cell_step` and :func:`cell_step_backward`. Their source:
 https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html, .../torch.nn.GRU.html and .../torch.nn.RNN.html; for
 the projection https://arxiv.org/abs/1402.1128.
 
@@ -325,8 +325,8 @@ def recurrence_forward(
         hx, cx: (D, B, P or H), (D, B, H), None for zeros. cx is read by the LSTM only.
         batch_sizes: (T,) int64 on the CPU, for packed rows: row (t, b) stands at ``batch_sizes[:t].sum() + b``.
         lengths: (B,) int64, dense only: row b ends after lengths[b] steps, which may be 0.
-        resets: bool (T, B), with batch_first (B, T), dense only: True at t starts a new segment at t. The state is zeroed
-            before step t; in the reversed direction between step t and step t-1.
+        resets: bool (T, B), with batch_first (B, T), dense only: True at t starts a new segment at t. The state is
+            zeroed before step t; in the reversed direction between step t and step t-1.
         batch_first: whether dense rows are (B, T).
         save_reserve: whether cells and reserve are wanted.
 
