@@ -65,6 +65,27 @@ def table(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -
     return result
 
 
+def markdown(records: list[dict[str, Any]]) -> str:
+    """For the README: of every suite, per cell, the geometric mean and the worst case of either mode."""
+    lines = [f"Ratio of torch.nn's time to rnnfast's: {records[0]['device']}, torch {records[0]['torch']}.", ""]
+    lines.append("| suite, cell | " + " | ".join(f"{mode}: mean | worst" for mode in MODES) + " |")
+    lines.append("| --- |" + " ---: | --- |" * len(MODES))
+    for record in records:
+        for cell in CELLS:
+            line = [f"{record['suite']}, {cell}"]
+            for mode in MODES:
+                group = [row for row in record["rows"] if row["cell"] == cell and row["mode"] == mode]
+                if group:
+                    worst = min(group, key=lambda row: row["ratio"])
+                    line += [f"{geometric_mean(row['ratio'] for row in group):.2f}"]
+                    line += [f"{worst['ratio']:.2f} (B={worst['B']}, H={worst['H']})"]
+                else:
+                    line += ["", ""]
+            if any(line[1:]):
+                lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=sorted(SUITES), metavar="suite", help=" ".join(sorted(SUITES)))
@@ -75,7 +96,12 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=HERE / "results", help="folder of the result files (default benchmarks/results)"
     )
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print a summary of the result files")
     options = parser.parse_args()
+    paths = {suite: options.out / f"{options.device.type}-{suite}.json" for suite in options.suites}
+    if options.markdown:
+        print(markdown([json.loads(path.read_text()) for path in paths.values()]))
+        return 0
     torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 140)
     status = 0
@@ -106,9 +132,8 @@ def main() -> int:
         if not all(row["correct"] for row in rows):
             status = 1
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{options.device.type}-{suite}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        console.print(f"written: {path}")
+        paths[suite].write_text(json.dumps(record, indent=1) + "\n")
+        console.print(f"written: {paths[suite]}")
     return status
 
 

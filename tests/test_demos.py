@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import shapes
+from textbook import by_steps
 
 pytest.importorskip("matplotlib", reason="the demos draw with matplotlib: pip install rnnfast[bench]")
 
@@ -102,6 +105,7 @@ def test_run_writes_a_row_a_case_and_mode(tmp_path):
         assert row["p20"] <= row["ratio"] <= row["p80"]
         assert ("over_padded" in row) == row["case"].endswith("packed")
     assert "geometric mean" in printed
+    assert "| smoke, LSTM | " in run("run.py", "smoke", "--markdown", "--out", tmp_path)
 
 
 def test_interrupted_run_keeps_the_older_result_file(tmp_path):
@@ -120,6 +124,19 @@ def test_interrupted_run_keeps_the_older_result_file(tmp_path):
     assert process.returncode == 130
     assert "Interrupted" in printed
     assert older.read_text() == "{}"
+
+
+def test_readmes_examples_run():
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    space = {}
+    for block in blocks:
+        exec(block, space)
+    textbook = space["TextbookRNN"](3, 4, 2)
+    x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
+    expected, actual = by_steps(textbook, x, h), space["FastTextbookRNN"](textbook, 3, 4)(x, h)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_suites_cover_the_bar():
