@@ -30,8 +30,8 @@ HERE = Path(__file__).parent
 COLOURS = {"torch.nn": "#b0b0b0", "rnnfast": "#c2410c"}
 # Both sides compute the same, each with its own float32 rounding, which training amplifies step by step: over the first
 # steps the losses agree to rounding, later (smoothed over SMOOTH steps) to a small part of what the seed alone changes.
-EARLY_STEPS, EARLY_TOLERANCE = 20, 1e-4
-SMOOTH, TOLERANCE = 20, 0.05
+EARLY_STEPS, EARLY_TOLERANCE = 20, 1e-5
+SMOOTH, TOLERANCE = 20, 0.01
 
 
 # Trains on batch number i; gives the loss (a tensor) and how many units (tokens, images) it saw.
