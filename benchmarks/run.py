@@ -90,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=sorted(SUITES), metavar="suite", help=" ".join(sorted(SUITES)))
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of a row (default 4)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument(
