@@ -1,0 +1,335 @@
+"""Every op on every backend against the reference in float64: results, states and every gradient."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import MODES, Call, make_call, random_grads
+from rnnfast import ops, reference
+from tolerances import check, check_equal, error
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# both directions unless a family says otherwise
+FAMILIES = {
+    "one step": {"T": 1, "H": 6},
+    "one row": {"B": 1, "H": 10, "T": 6},
+    "no rows": {"B": 0},
+    "one hidden unit": {"H": 1, "I": 1},
+    "H 17": {"H": 17, "D": 1},
+    "H 33": {"H": 33, "B": 7},
+    "H 64": {"H": 64, "B": 19, "I": 20, "D": 1},
+    "H 65": {"H": 65, "B": 9, "I": 33},
+    "projection": {"H": 9, "P": 4},
+    "projection, large": {"H": 40, "P": 17, "B": 13, "lengths": True, "resets": True, "D": 1},
+    "packed": {"layout": "packed", "H": 18, "B": 11, "T": 7},
+    "packed, projection, one direction": {"layout": "packed", "H": 18, "P": 7, "B": 11, "D": 1},
+    "packed, one row": {"layout": "packed", "B": 1, "T": 4},
+    "packed, no initial states": {"layout": "packed", "B": 21, "H": 8, "initial": False},
+    "lengths": {"lengths": True, "H": 12, "B": 10, "T": 6},
+    "resets": {"resets": True, "H": 12, "B": 10, "T": 6},
+    "lengths, resets": {"lengths": True, "resets": True, "H": 21, "B": 10, "T": 9},
+    "batch first": {"layout": "batch_first", "H": 20, "B": 6, "D": 1},
+    "batch first, lengths, resets": {"layout": "batch_first", "H": 20, "B": 6, "T": 8, "lengths": True, "resets": True},
+    "no initial states, no bias": {"initial": False, "bias": False, "H": 14, "resets": True},
+}
+CASES = [
+    (mode, family) for family, options in FAMILIES.items() for mode in MODES if mode == "LSTM" or "P" not in options
+]
+
+
+def valid(call: Call, name: str, value: Tensor) -> Tensor:
+    """What is defined of a result: the reserve's rows within their length."""
+    rows = call.alive_rows()
+    return value[rows] if name == "reserve" and rows is not None and value.numel() else value
+
+
+def family_call(mode: str, family: str, dtype: torch.dtype) -> Call:
+    return make_call(mode, dtype=dtype, **{"D": 2, **FAMILIES[family]})
+
+
+def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in tensors.items()}
+
+
+@functools.cache
+def truth(mode: str, family: str, dtype: torch.dtype) -> tuple[dict[str, dict[str, Tensor]], ...]:
+    """By op, in this dtype: arguments, the reference's results on them, and its float64 results on the same numbers."""
+    call = family_call(mode, family, dtype)
+    exact = call.to(torch.float64)
+    gates = call.gates(reference)
+    saved = call.forward(reference, gates)
+    grads = random_grads(saved)
+    own = {
+        "input_gates": {"gates": gates},
+        "forward": saved,
+        "backward": call.backward(reference, grads, saved),
+        "inference": call.inference(reference),
+    }
+    expected = {
+        "input_gates": {"gates": exact.gates(reference)},
+        "forward": exact.forward(reference, gates.double()),
+        "backward": exact.backward(reference, double(grads), double(saved)),
+        "inference": exact.inference(reference),
+    }
+    return {"grads": grads}, own, expected
+
+
+def check_results(
+    call: Call, actual: dict[str, Tensor], own: dict[str, Tensor], expected: dict[str, Tensor], what: str
+) -> None:
+    for name, value in actual.items():
+        assert value.is_contiguous(), name
+        assert value.shape == own[name].shape, f"{what}: {name}"
+        check(f"{what}: {name}", *(valid(call, name, v) for v in (value, expected[name], own[name])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mode", "family"), CASES)
+def test_against_float64(backend: str, mode: str, family: str, dtype: torch.dtype) -> None:
+    # the seed is that of every test, so truth() sees the same call whoever computes it first
+    arguments, own, expected = truth(mode, family, dtype)
+    torch.manual_seed(1234)
+    call = family_call(mode, family, dtype)
+    check_results(call, {"gates": call.gates(ops)}, own["input_gates"], expected["input_gates"], "input_gates")
+    actual = call.forward(ops, own["input_gates"]["gates"])
+    check_results(call, actual, own["forward"], expected["forward"], "recurrence_forward")
+    beyond = call.alive_rows()
+    if beyond is not None:
+        assert not actual["output"][~beyond].any()
+        assert mode != "LSTM" or not actual["cells"][~beyond].any()
+    actual = call.backward(ops, arguments["grads"], own["forward"])
+    check_results(call, actual, own["backward"], expected["backward"], "recurrence_backward")
+    check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer_inference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "family"), [case for case in CASES if case[1] in ("lengths, resets", "packed")])
+def test_forward_of_one_backend_and_backward_of_another(
+    backend: str, mode: str, family: str, dtype: torch.dtype
+) -> None:
+    call = family_call(mode, family, dtype)
+    gates = call.gates(reference)
+    saved = {"ours": call.forward(ops, gates), "reference": call.forward(reference, gates)}
+    grads = random_grads(saved["reference"])
+    exact = call.to(torch.float64)
+    for forward, backward in (("ours", reference), ("ours", ops), ("reference", ops)):
+        expected = exact.backward(reference, double(grads), double(saved[forward]))
+        own = call.backward(reference, grads, saved[forward])
+        check_results(call, call.backward(backward, grads, saved[forward]), own, expected, f"{forward} forward")
+
+
+@pytest.mark.parametrize("given", [[], ["output"], ["h_n"], ["c_n"], ["cells"], ["h_n", "c_n"]])
+@pytest.mark.parametrize("family", ["lengths, resets", "packed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_are_none(backend: str, mode: str, family: str, given: list[str]) -> None:
+    call = family_call(mode, family, torch.float64)
+    saved = call.forward(reference)
+    grads = random_grads(saved, given)
+    expected = call.backward(reference, grads, saved)
+    for name, value in call.backward(ops, grads, saved).items():
+        check_equal(name, value, expected[name])
+
+
+def strided(value: Tensor) -> Tensor:
+    """The same numbers at other strides: every second element of each dimension's double, last dimension first."""
+    if value.shape == (0,):
+        return value
+    spread = value.new_zeros([2 * size for size in reversed(value.shape)])
+    view = spread[tuple(slice(None, None, 2) for _ in value.shape)].permute(*reversed(range(value.dim())))
+    return view.copy_(value)
+
+
+@pytest.mark.parametrize("family", ["lengths, resets", "batch first, lengths, resets", "packed", "projection"])
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_do_not_matter(backend: str, mode: str, family: str) -> None:
+    if mode != "LSTM" and "P" in FAMILIES[family]:
+        family = "no initial states, no bias"
+    call = family_call(mode, family, torch.float32)
+    other = call.map(strided)
+    other.lengths, other.resets, other.batch_sizes = (
+        None if v is None else strided(v) for v in (call.lengths, call.resets, call.batch_sizes)
+    )
+    gates = call.gates(reference)
+    saved = call.forward(reference, gates)
+    grads = random_grads(saved)
+    spread = {name: strided(value) for name, value in saved.items()}
+    for actual, expected in (
+        ({"gates": other.gates(ops)}, {"gates": call.gates(ops)}),
+        (other.forward(ops, strided(gates)), call.forward(ops, gates)),
+        (other.inference(ops), call.inference(ops)),
+        (
+            other.backward(ops, {name: strided(value) for name, value in grads.items()}, spread),
+            call.backward(ops, grads, saved),
+        ),
+    ):
+        for name, value in actual.items():
+            check(name, *(valid(call, name, v) for v in (value, expected[name].double(), expected[name])))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_expanded_inputs(backend: str, mode: str) -> None:
+    call = make_call(mode, D=2, H=9)
+    for name in ["hx", "cx"] if mode == "LSTM" else ["hx"]:
+        setattr(call, name, getattr(call, name)[:, :1].expand(-1, call.batch, -1))
+    call.input = call.input[:1, :1].expand(5, 4, -1)
+    gates = call.gates(ops)[:1, :1].expand(5, 4, -1)
+    saved = call.forward(reference, gates)
+    grads = {name: torch.tensor(0.5, dtype=torch.float64).expand(value.shape) for name, value in saved.items()}
+    for actual, expected in (
+        ({"gates": call.gates(ops)}, {"gates": call.gates(reference)}),
+        (call.forward(ops, gates), saved),
+        (call.inference(ops), call.inference(reference)),
+        (call.backward(ops, grads, saved), call.backward(reference, grads, saved)),
+    ):
+        for name, value in actual.items():
+            check_equal(name, value, expected[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("family", ["lengths, resets", "packed", "H 33"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_and_inf_stand_where_the_reference_has_them(backend: str, mode: str, family: str, value: float) -> None:
+    call = family_call(mode, family, torch.float64)
+    gates = call.gates(reference)
+    gates[(2, 3) if call.batch_sizes is None else (12,)] = value
+    call.hx[:, 1, 0] = value
+    saved = call.forward(reference, gates)
+    for name, result in call.forward(ops, gates).items():
+        assert error(*(valid(call, name, v) for v in (result, saved[name]))) < 1e-12, name
+    grads = random_grads(saved)
+    grads["output"].view(-1)[5] = value
+    expected = call.backward(reference, grads, saved)
+    for name, result in call.backward(ops, grads, saved).items():
+        assert error(result, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_lies_beyond_a_row_is_never_read(backend: str, mode: str, dtype: torch.dtype) -> None:
+    call = family_call(mode, "batch first, lengths, resets", dtype)
+    gates = call.gates(ops)
+    saved = call.forward(ops, gates)
+    grads = random_grads(saved)
+    expected = saved | call.backward(ops, grads, saved)
+    beyond = ~call.alive_rows()
+    poisoned = {name: value.clone() for name, value in saved.items()}
+    poisoned_grads = {name: value.clone() for name, value in grads.items()}
+    gates = gates.clone()
+    for tensor in [gates, *poisoned.values(), *poisoned_grads.values()]:
+        if tensor.shape[:2] == beyond.shape:
+            tensor[beyond] = float("nan")
+    actual = call.forward(ops, gates) | call.backward(ops, poisoned_grads, poisoned)
+    for name, value in expected.items():
+        assert torch.equal(valid(call, name, actual[name]), valid(call, name, value)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["lengths, resets", "H 65", "projection", "packed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are(
+    backend: str, mode: str, family: str, dtype: torch.dtype
+) -> None:
+    if mode != "LSTM" and "P" in FAMILIES[family]:
+        family = "H 33"
+    call = family_call(mode, family, dtype)
+    before = {name: value.clone() for name, value in call.tensors().items()}
+    gates = call.gates(ops)
+    saved = call.forward(ops, gates)
+    copies = {name: value.clone() for name, value in saved.items()}
+    gates_copy = gates.clone()
+    grads = random_grads(saved)
+    grads_copy = {name: value.clone() for name, value in grads.items()}
+    first, second = call.backward(ops, grads, saved), call.backward(ops, grads, saved)
+    again, without = call.forward(ops, gates), call.forward(ops, gates, save_reserve=False)
+    inferences = call.inference(ops), call.inference(ops)
+    for name, value in saved.items():
+        assert torch.equal(valid(call, name, value), valid(call, name, copies[name])), f"backward wrote to {name}"
+        assert torch.equal(valid(call, name, value), valid(call, name, again[name])), name
+        if name in ("output", "h_n", "c_n"):
+            assert torch.equal(value, without[name]), f"{name} without save_reserve"
+        else:
+            assert without[name].shape == (0,)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    for name, value in inferences[0].items():
+        assert torch.equal(value, inferences[1][name]), name
+    assert torch.equal(gates, gates_copy)
+    for now, then in ((call.tensors(), before), (grads, grads_copy)):
+        for name, value in now.items():
+            assert torch.equal(value, then[name]), f"an op wrote to {name}"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("B", [1, 3, 40])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_threads(backend: str, mode: str, B: int, threads: int) -> None:
+    call = make_call(mode, T=6, B=B, H=50, I=20, D=2, lengths=True, resets=True)
+    saved = call.forward(reference)
+    grads = random_grads(saved)
+    expected = saved | call.backward(reference, grads, saved)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = call.forward(ops) | call.backward(ops, grads, saved)
+    finally:
+        torch.set_num_threads(before)
+    for name, value in actual.items():
+        check_equal(name, *(valid(call, name, v) for v in (value, expected[name])))
+
+
+@functools.cache
+def long_truth(mode: str) -> tuple[dict[str, Tensor], ...]:
+    call = make_call(mode, T=70_000, B=2, H=3, I=2)
+    saved = call.forward(reference)
+    grads = random_grads(saved)
+    return saved, grads, call.backward(reference, grads, saved)
+
+
+@pytest.mark.parametrize("mode", ["LSTM", pytest.param("GRU", marks=pytest.mark.exhaustive)])
+def test_seventy_thousand_steps(backend: str, mode: str) -> None:
+    saved, grads, expected = long_truth(mode)
+    torch.manual_seed(1234)
+    call = make_call(mode, T=70_000, B=2, H=3, I=2)
+    for name, value in call.forward(ops).items():
+        check_equal(name, value, saved[name])
+    for name, value in call.backward(ops, grads, saved).items():
+        check_equal(name, value, expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [(1, 1, 1), (5, 7, 3), (1, 64, 33), (65, 1, 17), (130, 67, 50), (64, 256, 96), (0, 3, 4), (3, 0, 4)],
+)
+def test_matmul(backend: str, M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    matmul = reference.matmul if backend == "reference" else torch.ops.rnnfast.matmul
+    a, b = torch.randn(M, K, dtype=torch.float64).to(dtype), torch.randn(K, N, dtype=torch.float64).to(dtype)
+    # the leading dimension may be larger than a row
+    layouts = {
+        "row": lambda x: x,
+        "column": lambda x: x.t().contiguous().t(),
+        "row, wide": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+        "column, wide": lambda x: torch.cat([x.t(), x.t()], dim=1)[:, : x.shape[0]].t(),
+    }
+    expected = a.double() @ b.double()
+    for name_a, lay_a in layouts.items():
+        for name_b, lay_b in layouts.items():
+            result = matmul(lay_a(a), lay_b(b))
+            assert result.is_contiguous()
+            check(f"{name_a} @ {name_b}", result, expected, a @ b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_matmul_keeps_nan_and_inf(backend: str, value: float) -> None:
+    matmul = reference.matmul if backend == "reference" else torch.ops.rnnfast.matmul
+    a, b = torch.randn(20, 30), torch.randn(30, 40)
+    a[3, 4] = b[7, 9] = value
+    assert torch.equal(matmul(a, b).isfinite(), (a @ b).isfinite())
+
+
+def test_matmul_is_differentiable() -> None:
+    a, b = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: ops.matmul(a, b.t()), (a, b))
+    assert torch.autograd.gradgradcheck(lambda a, b: ops.matmul(a, b.t()), (a, b))
