@@ -1,0 +1,67 @@
+// Argument checks of the ops, shared by every backend. The contract's messages are raised in Python; these guard direct callers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "recurrence.h"
+
+namespace rnnfast {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string shape_text(const int64_t* sizes, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> expected) {
+  if (tensor.dim() != static_cast<int64_t>(expected.size())) return false;
+  int64_t i = 0;
+  for (const int64_t size : expected)
+    if (tensor.size(i++) != size) return false;
+  return true;
+}
+
+inline void check_shape(const char* op, const char* argument, const Tensor& tensor, std::initializer_list<int64_t> expected) {
+  if (has_shape(tensor, expected)) return;
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(false, op, ": ", argument, ": expected shape ", shape_text(expected.begin(), static_cast<int64_t>(expected.size())),
+                  ", got ", shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
+}
+
+inline void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& model) {
+  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument, ": expected the dtype of the first tensor, got another");
+  STD_TORCH_CHECK(tensor.device() == model.device(), op, ": ", argument, ": expected the device of the first tensor, got another");
+}
+
+inline DType dtype_of(const char* op, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, op, ": expected a tensor of dtype float32, float64, bfloat16 or float16");
+  }
+  return DType::float32;
+}
+
+inline Mode mode_of(const char* op, const std::string& name) {
+  if (name == "LSTM") return Mode::lstm;
+  if (name == "GRU") return Mode::gru;
+  if (name == "RNN_TANH") return Mode::rnn_tanh;
+  if (name == "RNN_RELU") return Mode::rnn_relu;
+  if (name == "RNN_IDENTITY") return Mode::rnn_identity;
+  STD_TORCH_CHECK(false, op, ": mode: expected LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY, got ", name);
+  return Mode::lstm;
+}
+
+}  // namespace rnnfast

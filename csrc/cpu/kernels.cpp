@@ -1,0 +1,85 @@
+// The kernels of one ISA. Compiled once for each, with that ISA's compiler flags and RNNFAST_KERNELS as the name of its table.
+#include "kernels.h"
+
+#include "backward.h"
+#include "forward.h"
+#include "matmul.h"
+
+namespace rnnfast::cpu {
+namespace {
+
+template <class Math>
+using RnnTanhCell = RnnCell<Math, Mode::rnn_tanh>;
+template <class Math>
+using RnnReluCell = RnnCell<Math, Mode::rnn_relu>;
+template <class Math>
+using RnnIdentityCell = RnnCell<Math, Mode::rnn_identity>;
+
+template <class Use>
+inline bool with_storage(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::float32: return use(float{});
+    case DType::float64: return use(double{});
+    case DType::bfloat16: return use(BFloat16{});
+    case DType::float16: return use(Float16{});
+  }
+  return false;
+}
+
+// Blocks of units in a tile (blocks_per_tile): 1, 2 or 4.
+template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage, class Params>
+inline bool run_with_blocks(const Params& params, int64_t units, int gates, int threads) {
+  const int64_t per_group = threads / params.directions;
+  switch (blocks_per_tile(units, kLanes<typename ComputeOf<Storage>::type>, gates, per_group > 0 ? per_group : 1)) {
+    case 4:
+      if (gates == 1) return Loop<CellOf, Storage, 4>(params, threads).run(threads);
+      [[fallthrough]];
+    case 2:
+      if (gates == 1) return Loop<CellOf, Storage, 2>(params, threads).run(threads);
+      [[fallthrough]];
+    default: return Loop<CellOf, Storage, 1>(params, threads).run(threads);
+  }
+}
+
+bool forward(const ForwardParams& params, int threads) {
+  return with_storage(params.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    const int64_t units = params.hidden_size;
+    switch (params.mode) {
+      case Mode::lstm: return ForwardLoop<LstmCell, Storage, 1>(params, threads).run(threads);
+      case Mode::gru: return ForwardLoop<GruCell, Storage, 1>(params, threads).run(threads);
+      case Mode::rnn_tanh: return run_with_blocks<ForwardLoop, RnnTanhCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_relu: return run_with_blocks<ForwardLoop, RnnReluCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_identity: return run_with_blocks<ForwardLoop, RnnIdentityCell, Storage>(params, units, 1, threads);
+    }
+    return false;
+  });
+}
+
+bool backward(const BackwardParams& params, int threads) {
+  return with_storage(params.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    const int64_t units = params.state_size;
+    switch (params.mode) {
+      case Mode::lstm: return run_with_blocks<BackwardLoop, LstmCell, Storage>(params, units, 1, threads);
+      case Mode::gru: return run_with_blocks<BackwardLoop, GruCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_tanh: return run_with_blocks<BackwardLoop, RnnTanhCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_relu: return run_with_blocks<BackwardLoop, RnnReluCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_identity: return run_with_blocks<BackwardLoop, RnnIdentityCell, Storage>(params, units, 1, threads);
+    }
+    return false;
+  });
+}
+
+bool matmul(const MatmulParams& params, int threads) {
+  return with_storage(params.dtype, [&](auto storage) { return MatmulLoop<decltype(storage)>(params).run(threads); });
+}
+
+}  // namespace
+
+#define RNNFAST_STRINGIFY_(x) #x
+#define RNNFAST_STRINGIFY(x) RNNFAST_STRINGIFY_(x)
+extern const Kernels RNNFAST_KERNELS;
+const Kernels RNNFAST_KERNELS = {RNNFAST_STRINGIFY(RNNFAST_ISA), &forward, &backward, &matmul};
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,26 @@
+// The CPU kernels of one ISA, as the rest of the library sees them.
+#pragma once
+
+#include "../recurrence.h"
+
+namespace rnnfast::cpu {
+
+// False: there was not enough memory for the workspace, and nothing was computed.
+struct Kernels {
+  const char* isa;
+  bool (*forward)(const ForwardParams&, int threads);
+  bool (*backward)(const BackwardParams&, int threads);
+  bool (*matmul)(const MatmulParams&, int threads);
+};
+
+extern const Kernels kKernelsPortable;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+// Splits [0, slots) over the threads of torch's pool and calls body(begin, end, context) on each; returns when all have returned.
+// Defined beside the ops, because the kernels include no torch header.
+void parallel_region(int64_t slots, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+}  // namespace rnnfast::cpu

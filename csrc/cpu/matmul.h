@@ -1,0 +1,148 @@
+// Matrix product for the input gates and for the weight and input gradients: packed tiles of b, rows of a as they lie (or
+// transposed by the packing), k in blocks that keep a tile of b in L2. Threads share the packing, then the output tiles.
+#pragma once
+
+#include "time_loop.h"
+
+namespace rnnfast::cpu {
+namespace {
+
+template <class Storage>
+class MatmulLoop {
+  using Compute = typename ComputeOf<Storage>::type;
+  using Value = Vector<Compute>;
+  static constexpr int kL = kLanes<Compute>;
+  static constexpr int kVectors = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int kWidth = kVectors * kL;
+  static constexpr int kRows = kMaxRows<kVectors>;
+  // A block of a (kRows, kBlockK) stays in L1, one of b (kBlockK, kWidth) in L2. 16-bit results are rounded once, so not blocked.
+  static constexpr int64_t kBlockK = sizeof(Storage) == sizeof(Compute) ? 4096 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
+  static constexpr int64_t kDirectRows = 3;
+
+ public:
+  MatmulLoop(const MatmulParams& params)
+      : p_(params),
+        n_tiles_(divide_up(params.n, kWidth)),
+        m_tiles_(divide_up(params.m, kRows)),
+        block_k_(params.k < kBlockK ? params.k : kBlockK),
+        // Few rows and row-major weights: each weight is used once or twice, so packing would cost more than the product.
+        direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 && sizeof(Storage) == sizeof(Compute)),
+        pack_a_(params.a_col != 1 || sizeof(Storage) != sizeof(Compute)) {}
+
+  bool run(int threads) {
+    if (direct_) {
+      run_direct(threads);
+      return true;
+    }
+    place();
+    if (!workspace_.allocate()) return false;
+    place();
+    run_team(threads, [&](Team& team, int member) {
+      const int members = team.members();
+      for (int64_t k = 0; k == 0 || k < p_.k; k += block_k_) {
+        const int64_t k_count = p_.k - k < block_k_ ? p_.k - k : block_k_;
+        if (k > 0) team.wait();  // nobody reads the last block's packed operands any more
+        pack(k, k_count, member, members);
+        team.wait();  // both packed operands are there
+        multiply(k, k_count, member, members);
+      }
+    });
+    return true;
+  }
+
+ private:
+  void place() {
+    packed_b_ = workspace_.template take<Compute>(n_tiles_ * kWidth * block_k_);
+    if (pack_a_) packed_a_ = workspace_.template take<Compute>(m_tiles_ * kRows * block_k_);
+  }
+
+  void pack(int64_t k, int64_t k_count, int member, int members) {
+    const Share tiles = share_of(n_tiles_, member, members);
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      Compute* to = packed_b_ + tile * kWidth * block_k_;
+      const int64_t column = tile * kWidth, left = p_.n - column;
+      if (p_.b_col == 1) {
+        pack_columns(at<Storage>(p_.b, k * p_.b_row + column), p_.b_row, left, k_count, to, kWidth);
+      } else {
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t rows = left - v * kL;
+          pack_rows(at<Storage>(p_.b, k + (rows > 0 ? column + v * kL : 0) * p_.b_col), p_.b_col, rows > 0 ? rows : 0, k_count,
+                    to + v * kL, kWidth);
+        }
+      }
+    }
+    if (!pack_a_) return;
+    // a's rows i..i+kRows as columns of (k_count, kRows): then the product reads both operands in order.
+    const Share rows = share_of(m_tiles_, member, members);
+    for (int64_t tile = rows.first; tile < rows.last; ++tile) {
+      const int64_t first = tile * kRows, height = p_.m - first < kRows ? p_.m - first : kRows;
+      Compute* to = packed_a_ + first * block_k_;
+      for (int64_t kk = 0; kk < k_count; ++kk)
+        for (int64_t i = 0; i < height; ++i)
+          to[kk * kRows + i] = load<Compute>(at<Storage>(p_.a, (first + i) * p_.a_row + (k + kk) * p_.a_col), 1)[0];
+    }
+  }
+
+  Value bias_at(int64_t column) const {
+    Value bias{};
+    for (int i = 0; i < 2; ++i)
+      if (p_.bias[i] && column < p_.bias_count[i]) bias += load<Compute>(at<Storage>(p_.bias[i], column), p_.bias_count[i] - column);
+    return bias;
+  }
+
+  // One row of accumulators: c = bias + sum in the first block of k, c += sum in the later ones.
+  void write(int64_t row, int64_t column, const Value* acc, int vectors, bool first_block) const {
+    for (int v = 0; v < vectors && column + v * kL < p_.n; ++v) {
+      const int64_t at_column = column + v * kL, left = p_.n - at_column;
+      Storage* to = at<Storage>(p_.c, row * p_.c_row + at_column);
+      store<Compute>(to, acc[v] + (first_block ? bias_at(at_column) : load<Compute>(to, left)), left);
+    }
+  }
+
+  void multiply(int64_t k, int64_t k_count, int member, int members) {
+    const Share share = share_of(n_tiles_ * m_tiles_, member, members);
+    for (int64_t i = share.first; i < share.last;) {
+      const int64_t n_tile = i / m_tiles_, m_first = i % m_tiles_;
+      const int64_t m_last = share.last - n_tile * m_tiles_ < m_tiles_ ? share.last - n_tile * m_tiles_ : m_tiles_;
+      const Compute* b = packed_b_ + n_tile * kWidth * block_k_;
+      for (int64_t m = m_first; m < m_last; ++m) {
+        const int64_t row = m * kRows, height = p_.m - row < kRows ? p_.m - row : kRows;
+        const Compute* a = pack_a_ ? packed_a_ + row * block_k_ : static_cast<const Compute*>(p_.a) + row * p_.a_row + k;
+        for_row_tiles<kVectors>(a, pack_a_ ? 1 : p_.a_row, pack_a_ ? kRows : 1, height, b, k_count,
+                                [&](int64_t first, int rows, const Value* acc) {
+                                  for (int r = 0; r < rows; ++r)
+                                    write(row + first + r, n_tile * kWidth, acc + r * kVectors, kVectors, k == 0);
+                                });
+      }
+      i = n_tile * m_tiles_ + m_last;
+    }
+  }
+
+  void run_direct(int threads) {
+    const int64_t blocks = divide_up(p_.n, kL);
+    const auto body = [&](Share share) {
+      for (int64_t block = share.first; block < share.last; ++block)
+        for (int64_t m = 0; m < p_.m; ++m) {
+          if constexpr (sizeof(Storage) == sizeof(Compute)) {
+            const Value acc = dot_rows(static_cast<const Compute*>(p_.a) + m * p_.a_row,
+                                       at<Storage>(p_.b, block * kL * p_.b_col), p_.b_col, p_.n - block * kL, p_.k);
+            write(m, block * kL, &acc, 1, true);
+          }
+        }
+    };
+    if (threads == 1)
+      body({0, blocks});
+    else
+      run_team(threads, [&](Team& team, int member) { body(share_of(blocks, member, team.members())); });
+  }
+
+  const MatmulParams& p_;
+  const int64_t n_tiles_, m_tiles_, block_k_;
+  const bool direct_, pack_a_;
+  Workspace workspace_;
+  Compute* packed_a_ = nullptr;
+  Compute* packed_b_ = nullptr;
+};
+
+}  // namespace
+}  // namespace rnnfast::cpu

@@ -1,0 +1,245 @@
+// Vectors of one ISA: the widest that the compiler's target has, in GCC and clang vector extensions, so that one source serves
+// AVX-512, AVX2, NEON and the baseline. Included only from kernels.cpp, which is compiled once for each ISA; everything is in an
+// unnamed namespace, so that no function compiled for one ISA can be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../recurrence.h"
+
+namespace rnnfast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+#define RNNFAST_INLINE [[gnu::always_inline]] inline
+
+// Storage types of 16 bits: bits only, computed in float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class Storage>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+template <class Compute>
+struct VectorTraits;
+template <>
+struct VectorTraits<float> {
+  using Bits = int32_t;
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t BitsVector __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorTraits<double> {
+  using Bits = int64_t;
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t BitsVector __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class Compute>
+using Vector = typename VectorTraits<Compute>::Vector;
+template <class Compute>
+using BitsVector = typename VectorTraits<Compute>::BitsVector;
+template <class Compute>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t WideBits __attribute__((vector_size(kVectorBytes)));
+
+RNNFAST_INLINE Vector<float> widen(HalfBits half, BFloat16) {
+  return (Vector<float>)(__builtin_convertvector(half, WideBits) << 16);
+}
+
+RNNFAST_INLINE HalfBits narrow(Vector<float> value, BFloat16) {
+  const WideBits bits = (WideBits)value;
+  // To nearest, ties to even; a NaN keeps its sign and becomes quiet.
+  const WideBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const WideBits quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((WideBits)(value != value ? quiet : rounded), HalfBits);
+}
+
+RNNFAST_INLINE Vector<float> widen(HalfBits half, Float16) {
+  const WideBits bits = __builtin_convertvector(half, WideBits);
+  const WideBits sign = (bits & 0x8000u) << 16;
+  const WideBits shifted = (bits & 0x7fffu) << 13;
+  // float16's exponent bias is 15, float32's 127: multiply by 2^112, which is exact and handles subnormals too.
+  const Vector<float> scaled = (Vector<float>)shifted * 0x1p112f;
+  const WideBits finite = (WideBits)scaled;
+  const WideBits special = shifted | 0x7f800000u;  // infinity or NaN
+  return (Vector<float>)(sign | ((bits & 0x7c00u) == 0x7c00u ? special : finite));
+}
+
+RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
+  const WideBits bits = (WideBits)value;
+  const WideBits sign = (bits >> 16) & 0x8000u;
+  const WideBits magnitude = bits & 0x7fffffffu;
+  // Normal results: re-bias and round to nearest even in the integer domain. Subnormal: adding 0.5 lets the FPU round at
+  // float16's last subnormal bit, 2^-24.
+  const WideBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const WideBits subnormal = (WideBits)((Vector<float>)magnitude + 0.5f) - 0x3f000000u;
+  const WideBits infinite = magnitude - magnitude + 0x7c00u;
+  WideBits result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? infinite : result;             // 65520 and up round to infinity
+  result = magnitude > 0x7f800000u ? (infinite | 0x200u) : result;  // NaN
+  return __builtin_convertvector((WideBits)(result | sign), HalfBits);
+}
+
+// The first `count` values at `from` as a vector, zeros behind them. A whole vector where count is not less than its lanes.
+template <class Compute, class Storage>
+RNNFAST_INLINE Vector<Compute> load(const Storage* from, int64_t count = kLanes<Compute>) {
+  if constexpr (sizeof(Storage) == sizeof(Compute)) {
+    Vector<Compute> value{};
+    if (count >= kLanes<Compute>) {
+      std::memcpy(&value, from, sizeof value);
+      return value;
+    }
+    for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+    return value;
+  } else {
+    HalfBits half{};
+    if (count >= kLanes<Compute>)
+      std::memcpy(&half, from, sizeof half);
+    else
+      for (int64_t i = 0; i < count; ++i) half[i] = from[i].bits;
+    return widen(half, Storage{});
+  }
+}
+
+template <class Compute, class Storage>
+RNNFAST_INLINE void store(Storage* to, Vector<Compute> value, int64_t count = kLanes<Compute>) {
+  if constexpr (sizeof(Storage) == sizeof(Compute)) {
+    if (count >= kLanes<Compute>) {
+      std::memcpy(to, &value, sizeof value);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) to[i] = value[i];
+  } else {
+    const HalfBits half = narrow(value, Storage{});
+    if (count >= kLanes<Compute>)
+      std::memcpy(to, &half, sizeof half);
+    else
+      for (int64_t i = 0; i < count; ++i) to[i].bits = half[i];
+  }
+}
+
+// What a value becomes when it is stored and loaded again.
+template <class Compute, class Storage>
+RNNFAST_INLINE Vector<Compute> rounded_to(Vector<Compute> value) {
+  if constexpr (sizeof(Storage) == sizeof(Compute))
+    return value;
+  else
+    return widen(narrow(value, Storage{}), Storage{});
+}
+
+template <class Compute>
+RNNFAST_INLINE Vector<Compute> broadcast(Compute value) {
+  return Vector<Compute>{} + value;
+}
+
+// Constants of the exponential: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2.
+template <class Compute>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr float kLn2High = 0.693359375f;  // 9 significant bits: n * high is exact
+  static constexpr float kLn2Low = -2.12194440054690583e-4f;
+  static constexpr float kRoundMagic = 0x1.8p23f;
+  static constexpr int kMantissaBits = 23;
+  static constexpr int32_t kExponentBias = 127;
+  static constexpr float kExpMin = -87.0f, kExpMax = 88.0f;  // 2^n stays normal
+  static constexpr float kTanhOne = 10.0f;                   // tanh(x) rounds to 1 beyond it
+  // Chebyshev fit of (exp(r) - 1 - r) / r^2 on |r| <= 0.35, highest power first; exp to 8.4e-9.
+  static constexpr int kTerms = 5;
+  static constexpr float kCoefficients[kTerms] = {0.001392692661402190648f, 0.0083637738744055734983f,
+                                                  0.041666550110305124444f, 0.16666573381900846023f, 0.5f};
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kRoundMagic = 0x1.8p52;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int64_t kExponentBias = 1023;
+  static constexpr double kExpMin = -708.0, kExpMax = 709.0;
+  static constexpr double kTanhOne = 20.0;
+  // As above; exp to 1.9e-19.
+  static constexpr int kTerms = 11;
+  static constexpr double kCoefficients[kTerms] = {
+      2.0915442297780115216e-9,  2.5106274733573294687e-8,  2.7557271810219799569e-7, 2.7557252833516909748e-6,
+      0.000024801587327007186731, 0.00019841269876864354929, 0.0013888888888883326674, 0.0083333333333255446996,
+      0.041666666666666670074,   0.16666666666666671438,    0.5};
+};
+
+template <class Compute>
+struct VectorMath {
+  using Value = Vector<Compute>;
+  using Bits = BitsVector<Compute>;
+  using Constants = ExpConstants<Compute>;
+
+  // scale = 2^n and minus_one = exp(r) - 1 with x = n ln 2 + r. A NaN ends up in minus_one.
+  struct Split {
+    Value scale, minus_one;
+  };
+  RNNFAST_INLINE static Split split_exp(Value x) {
+    const Value shifted = x * Constants::kLog2e + Constants::kRoundMagic;
+    const Value n = shifted - Constants::kRoundMagic;
+    const Value r = (x - n * Constants::kLn2High) - n * Constants::kLn2Low;
+    Value q = broadcast<Compute>(Constants::kCoefficients[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < Constants::kTerms; ++i) q = q * r + Constants::kCoefficients[i];
+    // The integer n stands in the low mantissa bits of `shifted`.
+    const Bits exponent = (Bits)shifted - (Bits)broadcast<Compute>(Constants::kRoundMagic) + Constants::kExponentBias;
+    return {(Value)(exponent << Constants::kMantissaBits), r + r * r * q};
+  }
+
+  RNNFAST_INLINE static Value sigmoid(Value x) {
+    Value y = -x;
+    y = y < Constants::kExpMin ? broadcast<Compute>(Constants::kExpMin) : y;  // a NaN compares false and stays
+    y = y > Constants::kExpMax ? broadcast<Compute>(Constants::kExpMax) : y;
+    const Split e = split_exp(y);
+    return 1 / (1 + (e.scale * e.minus_one + e.scale));
+  }
+
+  // tanh |x| = -m / (m + 2) with m = exp(-2 |x|) - 1, which keeps its relative precision near 0.
+  RNNFAST_INLINE static Value tanh(Value x) {
+    const Bits sign_bit = (Bits)broadcast<Compute>(Compute(-0.0));
+    const Bits sign = (Bits)x & sign_bit;
+    Value magnitude = (Value)((Bits)x & ~sign_bit);
+    magnitude = magnitude > Constants::kTanhOne ? broadcast<Compute>(Constants::kTanhOne) : magnitude;
+    const Split e = split_exp(magnitude * -2);
+    const Value m = e.scale * e.minus_one + (e.scale - 1);
+    return (Value)((Bits)(-m / (m + 2)) ^ sign);
+  }
+
+  // NaN stays NaN and lets the gradient through, as in torch.
+  RNNFAST_INLINE static Value relu(Value x) { return x < 0 ? Value{} : x; }
+  RNNFAST_INLINE static Value where_positive(Value condition, Value value) { return condition <= 0 ? Value{} : value; }
+};
+
+}  // namespace
+}  // namespace rnnfast::cpu

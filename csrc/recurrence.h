@@ -1,0 +1,96 @@
+// What every backend is given: plain structs of pointers, sizes and strides. No torch header here.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define RNNFAST_HOST_DEVICE __host__ __device__
+#else
+#define RNNFAST_HOST_DEVICE
+#endif
+
+namespace rnnfast {
+
+enum class Mode { lstm, gru, rnn_tanh, rnn_relu, rnn_identity };
+enum class DType { float32, float64, bfloat16, float16 };
+
+constexpr int kMaxDirections = 2;
+
+// Gates that the weights hold for each hidden unit.
+RNNFAST_HOST_DEVICE constexpr int64_t gates_of(Mode mode) {
+  return mode == Mode::lstm ? 4 : mode == Mode::gru ? 3 : 1;
+}
+
+// Values that forward saves for each hidden unit (LSTM: i f g o; GRU: r z n and W_hn h + b_hn; RNN: h_t itself serves).
+RNNFAST_HOST_DEVICE constexpr int64_t reserve_of(Mode mode) {
+  return mode == Mode::lstm || mode == Mode::gru ? 4 : 0;
+}
+
+// Where row (t, b) stands among the rows of gates, output, cells, reserve and their gradients.
+struct RowLayout {
+  int64_t steps = 0;             // T
+  int64_t batch = 0;             // B
+  int64_t step_stride = 0;       // dense: rows from (t, b) to (t + 1, b)
+  int64_t batch_stride = 0;      // dense: rows from (t, b) to (t, b + 1)
+  const int64_t* batch_sizes{};  // packed (T,), host memory: row (t, b) follows those of all earlier steps; else null
+  const int64_t* lengths{};      // dense (B,) or null: row b ends after lengths[b] steps
+  const bool* resets{};          // dense, one a row in the same layout, or null
+};
+
+// The sizes and inputs that forward and backward share. Tensors are contiguous; shapes as in docs/design.md.
+struct Recurrence {
+  Mode mode{};
+  DType dtype{};
+  RowLayout rows;
+  int64_t hidden_size = 0;                      // H
+  int64_t state_size = 0;                       // P with projection, else H
+  int64_t directions = 1;                       // D; direction 1 runs reversed in time
+  bool projected = false;
+  const void* weight_hh[kMaxDirections]{};      // (G*H, P or H)
+  int64_t weight_hh_stride[kMaxDirections]{};   // elements from one row to the next
+  const void* weight_hr[kMaxDirections]{};      // (P, H) or null
+  int64_t weight_hr_stride[kMaxDirections]{};
+  const void* hx{};                             // (D, B, P or H) or null: zeros
+  const void* cx{};                             // (D, B, H) or null: zeros
+};
+
+struct ForwardParams : Recurrence {
+  const void* gates{};                    // (rows, D*G*H)
+  const void* bias_hn[kMaxDirections]{};  // GRU: (H,) or null
+  void* output{};                         // (rows, D*(P or H))
+  void* h_n{};                            // (D, B, P or H)
+  void* c_n{};                            // LSTM: (D, B, H)
+  void* cells{};                          // LSTM: (rows, D*H) or null: not saved
+  void* reserve{};                        // (rows, D*4*H) or null: not saved
+};
+
+struct BackwardParams : Recurrence {
+  const void* grad_output{};  // (rows, D*(P or H)) or null: zeros; so the next three
+  const void* grad_h_n{};     // (D, B, P or H)
+  const void* grad_c_n{};     // (D, B, H)
+  const void* grad_cells{};   // (rows, D*H)
+  const void* output{};
+  const void* cells{};
+  const void* reserve{};
+  void* grad_gates{};         // (rows, D*G*H)
+  void* grad_gates_hh{};      // GRU: (rows, D*G*H)
+  void* grad_hx{};            // (D, B, P or H)
+  void* grad_cx{};            // LSTM: (D, B, H)
+  void* grad_projected{};     // with projection: (rows, D*P)
+};
+
+// c (M, N) = a (M, K) b (K, N) + bias (N); strides in elements. c is row-major with row stride `c_row`.
+struct MatmulParams {
+  DType dtype{};
+  int64_t m = 0, n = 0, k = 0;
+  const void* a{};
+  int64_t a_row = 0, a_col = 0;
+  const void* b{};
+  int64_t b_row = 0, b_col = 0;
+  const void* bias[2]{};  // (N,) each or null; their sum is added
+  int64_t bias_count[2]{};  // the first so many columns get this bias
+  void* c{};
+  int64_t c_row = 0;
+};
+
+}  // namespace rnnfast
