@@ -62,13 +62,12 @@ class Cell(nn.RNNCellBase):
         weights = self._weights()
         states = () if h is None else (h,) if c is None else (h, c)
         self._check(input, states, weights)
-        device = input.device.type
-        if mode in ("LSTM", "GRU") and torch.is_autocast_enabled(device) and device == "cpu":
+        if mode in ("LSTM", "GRU") and input.is_cpu and torch.is_autocast_enabled("cpu"):
             # On the CPU autocast lowers only the products inside torch.nn's LSTMCell and GRUCell: the result has the
             # wider of the autocast type and the state's type. Here all of the step runs in that type.
             carried = states[-1] if states else input
-            wide = torch.promote_types(torch.get_autocast_dtype(device), carried.dtype)
-            with torch.autocast(device, enabled=False):
+            wide = torch.promote_types(torch.get_autocast_dtype("cpu"), carried.dtype)
+            with torch.autocast("cpu", enabled=False):
                 h_n, c_n = self._call(
                     mode,
                     input.to(wide),
