@@ -21,26 +21,33 @@ from . import ops, reference
 Tensors = Sequence[Tensor]
 
 
-def split_weights(weights: Tensors, directions: int, bias: bool) -> tuple[list[Tensor], ...]:
-    """Sorts one layer's parameters, in torch.nn's order, into lists of one tensor a direction.
+# A layer's parameters have a fixed number of places, None where there is none: five a direction. (Dynamo does not
+# understand a Function with setup_context that takes *arguments.)
+Places = tuple[Tensor | None, ...]
+IH, HH, BIAS_IH, BIAS_HH, HR = range(5)
 
-    Returns:
-        (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr); a list is empty where the layer has no such parameter.
-    """
+
+def place_weights(weights: Tensors, directions: int, bias: bool) -> Places:
+    """One layer's parameters, in torch.nn's order, in their ten places."""
     each = len(weights) // directions
-    bias_ih: list[Tensor] = []
-    bias_hh: list[Tensor] = []
-    if bias:
-        bias_ih, bias_hh = list(weights[2::each]), list(weights[3::each])
-    # weight_hr comes last, so an odd count says that it is there.
-    weight_hr = list(weights[each - 1 :: each]) if each % 2 else []
-    return list(weights[0::each]), list(weights[1::each]), bias_ih, bias_hh, weight_hr
+    places: list[Tensor | None] = [None] * 10
+    for d in range(directions):
+        own = weights[d * each : (d + 1) * each]
+        places[5 * d + IH], places[5 * d + HH] = own[0], own[1]
+        if bias:
+            places[5 * d + BIAS_IH], places[5 * d + BIAS_HH] = own[2], own[3]
+        if each % 2:
+            places[5 * d + HR] = own[-1]
+    return tuple(places)
+
+
+def lists_of(places: Sequence[Tensor | None]) -> tuple[list[Tensor], ...]:
+    """The lists that the ops take: (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), one tensor a direction."""
+    return tuple([weight for weight in (places[kind], places[5 + kind]) if weight is not None] for kind in range(5))
 
 
 def reference_layer(
     mode: str,
-    directions: int,
-    bias: bool,
     batch_first: bool,
     input: Tensor,
     hx: Tensor | None,
@@ -48,10 +55,10 @@ def reference_layer(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    *weights: Tensor,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer in plain PyTorch, every result differentiable: (output, h_n, c_n, cells, reserve)."""
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = split_weights(weights, directions, bias)
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = lists_of(places)
     gates = reference.input_gates(mode, input, weight_ih, bias_ih, bias_hh)
     return reference.recurrence_forward(
         mode, gates, weight_hh, bias_hh if mode == "GRU" else [], weight_hr, hx, cx, batch_sizes, lengths, resets,
@@ -67,7 +74,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 
 
 # Roles of the tensors for vmap (ops.batched_call), in the order of the Functions' arguments.
-_LAYER_ROLES = (ops.ROWS, ops.STATE, ops.STATE, ops.SIZES, ops.BATCH, ops.ROWS)
+_LAYER_ROLES = (ops.ROWS, ops.STATE, ops.STATE, ops.SIZES, ops.BATCH, ops.ROWS, *[ops.WEIGHT] * 10)
 _LAYER_RESULTS = (ops.ROWS, ops.STATE, ops.STATE, ops.ROWS, ops.ROWS)
 _BACKWARD_ROLES = (ops.ROWS, ops.STATE, ops.STATE, *[ops.ROWS] * 4, *_LAYER_ROLES)
 _BACKWARD_RESULTS = (ops.ROWS, ops.ROWS, ops.STATE, ops.STATE, ops.ROWS, ops.ROWS)
@@ -80,8 +87,6 @@ class Layer(torch.autograd.Function):
     def forward(
         backend: str,
         mode: str,
-        directions: int,
-        bias: bool,
         batch_first: bool,
         input: Tensor,
         hx: Tensor | None,
@@ -89,20 +94,33 @@ class Layer(torch.autograd.Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
-        *weights: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        weight_ih_reverse: Tensor | None,
+        weight_hh_reverse: Tensor | None,
+        bias_ih_reverse: Tensor | None,
+        bias_hh_reverse: Tensor | None,
+        weight_hr_reverse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = split_weights(weights, directions, bias)
-        gates = ops.input_gates(mode, input, weight_ih, bias_ih, bias_hh, backend=backend)
+        places = (
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse,
+            bias_hh_reverse, weight_hr_reverse,
+        )  # fmt: skip
+        every_ih, every_hh, every_bias_ih, every_bias_hh, every_hr = lists_of(places)
+        gates = ops.input_gates(mode, input, every_ih, every_bias_ih, every_bias_hh, backend=backend)
         return ops.recurrence_forward(
-            mode, gates, weight_hh, bias_hh if mode == "GRU" else [], weight_hr, hx, cx, batch_sizes, lengths, resets,
-            batch_first, True, backend=backend,
+            mode, gates, every_hh, every_bias_hh if mode == "GRU" else [], every_hr, hx, cx, batch_sizes, lengths,
+            resets, batch_first, True, backend=backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.mode, ctx.directions, ctx.bias, ctx.batch_first = inputs[:5]
+        ctx.backend, ctx.mode, ctx.batch_first = inputs[:3]
         out, _, _, cells, reserve = output
-        ctx.save_for_backward(*inputs[5:11], out, cells, reserve, *inputs[11:])
+        ctx.save_for_backward(*inputs[3:9], out, cells, reserve, *inputs[9:])
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
 
@@ -115,24 +133,43 @@ class Layer(torch.autograd.Function):
         grad_cells: Tensor | None,
         _: Tensor | None,
     ) -> tuple[Any, ...]:
-        input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve, *weights = ctx.saved_tensors
+        input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve, *places = ctx.saved_tensors
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
             return (None,) * len(ctx.needs_input_grad)
         with _without_autocast(output.device.type):
             grad_input, grad_hx, grad_cx, grad_weights = _layer_backward(
                 ctx, grad_output, grad_h_n, grad_c_n, grad_cells, input, hx, cx, batch_sizes, lengths, resets, output,
-                cells, reserve, weights,
+                cells, reserve, places,
             )  # fmt: skip
-        return (None, None, None, None, None, grad_input, grad_hx, grad_cx, None, None, None, *grad_weights)
+        return (None, None, None, grad_input, grad_hx, grad_cx, None, None, None, *grad_weights)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        flags, tensors = args[:5], args[5:]
+        flags, tensors = args[:3], args[3:]
         return ops.batched_call(
             lambda *folded: Layer.apply(*flags, *folded),
-            info.batch_size, in_dims[5:], tensors, _LAYER_ROLES + (ops.WEIGHT,) * (len(tensors) - 6), _LAYER_RESULTS,
-            tensors[3] is not None, flags[4],
+            info.batch_size, in_dims[3:], tensors, _LAYER_ROLES, _LAYER_RESULTS, tensors[3] is not None, flags[2],
         )  # fmt: skip
+
+
+def layer_in_graph(*arguments: Any) -> Any:
+    """`Layer.apply`, put into Dynamo's graph as it is: see `mark_layer_in_graph`."""
+    return Layer.apply(*arguments)
+
+
+def mark_layer_in_graph() -> bool:
+    """Tells Dynamo not to look into `layer_in_graph`.
+
+    Inside torch.func's transforms Dynamo takes a Function's forward for the whole of it and drops the backward, which
+    gives wrong gradients without a word. What it does not look into runs as without Dynamo, transforms and all.
+    """
+    torch.compiler.allow_in_graph(layer_in_graph)
+    return True
+
+
+# The effect of torch.compiler.assume_constant_result: Dynamo calls this while it traces. That decorator, like
+# allow_in_graph itself, imports Dynamo, which takes seconds, so neither can run when this module is imported.
+mark_layer_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer_backward(
@@ -150,13 +187,13 @@ def _layer_backward(
     output: Tensor,
     cells: Tensor,
     reserve: Tensor,
-    weights: Tensors,
+    places: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    needs = ctx.needs_input_grad
-    directions, bias, batch_first = ctx.directions, ctx.bias, ctx.batch_first
+    needs_input, needs_hx, needs_cx, *_ = ctx.needs_input_grad[3:]
+    needs = ctx.needs_input_grad[9:]
     arguments = (
-        ctx.backend, ctx.mode, directions, bias, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output,
-        cells, reserve, input, hx, cx, batch_sizes, lengths, resets, *weights,
+        ctx.backend, ctx.mode, ctx.batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve,
+        input, hx, cx, batch_sizes, lengths, resets, *places,
     )  # fmt: skip
     # The Function is only worth its overhead where somebody may differentiate this backward pass.
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
@@ -165,42 +202,41 @@ def _layer_backward(
         results = RecurrenceBackward.forward(*arguments)
     grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected, hidden = results
 
-    each = len(weights) // directions
-    weight_needs = needs[11:]
+    weight_ih, weight_hh, _, _, _ = lists_of(places)
+    directions = len(weight_hh)
     # (rows, D*G*H) as a matrix, whatever the leading dimensions; a view, because results are contiguous.
     flat = grad_gates.flatten(0, -2)
-    grad_weights: list[Tensor | None] = [None] * len(weights)
+    flat_hh = grad_gates_hh.flatten(0, -2) if ctx.mode == "GRU" else flat
+    grads: list[Tensor | None] = [None] * 10
     grad_input = None
-    if needs[5]:
-        weight_ih = weights[0] if directions == 1 else torch.cat((weights[0], weights[each]))
-        grad_input = ops.matmul(flat, weight_ih).view(input.shape)
-    if any(weight_needs[0::each]):
-        product = ops.matmul(flat.t(), input.contiguous().flatten(0, -2))
-        grad_weights[0::each] = product.chunk(directions)
-    if any(weight_needs[1::each]):
-        grad_hh = grad_gates_hh if ctx.mode == "GRU" else grad_gates
-        for d in range(directions):
-            if weight_needs[d * each + 1]:
-                grad_weights[d * each + 1] = _grad_weight_hh(
-                    grad_hh, output, hx, d, directions, batch_sizes, lengths, resets, batch_first
-                )
-    if bias and any(weight_needs):
-        sums = flat.sum(0).chunk(directions)
-        grad_weights[2::each] = sums
-        grad_weights[3::each] = sums if ctx.mode != "GRU" else grad_gates_hh.flatten(0, -2).sum(0).chunk(directions)
-    if each % 2:
-        for d in range(directions):
-            if weight_needs[d * each + each - 1]:
-                grad_weights[d * each + each - 1] = ops.matmul(
-                    _columns(grad_projected, d, directions).flatten(0, -2).t(),
-                    _columns(hidden, d, directions).flatten(0, -2),
-                )
+    if needs_input:
+        grad_input = ops.matmul(flat, weight_ih[0] if directions == 1 else torch.cat(weight_ih)).view(input.shape)
+
+    if any(needs[IH::5]):
+        grads[IH::5] = _split(ops.matmul(flat.t(), input.contiguous().flatten(0, -2)), directions)
+    if any(needs[BIAS_IH::5]) or any(needs[BIAS_HH::5]):
+        grads[BIAS_IH::5] = _split(flat.sum(0), directions)
+        grads[BIAS_HH::5] = grads[BIAS_IH::5] if ctx.mode != "GRU" else _split(flat_hh.sum(0), directions)
+    for d in range(directions):
+        if needs[5 * d + HH]:
+            grads[5 * d + HH] = _grad_weight_hh(
+                _columns(flat_hh, d, directions), _columns(output, d, directions), hx, d, batch_sizes, lengths, resets,
+                ctx.batch_first,
+            )  # fmt: skip
+        if needs[5 * d + HR]:
+            projected, unprojected = _columns(grad_projected, d, directions), _columns(hidden, d, directions)
+            grads[5 * d + HR] = ops.matmul(projected.flatten(0, -2).t(), unprojected.flatten(0, -2))
     return (
         grad_input,
-        grad_hx if needs[6] else None,
-        grad_cx if needs[7] else None,
-        [g if need else None for g, need in zip(grad_weights, weight_needs, strict=True)],
+        grad_hx if needs_hx else None,
+        grad_cx if needs_cx else None,
+        [g if need else None for g, need in zip(grads, needs, strict=True)],
     )
+
+
+def _split(value: Tensor, directions: int) -> tuple[Tensor | None, ...]:
+    """(D*K, ...) into one part for each of two directions, None for the one that is not there."""
+    return (value, None) if directions == 1 else value.chunk(2)
 
 
 def _columns(rows: Tensor, direction: int, directions: int) -> Tensor:
@@ -213,7 +249,6 @@ def _grad_weight_hh(
     output: Tensor,
     hx: Tensor | None,
     direction: int,
-    directions: int,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -222,24 +257,26 @@ def _grad_weight_hh(
     """Gradient of one direction's weight_hh (G*H, P or H): over all rows, grad times the state that entered the step.
 
     Args:
-        grad: (rows, D*G*H), the gradient of `W_hh h`.
-        output: (rows, D*P or D*H).
+        grad: (T*B, G*H), or packed (rows, G*H): the gradient of `W_hh h`, as a matrix.
+        output: (rows, P or H), this direction's.
+        hx: (D, B, P or H), all directions', or None.
     """
-    grad, output = _columns(grad, direction, directions), _columns(output, direction, directions)
     state = None if hx is None else hx[direction]
+    reverse = direction == 1
     if batch_sizes is not None:
-        previous = _previous_packed(output, state, batch_sizes, direction == 1)
-        return ops.matmul(grad.t(), previous)
+        return ops.matmul(grad.t(), _previous_packed(output, state, batch_sizes, reverse))
     if lengths is None and resets is None and not batch_first:
         # Time-major: the state that entered is the output, shifted by one step. Two views and two products, no copy.
-        inner, entry = (grad[1:], grad[0]) if direction == 0 else (grad[:-1], grad[-1])
-        shifted = output[:-1] if direction == 0 else output[1:]
-        if state is not None and output.size(0) == 1:
-            return ops.matmul(entry.t(), state)
-        product = ops.matmul(inner.flatten(0, 1).t(), shifted.flatten(0, 1))
+        batch, rows = output.size(1), grad.size(0)
+        output = output.flatten(0, 1)
+        if reverse:
+            inner, entry, shifted = grad[: rows - batch], grad[rows - batch :], output[batch:]
+        else:
+            inner, entry, shifted = grad[batch:], grad[:batch], output[: rows - batch]
+        product = ops.matmul(inner.t(), shifted)
         return product if state is None else product + ops.matmul(entry.t(), state)
-    previous = _previous_dense(output, state, lengths, resets, direction == 1, 1 if batch_first else 0)
-    return ops.matmul(grad.flatten(0, 1).t(), previous.flatten(0, 1))
+    previous = _previous_dense(output, state, lengths, resets, reverse, 1 if batch_first else 0)
+    return ops.matmul(grad.t(), previous.flatten(0, 1))
 
 
 def _previous_dense(
@@ -312,8 +349,6 @@ class RecurrenceBackward(torch.autograd.Function):
     def forward(
         backend: str,
         mode: str,
-        directions: int,
-        bias: bool,
         batch_first: bool,
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
@@ -328,28 +363,41 @@ class RecurrenceBackward(torch.autograd.Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
-        *weights: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        weight_ih_reverse: Tensor | None,
+        weight_hh_reverse: Tensor | None,
+        bias_ih_reverse: Tensor | None,
+        bias_hh_reverse: Tensor | None,
+        weight_hr_reverse: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        _, weight_hh, _, _, weight_hr = split_weights(weights, directions, bias)
+        places = (
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse,
+            bias_hh_reverse, weight_hr_reverse,
+        )  # fmt: skip
+        _, every_hh, _, _, every_hr = lists_of(places)
         results = ops.recurrence_backward(
-            mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr, hx, cx,
+            mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, every_hh, every_hr, hx, cx,
             batch_sizes, lengths, resets, batch_first, backend=backend,
         )  # fmt: skip
-        hidden = _hidden(cells, reserve, directions, lengths, batch_first) if weight_hr else output.new_empty(0)
+        hidden = _hidden(cells, reserve, len(every_hh), lengths, batch_first) if every_hr else output.new_empty(0)
         return (*results, hidden)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.flags = inputs[1:5]
-        # output, cells and reserve (9, 10, 11) are recomputed.
-        ctx.save_for_backward(*inputs[5:9], *inputs[12:])
+        ctx.mode, ctx.batch_first = inputs[1:3]
+        # output, cells and reserve (7, 8, 9) are recomputed.
+        ctx.save_for_backward(*inputs[3:7], *inputs[10:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        mode, directions, bias, batch_first = ctx.flags
+        mode, batch_first = ctx.mode, ctx.batch_first
         saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:9] + ctx.needs_input_grad[12:]
+        needs = ctx.needs_input_grad[3:7] + ctx.needs_input_grad[10:]
         wanted = [i for i, need in enumerate(needs) if need and saved[i] is not None]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         grads: list[Tensor | None] = [None] * len(saved)
@@ -360,14 +408,15 @@ class RecurrenceBackward(torch.autograd.Function):
                 for i, variable in zip(wanted, variables, strict=True):
                     values[i] = variable
                 grad_output, grad_h_n, grad_c_n, grad_cells, *layer = values
-                _, hx, cx, batch_sizes, lengths, resets, *weights = layer
-                _, weight_hh, _, _, weight_hr = split_weights(weights, directions, bias)
-                output, _, _, cells, reserve = reference_layer(mode, directions, bias, batch_first, *layer)
+                _, hx, cx, batch_sizes, lengths, resets, *places = layer
+                _, weight_hh, _, _, weight_hr = lists_of(places)
+                output, _, _, cells, reserve = reference_layer(mode, batch_first, *layer)
+                nothing = output.new_empty(0)
                 results = reference.recurrence_backward(
                     mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr,
                     hx, cx, batch_sizes, lengths, resets, batch_first,
                 )  # fmt: skip
-                hidden = _hidden(cells, reserve, directions, lengths, batch_first) if weight_hr else output.new_empty(0)
+                hidden = _hidden(cells, reserve, len(weight_hh), lengths, batch_first) if weight_hr else nothing
                 every = (*results, hidden)
                 return tuple(every[i] for i in given)
 
@@ -375,13 +424,13 @@ class RecurrenceBackward(torch.autograd.Function):
                 pull_back = torch.func.vjp(recompute, *[saved[i] for i in wanted])[1]
                 for i, grad in zip(wanted, pull_back(tuple(cotangents[i] for i in given)), strict=True):
                     grads[i] = grad
-        return (None,) * 5 + (*grads[:4], None, None, None, *grads[4:])
+        return (None,) * 3 + (*grads[:4], None, None, None, *grads[4:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        flags, tensors = args[:5], args[5:]
+        flags, tensors = args[:3], args[3:]
         return ops.batched_call(
             lambda *folded: RecurrenceBackward.apply(*flags, *folded),
-            info.batch_size, in_dims[5:], tensors, _BACKWARD_ROLES + (ops.WEIGHT,) * (len(tensors) - 13),
-            _BACKWARD_RESULTS, tensors[10] is not None, flags[4],
+            info.batch_size, in_dims[3:], tensors, _BACKWARD_ROLES, _BACKWARD_RESULTS, tensors[10] is not None,
+            flags[2],
         )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .autograd import Layer, reference_layer, split_weights
+from .autograd import Layer, layer_in_graph, lists_of, mark_layer_in_graph, place_weights, reference_layer
 from .backends import select
 
 Tensors = Sequence[Tensor]
@@ -90,6 +90,9 @@ def run_layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
     dual = forward_ad._current_level >= 0
+    apply = Layer.apply
+    if graph and torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
+        apply = layer_in_graph
     output, cells = input, None
     states_h, states_c = [], []
     for layer in range(num_layers):
@@ -100,18 +103,17 @@ def run_layers(
         else:
             layer_hx = None if hx is None else hx.narrow(0, layer * directions, directions)
             layer_cx = None if cx is None else cx.narrow(0, layer * directions, directions)
+        places = place_weights(layer_weights, directions, bias)
         if dual:
             output, h_n, c_n, cells, _ = reference_layer(
-                mode, directions, bias, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets,
-                *layer_weights,
-            )  # fmt: skip
+                mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets, *places
+            )
         elif graph:
-            output, h_n, c_n, cells, _ = Layer.apply(
-                backend, mode, directions, bias, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets,
-                *layer_weights,
-            )  # fmt: skip
+            output, h_n, c_n, cells, _ = apply(
+                backend, mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets, *places
+            )
         else:
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = split_weights(layer_weights, directions, bias)
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = lists_of(places)
             if return_cell_states and last:
                 gates = ops.input_gates(mode, output, weight_ih, bias_ih, bias_hh, backend=backend)
                 output, h_n, c_n, cells, _ = ops.recurrence_forward(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import rnnfast
 from cases import MODES, Call, make_call, random_grads
 from rnnfast import ops
-from rnnfast.autograd import reference_layer
+from rnnfast.autograd import place_weights, reference_layer
 from rnnfast.functional import run_layers
 from tolerances import check_equal
 
@@ -87,8 +87,6 @@ def plain(call: Call, values: list[Tensor] | None = None) -> Results:
         call.mode,
         reference_layer(
             call.mode,
-            call.directions,
-            bool(call.bias_ih),
             call.batch_first,
             call.input,
             call.hx,
@@ -96,7 +94,7 @@ def plain(call: Call, values: list[Tensor] | None = None) -> Results:
             call.batch_sizes,
             call.lengths,
             call.resets,
-            *flat_weights(call),
+            *place_weights(flat_weights(call), call.directions, bool(call.bias_ih)),
         ),
     )
 
