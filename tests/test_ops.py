@@ -205,6 +205,18 @@ def test_nan_and_inf_stand_where_the_reference_has_them(backend: str, mode: str,
         assert error(result, expected[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_gates_of_any_size_saturate(backend: str, mode: str, dtype: torch.dtype) -> None:
+    """One step from zero: what comes out is the activation functions alone, from subnormal to far beyond saturation."""
+    sizes = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 1.0, 5.0, 9.0, 11.0, 20.0, 45.0, 88.0, 89.0, 104.0, 800.0, 6e4]
+    values = torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype)
+    call = make_call(mode, T=1, B=1, H=len(values), initial=False, bias=False, dtype=dtype)
+    gates = values.repeat(call.weight_ih[0].shape[0] // len(values)).reshape(1, 1, -1)
+    own, expected = call.forward(reference, gates), call.to(torch.float64).forward(reference, gates.double())
+    check_results(call, call.forward(ops, gates), own, expected, "recurrence_forward")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_lies_beyond_a_row_is_never_read(backend: str, mode: str, dtype: torch.dtype) -> None:
@@ -305,7 +317,9 @@ def test_seventy_thousand_steps(backend: str, mode: str) -> None:
 )
 def test_matmul(backend: str, M: int, K: int, N: int, dtype: torch.dtype) -> None:
     matmul = reference.matmul if backend == "reference" else torch.ops.rnnfast.matmul
-    a, b = torch.randn(M, K, dtype=torch.float64).to(dtype), torch.randn(K, N, dtype=torch.float64).to(dtype)
+    # the rule's floor is meant for values near 1
+    a = (torch.randn(M, K, dtype=torch.float64) / max(1, K) ** 0.5).to(dtype)
+    b = torch.randn(K, N, dtype=torch.float64).to(dtype)
     # the leading dimension may be larger than a row
     layouts = {
         "row": lambda x: x,

@@ -108,8 +108,8 @@ def one_sided(case: Case) -> bool:
     """Whether every unit is to be on or off throughout.
 
     relu's derivative jumps at zero: a 16-bit rounding of an argument near zero changes the gradient by its whole size,
-    in torch.nn as here, but not always in both. So there no argument is a difference that nearly vanishes: input and states
-    are positive, and each unit's weights and biases have one sign.
+    in torch.nn as here, but not always in both. So there no argument is a difference that nearly vanishes: input and
+    states are positive, and each unit's weights and biases have one sign.
     """
     return case.cell == "RNN relu" and case.dtype.itemsize == 2
 
