@@ -74,8 +74,8 @@ struct BackwardParams : Recurrence {
   const void* reserve{};
   void* grad_gates{};         // (rows, D*G*H)
   void* grad_gates_hh{};      // GRU: (rows, D*G*H)
-  void* grad_hx{};            // (D, B, P or H)
-  void* grad_cx{};            // LSTM: (D, B, H)
+  void* grad_hx{};            // (D, B, P or H) or null: nobody asks
+  void* grad_cx{};            // LSTM: (D, B, H) or null
   void* grad_projected{};     // with projection: (rows, D*P)
 };
 

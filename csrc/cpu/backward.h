@@ -105,8 +105,8 @@ class BackwardLoop {
           store<Compute>(at<Storage>(to, offset + u), from ? load<Compute>(at<Storage>(from, offset + u), width - u) : Value{},
                          width - u);
       };
-      copy(p_.grad_h_n, p_.grad_hx, p_.state_size);
-      if (Cell::kHasCell) copy(p_.grad_c_n, p_.grad_cx, p_.hidden_size);
+      if (p_.grad_hx) copy(p_.grad_h_n, p_.grad_hx, p_.state_size);
+      if (p_.grad_cx) copy(p_.grad_c_n, p_.grad_cx, p_.hidden_size);
     }
     const auto zero = [&](void* tensor, int64_t width) {
       zero_beyond_lengths(rows, static_cast<Storage*>(tensor), p_.directions * width, d * width, width, rank, members);
@@ -206,16 +206,17 @@ class BackwardLoop {
     const Share my_inner_tiles = share_of(inner_tiles_, rank, members);
     int64_t started = 0;  // rows whose later step has been done
     int current = 0;
-    // One turn more than steps: the last only finishes the rows that are left.
-    for (int64_t s = schedule_.steps(); s >= 0; --s, current = 1 - current) {
+    // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial gradients.
+    const int64_t last_turn = p_.grad_hx || p_.grad_cx ? 0 : 1;
+    for (int64_t s = schedule_.steps(); s >= last_turn; --s, current = 1 - current) {
       const int64_t t = rows.time(s - 1), alive = s > 0 ? rows.alive(t) : 0;
       const StateBuffer<Compute>& later = group.dgates[1 - current];
       for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
         const auto on_block = [&](int64_t r, int64_t unit, Value product) {
           if (!p_.projected && Cell::kSplitGradient && r < started) product += load<Compute>(group.carry.row(r) + unit);
           if (r >= alive) {
-            write_grad_hx(rows, d, r, unit, product);
-            if (Cell::kHasCell && !p_.projected) write_grad_cx(rows, group, d, r, unit);
+            if (p_.grad_hx) write_grad_hx(rows, d, r, unit, product);
+            if (p_.grad_cx && !p_.projected) write_grad_cx(rows, group, d, r, unit);
             return;
           }
           const Row row = row_at(rows, t, r, started);
@@ -253,13 +254,13 @@ class BackwardLoop {
                                                    acc[i * kBlocks + block]);
                                      }
                                  });
-          for (int64_t r = alive; Cell::kHasCell && r < started; ++r)
+          for (int64_t r = alive; p_.grad_cx && r < started; ++r)
             for (int64_t unit = tile * kTileUnits; unit < p_.hidden_size && unit < (tile + 1) * kTileUnits; unit += kL)
               write_grad_cx(rows, group, d, r, unit);
         }
       }
       started = alive;
-      if (s == 0) break;
+      if (s == last_turn) break;
       // dgates of this step are there for all, and nobody reads the later step's any more.
       barriers_[g].wait(members);
     }

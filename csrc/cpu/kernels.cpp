@@ -1,6 +1,8 @@
 // The kernels of one ISA. Compiled once for each, with that ISA's compiler flags and RNNFAST_KERNELS as the name of its table.
 #include "kernels.h"
 
+#include <type_traits>
+
 #include "backward.h"
 #include "forward.h"
 #include "matmul.h"
@@ -26,19 +28,15 @@ inline bool with_storage(DType dtype, const Use& use) {
   return false;
 }
 
-// Blocks of units in a tile (blocks_per_tile): 1, 2 or 4.
+// Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products; float32, whose
+// speed matters most, has one block too, for sizes that two would not share out among the threads.
 template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage, class Params>
-inline bool run_with_blocks(const Params& params, int64_t units, int gates, int threads) {
-  const int64_t per_group = threads / params.directions;
-  switch (blocks_per_tile(units, kLanes<typename ComputeOf<Storage>::type>, gates, per_group > 0 ? per_group : 1)) {
-    case 4:
-      if (gates == 1) return Loop<CellOf, Storage, 4>(params, threads).run(threads);
-      [[fallthrough]];
-    case 2:
-      if (gates == 1) return Loop<CellOf, Storage, 2>(params, threads).run(threads);
-      [[fallthrough]];
-    default: return Loop<CellOf, Storage, 1>(params, threads).run(threads);
+inline bool run_with_blocks(const Params& params, int64_t units, int threads) {
+  if constexpr (std::is_same_v<Storage, float>) {
+    const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
+    if (blocks == 1 || divide_up(blocks, 2) < per_direction) return Loop<CellOf, Storage, 1>(params, threads).run(threads);
   }
+  return Loop<CellOf, Storage, 2>(params, threads).run(threads);
 }
 
 bool forward(const ForwardParams& params, int threads) {
@@ -48,9 +46,9 @@ bool forward(const ForwardParams& params, int threads) {
     switch (params.mode) {
       case Mode::lstm: return ForwardLoop<LstmCell, Storage, 1>(params, threads).run(threads);
       case Mode::gru: return ForwardLoop<GruCell, Storage, 1>(params, threads).run(threads);
-      case Mode::rnn_tanh: return run_with_blocks<ForwardLoop, RnnTanhCell, Storage>(params, units, 1, threads);
-      case Mode::rnn_relu: return run_with_blocks<ForwardLoop, RnnReluCell, Storage>(params, units, 1, threads);
-      case Mode::rnn_identity: return run_with_blocks<ForwardLoop, RnnIdentityCell, Storage>(params, units, 1, threads);
+      case Mode::rnn_tanh: return run_with_blocks<ForwardLoop, RnnTanhCell, Storage>(params, units, threads);
+      case Mode::rnn_relu: return run_with_blocks<ForwardLoop, RnnReluCell, Storage>(params, units, threads);
+      case Mode::rnn_identity: return run_with_blocks<ForwardLoop, RnnIdentityCell, Storage>(params, units, threads);
     }
     return false;
   });
@@ -61,11 +59,11 @@ bool backward(const BackwardParams& params, int threads) {
     using Storage = decltype(storage);
     const int64_t units = params.state_size;
     switch (params.mode) {
-      case Mode::lstm: return run_with_blocks<BackwardLoop, LstmCell, Storage>(params, units, 1, threads);
-      case Mode::gru: return run_with_blocks<BackwardLoop, GruCell, Storage>(params, units, 1, threads);
-      case Mode::rnn_tanh: return run_with_blocks<BackwardLoop, RnnTanhCell, Storage>(params, units, 1, threads);
-      case Mode::rnn_relu: return run_with_blocks<BackwardLoop, RnnReluCell, Storage>(params, units, 1, threads);
-      case Mode::rnn_identity: return run_with_blocks<BackwardLoop, RnnIdentityCell, Storage>(params, units, 1, threads);
+      case Mode::lstm: return run_with_blocks<BackwardLoop, LstmCell, Storage>(params, units, threads);
+      case Mode::gru: return run_with_blocks<BackwardLoop, GruCell, Storage>(params, units, threads);
+      case Mode::rnn_tanh: return run_with_blocks<BackwardLoop, RnnTanhCell, Storage>(params, units, threads);
+      case Mode::rnn_relu: return run_with_blocks<BackwardLoop, RnnReluCell, Storage>(params, units, threads);
+      case Mode::rnn_identity: return run_with_blocks<BackwardLoop, RnnIdentityCell, Storage>(params, units, threads);
     }
     return false;
   });

@@ -346,13 +346,13 @@ Five recurrence_backward(std::string mode, OptionalTensor grad_output, OptionalT
   if (reserve_of(r.mode)) p.reserve = rows_of("reserve", reserve, D * reserve_of(r.mode) * H);
   Tensor grad_gates = empty_rows(output, D * G * H);
   Tensor grad_gates_hh = r.mode == Mode::gru ? empty_rows(output, D * G * H) : none(output);
-  Tensor grad_hx = empty(output, {D, r.rows.batch, r.state_size});
-  Tensor grad_cx = lstm ? empty(output, {D, r.rows.batch, H}) : none(output);
+  Tensor grad_hx = hx ? empty(output, {D, r.rows.batch, r.state_size}) : none(output);
+  Tensor grad_cx = lstm && cx ? empty(output, {D, r.rows.batch, H}) : none(output);
   Tensor grad_projected = r.projected ? empty_rows(output, D * r.state_size) : none(output);
   p.grad_gates = mutable_data_of(grad_gates);
   p.grad_gates_hh = r.mode == Mode::gru ? mutable_data_of(grad_gates_hh) : nullptr;
-  p.grad_hx = mutable_data_of(grad_hx);
-  p.grad_cx = mutable_data_of(grad_cx);
+  p.grad_hx = hx ? mutable_data_of(grad_hx) : nullptr;
+  p.grad_cx = lstm && cx ? mutable_data_of(grad_cx) : nullptr;
   p.grad_projected = r.projected ? mutable_data_of(grad_projected) : nullptr;
   check_memory(op, kernels().backward(p, threads_for(r, context.row_count)));
   return {grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected};

@@ -1,8 +1,11 @@
 // The threads that work on one call: who takes part, and how they wait for each other.
 #pragma once
 
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -19,18 +22,20 @@ inline void relax() {
 #endif
 }
 
-// Spins for some microseconds, then gives the core away: with more threads than cores the thread waited for may need it.
+// Spins for some microseconds, then offers the core to others: with more threads than cores the one waited for may need it.
 class Spinner {
  public:
-  void operator()() {
+  // False when it is time to sleep instead.
+  bool operator()() {
     if (++turns_ < kSpins)
       relax();
     else
       sched_yield();
+    return turns_ < kSpins + kYields;
   }
 
  private:
-  static constexpr int kSpins = 1000;
+  static constexpr int kSpins = 1000, kYields = 20;
   int turns_ = 0;
 };
 
@@ -43,16 +48,26 @@ class alignas(64) Barrier {
     // Acquire and release: the last to arrive sees what the others wrote, and its release of the generation passes it on.
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+      // Sequentially consistent with the sleeper's own pair below: either it sees the new generation, or it is seen sleeping.
+      __atomic_store_n(&generation_, generation + 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
       return;
     }
     Spinner spin;
-    while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) spin();
+    while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) {
+      if (spin()) continue;
+      __atomic_add_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&generation_, __ATOMIC_SEQ_CST) == generation) futex(FUTEX_WAIT_PRIVATE, generation);
+      __atomic_sub_fetch(&sleepers_, 1, __ATOMIC_RELAXED);
+    }
   }
 
  private:
+  void futex(int operation, int32_t value) { syscall(SYS_futex, &generation_, operation, value, nullptr, nullptr, 0); }
+
   int32_t arrived_ = 0;
   alignas(64) int32_t generation_ = 0;
+  int32_t sleepers_ = 0;
 };
 
 // A parallel region may get fewer threads than it asked for (nested regions, a busy pool), and a barrier that counts threads which

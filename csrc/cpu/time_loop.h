@@ -41,17 +41,6 @@ RNNFAST_INLINE Storage* at(void* base, int64_t offset) {
   return static_cast<Storage*>(base) + offset;
 }
 
-// Blocks of kLanes units in one tile when a tile holds `gates` vectors a block: as many as keep a register tile of full height
-// busy, but no fewer tiles than threads.
-inline int blocks_per_tile(int64_t units, int lanes, int gates, int64_t threads) {
-  const int64_t blocks = divide_up(units, lanes);
-  for (int n = gates == 1 ? 4 : 1; n > 1; n /= 2)
-    if (divide_up(blocks, n) >= threads && blocks % n == 0) return n;
-  for (int n = gates == 1 ? 4 : 1; n > 1; n /= 2)
-    if (divide_up(blocks, n) >= threads) return n;
-  return 1;
-}
-
 // Zeroes the rows beyond each row's length in a (rows, width) tensor of the group's direction.
 template <class Storage>
 inline void zero_beyond_lengths(const GroupRows& rows, Storage* tensor, int64_t row_stride, int64_t offset, int64_t width,
