@@ -156,7 +156,7 @@ RNNFAST_INLINE Vector<Compute> rounded_to(Vector<Compute> value) {
 
 template <class Compute>
 RNNFAST_INLINE Vector<Compute> broadcast(Compute value) {
-  return Vector<Compute>{} + value;
+  return value - Vector<Compute>{};  // x - 0 is x, and compiles to one broadcast
 }
 
 // Constants of the exponential: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2.
