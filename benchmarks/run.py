@@ -100,6 +100,9 @@ def main() -> int:
     options = parser.parse_args()
     paths = {suite: options.out / f"{options.device.type}-{suite}.json" for suite in options.suites}
     if options.markdown:
+        for path in paths.values():
+            if not path.exists():
+                parser.error(f"there is no {path}: run the suite first")
         print(markdown([json.loads(path.read_text()) for path in paths.values()]))
         return 0
     torch.set_num_threads(options.threads)

@@ -62,9 +62,10 @@ def interleave(calls: Sequence[Callable[[], object]], seconds: float, device: to
 
     for call in calls:
         call()
-    # Samples of at least 2 ms: the clock and the wake-up of the threads should not be what is measured.
-    estimate = [sample(call, 1) for call in calls]
-    repeats = max(1, min(1000, round(2e-3 / min(estimate))))
+    # Samples of at least 2 ms: the clock and the wake-up of the threads should not be what is measured. But no longer
+    # than leaves time for ten rounds.
+    estimate = [statistics.median(sample(call, 1) for _ in range(3)) for call in calls]
+    repeats = max(1, round(min(2e-3 / min(estimate), seconds / 10 / sum(estimate))))
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     while len(samples[0]) < 5 or (time.perf_counter() < end and len(samples[0]) < 500):
