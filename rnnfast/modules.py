@@ -59,6 +59,17 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
+def without_padding(input: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """`input` (T, N, I), or (N, T, I), with zeros beyond each row's length.
+
+    The time loop never reads what stands there, but the weights' gradient is one product over all steps, in which even
+    a NaN times a gradient of zero would spread.
+    """
+    step = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
+    beyond = step >= lengths.unsqueeze(1) if batch_first else step.unsqueeze(1) >= lengths
+    return input.masked_fill(beyond.unsqueeze(-1), 0)
+
+
 def check_resets(resets: Tensor, first: int, second: int, batch_first: bool) -> None:
     """Raises TypeError unless `resets` is bool, ValueError unless its shape is (first, second)."""
     if resets.dtype != torch.bool:
@@ -162,6 +173,8 @@ class Recurrent(nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
             lengths = as_lengths(lengths, steps, batch, input.device)
+            if torch.is_grad_enabled():
+                input = without_padding(input, lengths, batch_first)
         if resets is not None:
             check_resets(resets, first, second, batch_first)
             resets = resets.to(input.device)
