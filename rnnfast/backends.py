@@ -73,16 +73,17 @@ def backends() -> dict[str, Availability]:
     Returns:
         dict from name (`cpu`, `cuda`, `triton`, `reference`) to `Availability(available, reason)`.
     """
-    if ops.library_error is None:
-        cpu = Availability(True, f"C++ kernels, instruction set {ops.cpu_isa()}")
-    else:
-        cpu = Availability(False, ops.library_error)
-    return {
-        "cpu": cpu,
-        "cuda": Availability(False, _NOT_BUILT["cuda"]),
-        "triton": Availability(False, _NOT_BUILT["triton"]),
-        "reference": Availability(True, "plain PyTorch: any device and dtype, slow"),
+    described = {
+        "cpu": f"C++ kernels, instruction set {ops.cpu_isa()}",
+        "reference": "plain PyTorch: any device and dtype, slow",
     }
+    missing = {name: _missing(name) for name in NAMES if name != "auto"}
+    return {name: Availability(why is None, described[name] if why is None else why) for name, why in missing.items()}
+
+
+def _missing(name: str) -> str | None:
+    """Why the backend cannot run here, None where it can."""
+    return ops.library_error if name == "cpu" else _NOT_BUILT.get(name)
 
 
 @contextlib.contextmanager
@@ -98,10 +99,9 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"rnnfast.backend: unknown backend {name!r}, expected one of {', '.join(NAMES)}")
-    if name != "auto":
-        availability = backends()[name]
-        if not availability.available:
-            raise RuntimeError(f"rnnfast.backend: {name!r} is not available: {availability.reason}")
+    missing = _missing(name)
+    if missing is not None:
+        raise RuntimeError(f"rnnfast.backend: {name!r} is not available: {missing}")
     before = getattr(_asked, "name", "auto")
     _asked.name = name
     try:

@@ -32,6 +32,7 @@ PROJECTED_IDS = [mode + ("-projected" if P else "") for mode, P in PROJECTED]
 Results = dict[str, Tensor]
 NAMES = ["output", "h_n", "c_n", "cells"]
 
+exhaustive = pytest.mark.exhaustive
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 # The reference has no registered ops.
 only_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
@@ -340,7 +341,11 @@ def dims_for(call: Call, which: str) -> list[int | None]:
     return [chosen.get(name) for name in call.tensors()]
 
 
-WHICH = ["input", "data", "states", "weights", "one weight", "everything"]
+WHICH = [
+    "data",
+    "one weight",
+    *(pytest.param(w, marks=exhaustive) for w in ["input", "states", "weights", "everything"]),
+]
 
 
 @over_layouts
@@ -504,7 +509,7 @@ def test_matmul_derivatives() -> None:
 
 @over_layouts
 @over_modes
-@pytest.mark.parametrize("initial", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("initial", [False, pytest.param(True, marks=exhaustive)], ids=["zeros", "hx"])
 @only_cpu
 def test_opcheck(mode: str, P: int, layout: str, initial: bool) -> None:
     call = make_call(mode, P=P, D=2, T=3, initial=initial, **LAYOUTS[layout])
