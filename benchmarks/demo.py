@@ -84,7 +84,8 @@ def race(sides: Sequence[Side], steps: int, unit: str, seconds: float, device: t
         sides: who takes part; their ``losses``, ``speeds`` and ``seconds`` are filled in.
         steps: how many steps each takes.
         unit: what a side's step counts, for the progress bars.
-        seconds: the training ends after the block in which all sides together reach this.
+        seconds: the training ends before the block that would take all sides together beyond this (if it takes as long
+            as the one before).
         device: where it happens (a clock is read only after the device's queue is empty).
         block: steps in a turn.
 
@@ -95,8 +96,8 @@ def race(sides: Sequence[Side], steps: int, unit: str, seconds: float, device: t
         tqdm(total=steps, desc=f"{s.name:>8}", position=i, unit="step", mininterval=0.5) for i, s in enumerate(sides)
     ]
     with Interrupt() as interrupt:
-        done = 0
-        while done < steps and sum(s.seconds for s in sides) < seconds and not interrupt.asked:
+        done, last = 0, 0.0
+        while done < steps and sum(s.seconds for s in sides) + last < seconds and not interrupt.asked:
             count = min(block, steps - done)
             turn = list(enumerate(sides))
             measured: dict[int, tuple[list[float], int, float]] = {}
@@ -121,9 +122,12 @@ def race(sides: Sequence[Side], steps: int, unit: str, seconds: float, device: t
                     sides[i].speeds.append(units / elapsed)
                     sides[i].seconds += elapsed
                     bars[i].set_postfix_str(f"loss {losses[-1]:.3f}, {sides[i].speed:,.0f} {unit}/s")
+                last = sum(elapsed for _, _, elapsed in measured.values())
             done += count
         for bar in bars:
             bar.close()
+        if done < steps and not interrupt.asked:
+            print(f"The time is up after {done} of {steps} steps.")
         return interrupt.asked
 
 
@@ -212,18 +216,27 @@ def report(
         "sides": {s.name: {"per_second": round(s.speed, 1), "losses": [round(x, 5) for x in s.losses]} for s in sides},
     }
     stem.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    plot(stem.with_suffix(".png"), f"{title}\n{record['device']}, torch {torch.__version__}", sides, unit, loss_unit)
+    titles = [
+        f"{title}\n{record['device']}, torch {torch.__version__}",
+        f"loss by step, largest difference {whole:.1e}",
+        "loss by training time",
+        f"throughput, {ratio.median:.2f} times",
+    ]
+    plot(stem.with_suffix(".png"), titles, sides, unit, loss_unit)
     print(f"  written: {stem.with_suffix('.png')} and .json", flush=True)
     return agree
 
 
-def plot(path: Path, title: str, sides: Sequence[Side], unit: str, loss_unit: str) -> None:
-    """Three panels: the loss by step (the curves lie on each other), the loss by training time, the throughput."""
+def plot(path: Path, titles: Sequence[str], sides: Sequence[Side], unit: str, loss_unit: str) -> None:
+    """Three panels: the loss by step (the curves lie on each other), the loss by training time, the throughput.
+
+    ``titles`` are those of the figure and of the panels.
+    """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (by_step, by_time, speed) = plt.subplots(
         1, 3, figsize=(13, 4.2), width_ratios=(5, 5, 3), layout="constrained"
     )
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(titles[0], fontsize=12)
     for i, side in enumerate(sides):
         losses = smooth(side.losses)
         count = len(losses)
@@ -236,9 +249,10 @@ def plot(path: Path, title: str, sides: Sequence[Side], unit: str, loss_unit: st
         spread = [[side.speed - ranked[len(ranked) // 5]], [ranked[-1 - len(ranked) // 5] - side.speed]]
         bar = speed.bar(side.name, side.speed, color=COLOURS[side.name], yerr=spread, capsize=4, width=0.6)
         speed.bar_label(bar, labels=[f"{side.speed:,.0f}"], padding=4)
-    by_step.set(xlabel="training step", ylabel=f"training loss ({loss_unit})", title="loss by step: the same curve")
-    by_time.set(xlabel="training time (s)", ylabel=f"training loss ({loss_unit})", title="loss by training time")
-    speed.set(ylabel=f"{unit} per second", title="training throughput")
+    label = f"training loss ({loss_unit}), mean of {SMOOTH} steps"
+    by_step.set(xlabel="training step", ylabel=label, title=titles[1])
+    by_time.set(xlabel="training time (s)", ylabel=label, title=titles[2])
+    speed.set(ylabel=f"{unit} per second", title=titles[3])
     speed.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
     speed.margins(y=0.15)
     for axes in (by_step, by_time):

@@ -133,7 +133,7 @@ def sample(model: CharacterModel, alphabet: str, prompt: str, length: int, seed:
 
 
 def main() -> int:
-    parser = arguments(__doc__, steps=400)
+    parser = arguments(__doc__, steps=800)
     parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (default 256)")
     parser.add_argument("--layers", type=int, default=2)
