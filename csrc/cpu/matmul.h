@@ -24,7 +24,7 @@ class MatmulLoop {
       : p_(params),
         n_tiles_(divide_up(params.n, kWidth)),
         m_tiles_(divide_up(params.m, kRows)),
-        block_k_(params.k < kBlockK ? params.k : kBlockK),
+        block_k_(params.k < 1 ? 1 : params.k < kBlockK ? params.k : kBlockK),
         // Few rows and row-major weights: each weight is used once or twice, so packing would cost more than the product.
         direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 && sizeof(Storage) == sizeof(Compute)),
         pack_a_(params.a_col != 1 || sizeof(Storage) != sizeof(Compute)) {}

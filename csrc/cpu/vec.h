@@ -170,7 +170,7 @@ struct ExpConstants<float> {
   static constexpr float kRoundMagic = 0x1.8p23f;
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
-  static constexpr float kExpMin = -87.0f, kExpMax = 88.0f;  // 2^n stays normal
+  static constexpr float kExpMin = -87.0f, kExpMax = 89.0f;  // from a normal 2^n to infinity
   static constexpr float kTanhOne = 10.0f;                   // tanh(x) rounds to 1 beyond it
   // Chebyshev fit of (exp(r) - 1 - r) / r^2 on |r| <= 0.35, highest power first; exp to 8.4e-9.
   static constexpr int kTerms = 5;
@@ -185,7 +185,7 @@ struct ExpConstants<double> {
   static constexpr double kRoundMagic = 0x1.8p52;
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
-  static constexpr double kExpMin = -708.0, kExpMax = 709.0;
+  static constexpr double kExpMin = -708.0, kExpMax = 709.9;
   static constexpr double kTanhOne = 20.0;
   // As above; exp to 1.9e-19.
   static constexpr int kTerms = 11;
@@ -222,7 +222,7 @@ struct VectorMath {
     y = y < Constants::kExpMin ? broadcast<Compute>(Constants::kExpMin) : y;  // a NaN compares false and stays
     y = y > Constants::kExpMax ? broadcast<Compute>(Constants::kExpMax) : y;
     const Split e = split_exp(y);
-    return 1 / (1 + (e.scale * e.minus_one + e.scale));
+    return 1 / (1 + e.scale * (1 + e.minus_one));
   }
 
   // tanh |x| = -m / (m + 2) with m = exp(-2 |x|) - 1, which keeps its relative precision near 0.
