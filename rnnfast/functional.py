@@ -227,8 +227,8 @@ def lstm(
     Raises:
         ValueError: an argument has the wrong shape, type or device.
     """
-    bias, hidden_size, out_size = _check_weights("lstm", "LSTM", input, weights, num_layers, bidirectional)
     _check_input("lstm", input, weights, batch_first, dropout, batch_sizes, lengths, resets)
+    bias, hidden_size, out_size = _check_weights("lstm", "LSTM", input, weights, num_layers, bidirectional)
     h_0, c_0 = (None, None) if hx is None else hx
     directions = 2 if bidirectional else 1
     _check_state("lstm", "hx[0]", h_0, num_layers * directions, out_size, input, batch_first, batch_sizes)
@@ -338,8 +338,8 @@ def _without_cells(
     lengths: Tensor | None,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    bias, hidden_size, _ = _check_weights(name, mode, input, weights, num_layers, bidirectional)
     _check_input(name, input, weights, batch_first, dropout, batch_sizes, lengths, resets)
+    bias, hidden_size, _ = _check_weights(name, mode, input, weights, num_layers, bidirectional)
     directions = 2 if bidirectional else 1
     _check_state(name, "hx", hx, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
     output, h_n, _, _ = run_layers(
@@ -406,7 +406,7 @@ def _check_input(
 ) -> None:
     if not input.dtype.is_floating_point:
         raise ValueError(f"{name}: input should be of a floating type, got {input.dtype}")
-    if input.dtype != weights[0].dtype and not _autocast_active():
+    if weights and input.dtype != weights[0].dtype and not _autocast_active():
         raise ValueError(f"{name}: input is {input.dtype}, the weights are {weights[0].dtype}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"{name}: dropout should be in [0, 1], got {dropout}")
