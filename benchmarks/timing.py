@@ -213,7 +213,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             platform.processor() or platform.machine(),
         )
         isa = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown ISA")()
-        name = f"{model}, {isa}, {torch.get_num_threads()} threads"
+        name = f"{model}, {isa}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
     def git(*arguments: str) -> str:
         return subprocess.run(
