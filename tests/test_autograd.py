@@ -141,6 +141,18 @@ def test_first_and_second_derivatives(mode: str, P: int, layout: str, D: int, in
     compare(derivatives(layer, call, grads, directions), derivatives(plain, call, grads, directions))
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "packed"])
+@over_modes
+@pytest.mark.parametrize(("T", "B"), [(1, 3), (4, 1), (4, 0), (1, 0)])
+@pytest.mark.parametrize("initial", [True, False], ids=["hx", "zeros"])
+def test_degenerate_sizes(mode: str, P: int, layout: str, T: int, B: int, initial: bool) -> None:
+    call = make_call(mode, T=T, B=B, P=P, D=2, initial=initial, **LAYOUTS[layout]).leaves()
+    inputs = list(call.tensors().values())
+    ours, theirs = layer(call), plain(call)
+    compare(ours, theirs)
+    compare(torch.autograd.grad(scalar(ours), inputs), torch.autograd.grad(scalar(theirs), inputs))
+
+
 @over_layouts
 @over_modes
 def test_gradcheck_and_gradgradcheck(mode: str, P: int, layout: str) -> None:
