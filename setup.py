@@ -1,6 +1,7 @@
-"""Builds rnnfast's C++ library: one shared object without a Python symbol, for every torch >= 2.10 and every CPython >= 3.10.
+"""Builds rnnfast's C++ library: one shared object without a Python symbol, for torch >= 2.10 and CPython >= 3.10.
 
-The compiler is driven through a small ninja file: the kernels are compiled once for each instruction set, with dependency tracking.
+The compiler is driven through a small ninja file: the kernels are compiled once for each instruction set, with
+dependency tracking.
 Environment: CXX (compiler), CXXFLAGS (added), MAX_JOBS (compilations at once).
 """
 
@@ -14,8 +15,8 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU_LIBRARY = "_C_cpu.so"
@@ -131,7 +132,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 if sys.platform != "linux":
-    print(f"rnnfast: the C++ library is built on Linux only, not on {sys.platform}; the reference backend serves.", file=sys.stderr)
+    print(f"rnnfast: the C++ library is built on Linux only; on {sys.platform} the reference backend serves")
 
 setup(
     ext_modules=[Extension("rnnfast._C_cpu", sources=[])] if sys.platform == "linux" else [],

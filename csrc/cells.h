@@ -1,7 +1,8 @@
 // The step equations of every cell and their derivatives: written once, for scalars on the GPU and vectors on the CPU.
 //
-// `Math` names the value type and its sigmoid and tanh. `x` are the input gates (W_ih x + b_ih, and b_hh where it may be folded
-// in), `rec` the recurrent products (W_hh h, for the GRU's n gate with b_hn). Source: torch.nn.LSTM, GRU, RNN documentation.
+// `Math` names the value type and its sigmoid and tanh. `x` are the input gates (W_ih x + b_ih, and b_hh where it may
+// be folded in), `rec` the recurrent products (W_hh h, for the GRU's n gate with b_hn). Source: torch.nn.LSTM, GRU, RNN
+// documentation.
 #pragma once
 
 #include "recurrence.h"
@@ -9,24 +10,22 @@
 namespace rnnfast {
 
 // State of one hidden unit: h_t, or o * tanh(c_t) before a projection; c_t for the LSTM only.
-template <class Value>
-struct UnitState {
+template <class Value> struct UnitState {
   Value h;
   Value c;
 };
 
-template <class Math>
-struct LstmCell {
+template <class Math> struct LstmCell {
   using Value = typename Math::Value;
   static constexpr int kGates = 4;
   static constexpr int kReserve = 4;
-  static constexpr bool kHasCell = true;         // carries c_t
+  static constexpr bool kHasCell = true;          // carries c_t
   static constexpr bool kNeedsPreviousH = false;  // in the step itself, beside W_hh h
   static constexpr bool kSplitGradient = false;   // the gradient of W_hh h differs from that of W_ih x
 
   // i, f, o = sigmoid; g = tanh; c_t = f c_{t-1} + i g; h_t = o tanh(c_t). reserve: i f g o.
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
-                                                             Value* reserve) {
+  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
+                                                             UnitState<Value> previous, Value* reserve) {
     const Value i = Math::sigmoid(x[0] + rec[0]);
     const Value f = Math::sigmoid(x[1] + rec[1]);
     const Value g = Math::tanh(x[2] + rec[2]);
@@ -53,8 +52,7 @@ struct LstmCell {
   }
 };
 
-template <class Math>
-struct GruCell {
+template <class Math> struct GruCell {
   using Value = typename Math::Value;
   static constexpr int kGates = 3;
   static constexpr int kReserve = 4;
@@ -63,8 +61,8 @@ struct GruCell {
   static constexpr bool kSplitGradient = true;
 
   // r, z = sigmoid; n = tanh(x_n + r (W_hn h + b_hn)); h_t = (1 - z) n + z h_{t-1}. reserve: r z n and (W_hn h + b_hn).
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
-                                                             Value* reserve) {
+  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
+                                                             UnitState<Value> previous, Value* reserve) {
     const Value r = Math::sigmoid(x[0] + rec[0]);
     const Value z = Math::sigmoid(x[1] + rec[1]);
     const Value n = Math::tanh(x[2] + r * rec[2]);
@@ -76,8 +74,9 @@ struct GruCell {
   }
 
   // carry: on return what reaches h_{t-1} past the gates. d_rec_n: gradient of W_hn h + b_hn.
-  RNNFAST_HOST_DEVICE static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> /*now*/,
-                                                  Value dh, Value& carry, Value* dgates, Value& d_rec_n) {
+  RNNFAST_HOST_DEVICE static inline void backward(const Value* reserve, UnitState<Value> previous,
+                                                  UnitState<Value> /*now*/, Value dh, Value& carry, Value* dgates,
+                                                  Value& d_rec_n) {
     const Value r = reserve[0], z = reserve[1], n = reserve[2], rec_n = reserve[3];
     dgates[2] = dh * (1 - z) * (1 - n * n);
     dgates[1] = dh * (previous.h - n) * z * (1 - z);
@@ -87,8 +86,7 @@ struct GruCell {
   }
 };
 
-template <class Math, Mode kMode>
-struct RnnCell {
+template <class Math, Mode kMode> struct RnnCell {
   using Value = typename Math::Value;
   static constexpr int kGates = 1;
   static constexpr int kReserve = 0;
@@ -97,8 +95,8 @@ struct RnnCell {
   static constexpr bool kSplitGradient = false;
 
   // h_t = tanh, relu or identity of the sum. Backward needs h_t alone.
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
-                                                             Value* /*reserve*/) {
+  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
+                                                             UnitState<Value> previous, Value* /*reserve*/) {
     const Value a = x[0] + rec[0];
     if constexpr (kMode == Mode::rnn_tanh) return {Math::tanh(a), previous.c};
     if constexpr (kMode == Mode::rnn_relu) return {Math::relu(a), previous.c};

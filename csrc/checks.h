@@ -1,4 +1,5 @@
-// Argument checks of the ops, shared by every backend. The contract's messages are raised in Python; these guard direct callers.
+// Argument checks of the ops, shared by every backend. The contract's messages are raised in Python; these guard direct
+// callers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,8 +14,8 @@
 
 namespace rnnfast {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_text(const int64_t* sizes, int64_t count) {
@@ -31,16 +32,20 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> expec
   return true;
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& tensor, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* op, const char* argument, const Tensor& tensor,
+                        std::initializer_list<int64_t> expected) {
   if (has_shape(tensor, expected)) return;
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(false, op, ": ", argument, ": expected shape ", shape_text(expected.begin(), static_cast<int64_t>(expected.size())),
-                  ", got ", shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
+  STD_TORCH_CHECK(false, op, ": ", argument, ": expected shape ",
+                  shape_text(expected.begin(), static_cast<int64_t>(expected.size())), ", got ",
+                  shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& model) {
-  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument, ": expected the dtype of the first tensor, got another");
-  STD_TORCH_CHECK(tensor.device() == model.device(), op, ": ", argument, ": expected the device of the first tensor, got another");
+  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument,
+                  ": expected the dtype of the first tensor, got another");
+  STD_TORCH_CHECK(tensor.device() == model.device(), op, ": ", argument,
+                  ": expected the device of the first tensor, got another");
 }
 
 inline DType dtype_of(const char* op, const Tensor& tensor) {

@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(rnnfast, library) {
+  library.def("input_gates(str mode, Tensor input, Tensor[] weight_ih, Tensor[] bias_ih, Tensor[] bias_hh) -> Tensor");
   library.def(
-      "input_gates(str mode, Tensor input, Tensor[] weight_ih, Tensor[] bias_ih, Tensor[] bias_hh) -> Tensor");
-  library.def(
-      "recurrence_forward(str mode, Tensor gates, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, "
+      "recurrence_forward(str mode, Tensor gates, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? "
+      "hx, "
       "Tensor? cx, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool batch_first, bool save_reserve) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(

@@ -17,14 +17,10 @@ enum class DType { float32, float64, bfloat16, float16 };
 constexpr int kMaxDirections = 2;
 
 // Gates that the weights hold for each hidden unit.
-RNNFAST_HOST_DEVICE constexpr int64_t gates_of(Mode mode) {
-  return mode == Mode::lstm ? 4 : mode == Mode::gru ? 3 : 1;
-}
+RNNFAST_HOST_DEVICE constexpr int64_t gates_of(Mode mode) { return mode == Mode::lstm ? 4 : mode == Mode::gru ? 3 : 1; }
 
 // Values that forward saves for each hidden unit (LSTM: i f g o; GRU: r z n and W_hn h + b_hn; RNN: h_t itself serves).
-RNNFAST_HOST_DEVICE constexpr int64_t reserve_of(Mode mode) {
-  return mode == Mode::lstm || mode == Mode::gru ? 4 : 0;
-}
+RNNFAST_HOST_DEVICE constexpr int64_t reserve_of(Mode mode) { return mode == Mode::lstm || mode == Mode::gru ? 4 : 0; }
 
 // Where row (t, b) stands among the rows of gates, output, cells, reserve and their gradients.
 struct RowLayout {
@@ -42,16 +38,16 @@ struct Recurrence {
   Mode mode{};
   DType dtype{};
   RowLayout rows;
-  int64_t hidden_size = 0;                      // H
-  int64_t state_size = 0;                       // P with projection, else H
-  int64_t directions = 1;                       // D; direction 1 runs reversed in time
+  int64_t hidden_size = 0;  // H
+  int64_t state_size = 0;   // P with projection, else H
+  int64_t directions = 1;   // D; direction 1 runs reversed in time
   bool projected = false;
-  const void* weight_hh[kMaxDirections]{};      // (G*H, P or H)
-  int64_t weight_hh_stride[kMaxDirections]{};   // elements from one row to the next
-  const void* weight_hr[kMaxDirections]{};      // (P, H) or null
+  const void* weight_hh[kMaxDirections]{};     // (G*H, P or H)
+  int64_t weight_hh_stride[kMaxDirections]{};  // elements from one row to the next
+  const void* weight_hr[kMaxDirections]{};     // (P, H) or null
   int64_t weight_hr_stride[kMaxDirections]{};
-  const void* hx{};                             // (D, B, P or H) or null: zeros
-  const void* cx{};                             // (D, B, H) or null: zeros
+  const void* hx{};  // (D, B, P or H) or null: zeros
+  const void* cx{};  // (D, B, H) or null: zeros
 };
 
 struct ForwardParams : Recurrence {
@@ -72,11 +68,11 @@ struct BackwardParams : Recurrence {
   const void* output{};
   const void* cells{};
   const void* reserve{};
-  void* grad_gates{};         // (rows, D*G*H)
-  void* grad_gates_hh{};      // GRU: (rows, D*G*H)
-  void* grad_hx{};            // (D, B, P or H) or null: nobody asks
-  void* grad_cx{};            // LSTM: (D, B, H) or null
-  void* grad_projected{};     // with projection: (rows, D*P)
+  void* grad_gates{};      // (rows, D*G*H)
+  void* grad_gates_hh{};   // GRU: (rows, D*G*H)
+  void* grad_hx{};         // (D, B, P or H) or null: nobody asks
+  void* grad_cx{};         // LSTM: (D, B, H) or null
+  void* grad_projected{};  // with projection: (rows, D*P)
 };
 
 // c (M, N) = a (M, K) b (K, N) + bias (N); strides in elements. c is row-major with row stride `c_row`.
@@ -87,7 +83,7 @@ struct MatmulParams {
   int64_t a_row = 0, a_col = 0;
   const void* b{};
   int64_t b_row = 0, b_col = 0;
-  const void* bias[2]{};  // (N,) each or null; their sum is added
+  const void* bias[2]{};    // (N,) each or null; their sum is added
   int64_t bias_count[2]{};  // the first so many columns get this bias
   void* c{};
   int64_t c_row = 0;

@@ -21,6 +21,9 @@ Tensors = Sequence[Tensor]
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
+# What Layer.apply comes to where neither Dynamo nor torch.func looks on. On the way there it binds the arguments to
+# forward's signature, for defaults that we do not have, which takes as long as the rest of a small layer.
+_apply_layer = super(torch.autograd.Function, Layer).apply
 
 
 def run_layers(
@@ -90,9 +93,11 @@ def run_layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
     dual = forward_ad._current_level >= 0
-    apply = Layer.apply
-    if graph and torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
-        apply = layer_in_graph
+    apply = _apply_layer
+    if graph and (torch.compiler.is_compiling() or _functorch_active()):
+        apply = Layer.apply
+        if torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
+            apply = layer_in_graph
     output, cells = input, None
     states_h, states_c = [], []
     for layer in range(num_layers):

@@ -1,7 +1,7 @@
-// Backward time loop, the mirror of forward.h: groups and thread shares are the same. Each step: dgates of the later step times a
-// tile of packed W_hh^T gives dh, the cell's derivative on the tile gives this step's dgates, one barrier. A row whose first step
-// is done gets one more product, for grad_hx. With a projection: the first product gives the gradient of the projected h_t, a
-// second one with W_hr that of o tanh(c).
+// Backward time loop, the mirror of forward.h: groups and thread shares are the same. Each step: dgates of the later
+// step times a tile of packed W_hh^T gives dh, the cell's derivative on the tile gives this step's dgates, one barrier.
+// A row whose first step is done gets one more product, for grad_hx. With a projection: the first product gives the
+// gradient of the projected h_t, a second one with W_hr that of o tanh(c).
 #pragma once
 
 #include "time_loop.h"
@@ -9,8 +9,7 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <template <class> class CellOf, class Storage, int kBlocks>
-class BackwardLoop {
+template <template <class> class CellOf, class Storage, int kBlocks> class BackwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
   using Cell = CellOf<VectorMath<Compute>>;
@@ -52,9 +51,7 @@ class BackwardLoop {
   };
   static constexpr bool kCarries = Cell::kHasCell || Cell::kSplitGradient;
 
-  GroupRows rows_of(int64_t g) const {
-    return {schedule_, g % groups_each_, groups_each_, g / groups_each_ == 1};
-  }
+  GroupRows rows_of(int64_t g) const { return {schedule_, g % groups_each_, groups_each_, g / groups_each_ == 1}; }
 
   void place() {
     schedule_.place(p_.rows, workspace_);
@@ -79,17 +76,18 @@ class BackwardLoop {
   }
 
   void pack(int member, int members) {
-    const auto pack_all = [&](int64_t tiles, const void* const* weight, const int64_t* weight_stride, Compute* const* to,
-                              int64_t columns, int64_t k_count) {
+    const auto pack_all = [&](int64_t tiles, const void* const* weight, const int64_t* weight_stride,
+                              Compute* const* to, int64_t columns, int64_t k_count) {
       const Share share = share_of(p_.directions * tiles, member, members);
       for (int64_t i = share.first; i < share.last; ++i) {
         const int64_t d = i / tiles, column = i % tiles * kTileUnits;
-        pack_columns(at<Storage>(weight[d], column), weight_stride[d], columns - column, k_count, to[d] + column * k_count,
-                     kTileUnits);
+        pack_columns(at<Storage>(weight[d], column), weight_stride[d], columns - column, k_count,
+                     to[d] + column * k_count, kTileUnits);
       }
     };
     pack_all(tiles_, p_.weight_hh, p_.weight_hh_stride, packed_hh_, p_.state_size, gates_width_);
-    if (p_.projected) pack_all(inner_tiles_, p_.weight_hr, p_.weight_hr_stride, packed_hr_, p_.hidden_size, p_.state_size);
+    if (p_.projected)
+      pack_all(inner_tiles_, p_.weight_hr, p_.weight_hr_stride, packed_hr_, p_.hidden_size, p_.state_size);
   }
 
   // Rows without a step hand their final gradients straight on. Gradients beyond a row's length are zero.
@@ -102,8 +100,8 @@ class BackwardLoop {
       const auto copy = [&](const void* from, void* to, int64_t width) {
         const int64_t offset = (d * p_.rows.batch + rows.batch_index(r)) * width;
         for (int64_t u = 0; u < width; u += kL)
-          store<Compute>(at<Storage>(to, offset + u), from ? load<Compute>(at<Storage>(from, offset + u), width - u) : Value{},
-                         width - u);
+          store<Compute>(at<Storage>(to, offset + u),
+                         from ? load<Compute>(at<Storage>(from, offset + u), width - u) : Value{}, width - u);
       };
       if (p_.grad_hx) copy(p_.grad_h_n, p_.grad_hx, p_.state_size);
       if (p_.grad_cx) copy(p_.grad_c_n, p_.grad_cx, p_.hidden_size);
@@ -119,8 +117,8 @@ class BackwardLoop {
   // One row of one step.
   struct Row {
     int64_t r, b, row;
-    bool started;         // a later step has left its dgates: the product counts
-    bool cut;             // a segment ends behind this step: nothing comes from the later one
+    bool started;          // a later step has left its dgates: the product counts
+    bool cut;              // a segment ends behind this step: nothing comes from the later one
     int64_t previous_row;  // of the step before; -1: hx, cx; -2: zeros
   };
   static constexpr int64_t kInitial = -1, kZeros = -2;
@@ -137,9 +135,11 @@ class BackwardLoop {
   }
 
   // A value that entered the step: from `trajectory` (rows, D*width), from `initial` (D, B, width), or zero.
-  Value entering(const void* trajectory, const void* initial, int64_t d, const Row& row, int64_t unit, int64_t width) const {
+  Value entering(const void* trajectory, const void* initial, int64_t d, const Row& row, int64_t unit,
+                 int64_t width) const {
     if (row.previous_row >= 0)
-      return load<Compute>(at<Storage>(trajectory, (row.previous_row * p_.directions + d) * width + unit), width - unit);
+      return load<Compute>(at<Storage>(trajectory, (row.previous_row * p_.directions + d) * width + unit),
+                           width - unit);
     if (row.previous_row == kInitial && initial)
       return load<Compute>(at<Storage>(initial, (d * p_.rows.batch + row.b) * width + unit), width - unit);
     return Value{};
@@ -182,7 +182,8 @@ class BackwardLoop {
     for (int g = 0; g < kG; ++g) {
       const Value recurrent = Cell::kSplitGradient && g == kG - 1 ? d_rec_n : dgates[g];
       store<Compute>(at<Storage>(p_.grad_gates, (unit_row * kG + g) * H + unit), dgates[g], left);
-      if (Cell::kSplitGradient) store<Compute>(at<Storage>(p_.grad_gates_hh, (unit_row * kG + g) * H + unit), recurrent, left);
+      if (Cell::kSplitGradient)
+        store<Compute>(at<Storage>(p_.grad_gates_hh, (unit_row * kG + g) * H + unit), recurrent, left);
       store<Compute>(to_earlier + g * H, recurrent, left);
     }
   }
@@ -195,7 +196,8 @@ class BackwardLoop {
   }
   void write_grad_cx(const GroupRows& rows, const Group& group, int64_t d, int64_t r, int64_t unit) const {
     store<Compute>(at<Storage>(p_.grad_cx, (d * p_.rows.batch + rows.batch_index(r)) * p_.hidden_size + unit),
-                   unless<Compute>(initial_cut(rows, r), load<Compute>(group.carry.row(r) + unit)), p_.hidden_size - unit);
+                   unless<Compute>(initial_cut(rows, r), load<Compute>(group.carry.row(r) + unit)),
+                   p_.hidden_size - unit);
   }
 
   void steps(int64_t g, int rank, int members) {
@@ -206,7 +208,8 @@ class BackwardLoop {
     const Share my_inner_tiles = share_of(inner_tiles_, rank, members);
     int64_t started = 0;  // rows whose later step has been done
     int current = 0;
-    // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial gradients.
+    // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial
+    // gradients.
     const int64_t last_turn = p_.grad_hx || p_.grad_cx ? 0 : 1;
     for (int64_t s = schedule_.steps(); s >= last_turn; --s, current = 1 - current) {
       const int64_t t = rows.time(s - 1), alive = s > 0 ? rows.alive(t) : 0;
@@ -244,16 +247,16 @@ class BackwardLoop {
       if (p_.projected) {
         barriers_[g].wait(members);  // the gradient of every projected unit is there
         for (int64_t tile = my_inner_tiles.first; tile < my_inner_tiles.last; ++tile) {
-          for_row_tiles<kBlocks>(group.dh.data, group.dh.stride, 1, alive, packed_hr_[d] + tile * kTileUnits * p_.state_size,
-                                 p_.state_size, [&](int64_t first, int height, const Value* acc) {
-                                   for (int i = 0; i < height; ++i)
-                                     for (int block = 0; block < kBlocks; ++block) {
-                                       const int64_t unit = tile * kTileUnits + block * kL;
-                                       if (unit < p_.hidden_size)
-                                         step_cell(group, current, d, row_at(rows, t, first + i, started), unit,
-                                                   acc[i * kBlocks + block]);
-                                     }
-                                 });
+          for_row_tiles<kBlocks>(
+              group.dh.data, group.dh.stride, 1, alive, packed_hr_[d] + tile * kTileUnits * p_.state_size,
+              p_.state_size, [&](int64_t first, int height, const Value* acc) {
+                for (int i = 0; i < height; ++i)
+                  for (int block = 0; block < kBlocks; ++block) {
+                    const int64_t unit = tile * kTileUnits + block * kL;
+                    if (unit < p_.hidden_size)
+                      step_cell(group, current, d, row_at(rows, t, first + i, started), unit, acc[i * kBlocks + block]);
+                  }
+              });
           for (int64_t r = alive; p_.grad_cx && r < started; ++r)
             for (int64_t unit = tile * kTileUnits; unit < p_.hidden_size && unit < (tile + 1) * kTileUnits; unit += kL)
               write_grad_cx(rows, group, d, r, unit);

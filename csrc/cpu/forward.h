@@ -1,6 +1,7 @@
-// Forward time loop. Groups of rows and directions run independently; inside a group each thread owns some hidden units. Each
-// step: h_{t-1} times a tile of packed W_hh in registers, the cell on the tile while it is in L1, h_t into the other of two
-// state buffers, one barrier. With a projection: the cell writes o tanh(c), a second product with W_hr makes h_t.
+// Forward time loop. Groups of rows and directions run independently; inside a group each thread owns some hidden
+// units. Each step: h_{t-1} times a tile of packed W_hh in registers, the cell on the tile while it is in L1, h_t into
+// the other of two state buffers, one barrier. With a projection: the cell writes o tanh(c), a second product with W_hr
+// makes h_t.
 #pragma once
 
 #include "time_loop.h"
@@ -8,8 +9,7 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <template <class> class CellOf, class Storage, int kBlocks>
-class ForwardLoop {
+template <template <class> class CellOf, class Storage, int kBlocks> class ForwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
   using Cell = CellOf<VectorMath<Compute>>;
@@ -24,8 +24,10 @@ class ForwardLoop {
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kL) : 0),
         groups_each_(choose_split(params, threads, sizeof(Compute), tiles_).row_groups),
-        // With one row a step each weight is used once: reading it as it lies beats packing it, unless there are many steps.
-        direct_(params.rows.batch == 1 ? params.rows.steps < kDirectSteps : params.rows.steps * params.rows.batch < kDirectRows) {}
+        // With one row a step each weight is used once: reading it as it lies beats packing it, unless there are many
+        // steps.
+        direct_(params.rows.batch == 1 ? params.rows.steps < kDirectSteps
+                                       : params.rows.steps * params.rows.batch < kDirectRows) {}
 
   bool run(int threads) {
     place();
@@ -40,7 +42,8 @@ class ForwardLoop {
           initialize(g, mine.rank, mine.members_per_group);
       team.wait();  // packed weights and initial states are there
       if (mine.idle) return;
-      for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride) steps(g, mine.rank, mine.members_per_group);
+      for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride)
+        steps(g, mine.rank, mine.members_per_group);
     });
     return true;
   }
@@ -54,9 +57,7 @@ class ForwardLoop {
     StateBuffer<Compute> inner;  // with projection: o tanh(c) (rows, H)
   };
 
-  GroupRows rows_of(int64_t g) const {
-    return {schedule_, g % groups_each_, groups_each_, g / groups_each_ == 1};
-  }
+  GroupRows rows_of(int64_t g) const { return {schedule_, g % groups_each_, groups_each_, g / groups_each_ == 1}; }
 
   void place() {
     schedule_.place(p_.rows, workspace_);
@@ -89,8 +90,9 @@ class ForwardLoop {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t unit = tile * kTileUnits + v / kG * kL, gate = v % kG;
           const int64_t left = p_.hidden_size - unit;
-          pack_rows(at<Storage>(p_.weight_hh[d], (gate * p_.hidden_size + (left > 0 ? unit : 0)) * p_.weight_hh_stride[d]),
-                    p_.weight_hh_stride[d], left > 0 ? left : 0, p_.state_size, to + v * kL, kVectors * kL);
+          pack_rows(
+              at<Storage>(p_.weight_hh[d], (gate * p_.hidden_size + (left > 0 ? unit : 0)) * p_.weight_hh_stride[d]),
+              p_.weight_hh_stride[d], left > 0 ? left : 0, p_.state_size, to + v * kL, kVectors * kL);
         }
       }
     }
@@ -98,13 +100,14 @@ class ForwardLoop {
       const Share share = share_of(p_.directions * state_tiles_, member, members);
       for (int64_t i = share.first; i < share.last; ++i) {
         const int64_t d = i / state_tiles_, unit = i % state_tiles_ * kL;
-        pack_rows(at<Storage>(p_.weight_hr[d], unit * p_.weight_hr_stride[d]), p_.weight_hr_stride[d], p_.state_size - unit,
-                  p_.hidden_size, packed_hr_[d] + unit * p_.hidden_size, kL);
+        pack_rows(at<Storage>(p_.weight_hr[d], unit * p_.weight_hr_stride[d]), p_.weight_hr_stride[d],
+                  p_.state_size - unit, p_.hidden_size, packed_hr_[d] + unit * p_.hidden_size, kL);
       }
     }
   }
 
-  // hx and cx into the state buffers (both of h: a row that starts late finds it in either); the states of rows without a step.
+  // hx and cx into the state buffers (both of h: a row that starts late finds it in either); the states of rows without
+  // a step.
   void initialize(int64_t g, int rank, int members) {
     const GroupRows rows = rows_of(g);
     const int64_t d = g / groups_each_;
@@ -126,8 +129,8 @@ class ForwardLoop {
       copy(p_.hx, p_.h_n, group.h[0].row(r), group.h[1].row(r), p_.state_size);
       if (Cell::kHasCell) copy(p_.cx, p_.c_n, group.c.row(r), nullptr, p_.hidden_size);
     }
-    zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size, p_.state_size,
-                        rank, members);
+    zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size,
+                        p_.state_size, rank, members);
     if (Cell::kHasCell)
       zero_beyond_lengths(rows, static_cast<Storage*>(p_.cells), p_.directions * p_.hidden_size, d * p_.hidden_size,
                           p_.hidden_size, rank, members);
@@ -212,7 +215,8 @@ class ForwardLoop {
           for_row_tiles<1>(group.inner.data, group.inner.stride, 1, alive, packed_hr_[d] + tile * kL * p_.hidden_size,
                            p_.hidden_size, [&](int64_t first, int height, const Value* acc) {
                              for (int i = 0; i < height; ++i)
-                               write_h(group, 1 - current, d, row_at(rows, t, first + i, alive_after), tile * kL, acc[i]);
+                               write_h(group, 1 - current, d, row_at(rows, t, first + i, alive_after), tile * kL,
+                                       acc[i]);
                            });
       }
       // h_t is there for all, and nobody reads h_{t-1} any more: its buffer may take h_{t+1}.
@@ -227,8 +231,9 @@ class ForwardLoop {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t unit = tile * kTileUnits + v / kG * kL, gate = v % kG, left = p_.hidden_size - unit;
         if (left > 0)
-          acc[v] = dot_rows(h.row(r), at<Storage>(p_.weight_hh[d], (gate * p_.hidden_size + unit) * p_.weight_hh_stride[d]),
-                            p_.weight_hh_stride[d], left, p_.state_size);
+          acc[v] =
+              dot_rows(h.row(r), at<Storage>(p_.weight_hh[d], (gate * p_.hidden_size + unit) * p_.weight_hh_stride[d]),
+                       p_.weight_hh_stride[d], left, p_.state_size);
       }
       use(r, 1, acc);
     }

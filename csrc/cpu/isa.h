@@ -10,8 +10,8 @@ namespace rnnfast::cpu {
 // The kernels in use: the widest that the processor has, or the one that RNNFAST_CPU_ISA or use_isa() asked for.
 const Kernels& kernels();
 
-// Switches to avx512, avx2 or portable ("" keeps the current one). Returns the name in use; an empty string if the processor
-// lacks what was asked for or the name is unknown. Meant for tests and measurements.
+// Switches to avx512, avx2 or portable ("" keeps the current one). Returns the name in use; an empty string if the
+// processor lacks what was asked for or the name is unknown. Meant for tests and measurements.
 std::string use_isa(const std::string& name);
 
 }  // namespace rnnfast::cpu

@@ -1,4 +1,5 @@
-// The kernels of one ISA. Compiled once for each, with that ISA's compiler flags and RNNFAST_KERNELS as the name of its table.
+// The kernels of one ISA. Compiled once for each, with that ISA's compiler flags and RNNFAST_KERNELS as the name of its
+// table.
 #include "kernels.h"
 
 #include <type_traits>
@@ -10,15 +11,11 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <class Math>
-using RnnTanhCell = RnnCell<Math, Mode::rnn_tanh>;
-template <class Math>
-using RnnReluCell = RnnCell<Math, Mode::rnn_relu>;
-template <class Math>
-using RnnIdentityCell = RnnCell<Math, Mode::rnn_identity>;
+template <class Math> using RnnTanhCell = RnnCell<Math, Mode::rnn_tanh>;
+template <class Math> using RnnReluCell = RnnCell<Math, Mode::rnn_relu>;
+template <class Math> using RnnIdentityCell = RnnCell<Math, Mode::rnn_identity>;
 
-template <class Use>
-inline bool with_storage(DType dtype, const Use& use) {
+template <class Use> inline bool with_storage(DType dtype, const Use& use) {
   switch (dtype) {
     case DType::float32: return use(float{});
     case DType::float64: return use(double{});
@@ -28,13 +25,15 @@ inline bool with_storage(DType dtype, const Use& use) {
   return false;
 }
 
-// Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products; float32, whose
-// speed matters most, has one block too, for sizes that two would not share out among the threads.
-template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage, class Params>
+// Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
+// float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
+template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage,
+          class Params>
 inline bool run_with_blocks(const Params& params, int64_t units, int threads) {
   if constexpr (std::is_same_v<Storage, float>) {
     const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
-    if (blocks == 1 || divide_up(blocks, 2) < per_direction) return Loop<CellOf, Storage, 1>(params, threads).run(threads);
+    if (blocks == 1 || divide_up(blocks, 2) < per_direction)
+      return Loop<CellOf, Storage, 1>(params, threads).run(threads);
   }
   return Loop<CellOf, Storage, 2>(params, threads).run(threads);
 }

@@ -19,8 +19,8 @@ extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 #endif
 
-// Splits [0, slots) over the threads of torch's pool and calls body(begin, end, context) on each; returns when all have returned.
-// Defined beside the ops, because the kernels include no torch header.
+// Splits [0, slots) over the threads of torch's pool and calls body(begin, end, context) on each; returns when all have
+// returned. Defined beside the ops, because the kernels include no torch header.
 void parallel_region(int64_t slots, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 }  // namespace rnnfast::cpu

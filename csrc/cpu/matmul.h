@@ -1,5 +1,6 @@
-// Matrix product for the input gates and for the weight and input gradients: packed tiles of b, rows of a as they lie (or
-// transposed by the packing), k in blocks that keep a tile of b in L2. Threads share the packing, then the output tiles.
+// Matrix product for the input gates and for the weight and input gradients: packed tiles of b, rows of a as they lie
+// (or transposed by the packing), k in blocks that keep a tile of b in L2. Threads share the packing, then the output
+// tiles.
 #pragma once
 
 #include "time_loop.h"
@@ -7,16 +8,17 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <class Storage>
-class MatmulLoop {
+template <class Storage> class MatmulLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kVectors = kVectorRegisters == 32 ? 4 : 2;
   static constexpr int kWidth = kVectors * kL;
   static constexpr int kRows = kMaxRows<kVectors>;
-  // A block of a (kRows, kBlockK) stays in L1, one of b (kBlockK, kWidth) in L2. 16-bit results are rounded once, so not blocked.
-  static constexpr int64_t kBlockK = sizeof(Storage) == sizeof(Compute) ? 4096 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
+  // A block of a (kRows, kBlockK) stays in L1, one of b (kBlockK, kWidth) in L2. 16-bit results are rounded once, so
+  // not blocked.
+  static constexpr int64_t kBlockK =
+      sizeof(Storage) == sizeof(Compute) ? 4096 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
   static constexpr int64_t kDirectRows = 3;
 
  public:
@@ -24,9 +26,13 @@ class MatmulLoop {
       : p_(params),
         n_tiles_(divide_up(params.n, kWidth)),
         m_tiles_(divide_up(params.m, kRows)),
-        block_k_(params.k < 1 ? 1 : params.k < kBlockK ? params.k : kBlockK),
-        // Few rows and row-major weights: each weight is used once or twice, so packing would cost more than the product.
-        direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 && sizeof(Storage) == sizeof(Compute)),
+        block_k_(params.k < 1         ? 1
+                 : params.k < kBlockK ? params.k
+                                      : kBlockK),
+        // Few rows and row-major weights: each weight is used once or twice, so packing would cost more than the
+        // product.
+        direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 &&
+                sizeof(Storage) == sizeof(Compute)),
         pack_a_(params.a_col != 1 || sizeof(Storage) != sizeof(Compute)) {}
 
   bool run(int threads) {
@@ -66,8 +72,8 @@ class MatmulLoop {
       } else {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t rows = left - v * kL;
-          pack_rows(at<Storage>(p_.b, k + (rows > 0 ? column + v * kL : 0) * p_.b_col), p_.b_col, rows > 0 ? rows : 0, k_count,
-                    to + v * kL, kWidth);
+          pack_rows(at<Storage>(p_.b, k + (rows > 0 ? column + v * kL : 0) * p_.b_col), p_.b_col, rows > 0 ? rows : 0,
+                    k_count, to + v * kL, kWidth);
         }
       }
     }
@@ -86,7 +92,8 @@ class MatmulLoop {
   Value bias_at(int64_t column) const {
     Value bias{};
     for (int i = 0; i < 2; ++i)
-      if (p_.bias[i] && column < p_.bias_count[i]) bias += load<Compute>(at<Storage>(p_.bias[i], column), p_.bias_count[i] - column);
+      if (p_.bias[i] && column < p_.bias_count[i])
+        bias += load<Compute>(at<Storage>(p_.bias[i], column), p_.bias_count[i] - column);
     return bias;
   }
 
@@ -107,7 +114,8 @@ class MatmulLoop {
       const Compute* b = packed_b_ + n_tile * kWidth * block_k_;
       for (int64_t m = m_first; m < m_last; ++m) {
         const int64_t row = m * kRows, height = p_.m - row < kRows ? p_.m - row : kRows;
-        const Compute* a = pack_a_ ? packed_a_ + row * block_k_ : static_cast<const Compute*>(p_.a) + row * p_.a_row + k;
+        const Compute* a =
+            pack_a_ ? packed_a_ + row * block_k_ : static_cast<const Compute*>(p_.a) + row * p_.a_row + k;
         for_row_tiles<kVectors>(a, pack_a_ ? 1 : p_.a_row, pack_a_ ? kRows : 1, height, b, k_count,
                                 [&](int64_t first, int rows, const Value* acc) {
                                   for (int r = 0; r < rows; ++r)

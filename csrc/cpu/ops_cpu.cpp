@@ -18,28 +18,30 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// The thread pool of libgomp does not survive a fork: its threads are not there in the child, and a parallel region would wait for
-// them for ever. A forked process works on one thread.
+// The thread pool of libgomp does not survive a fork: its threads are not there in the child, and a parallel region
+// would wait for them for ever. A forked process works on one thread.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int at_fork_installed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 // Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread.
 int threads_for(double flops, double flops_between_barriers) {
   constexpr double kWorthRegion = 4e5, kWorthBarrier = 6e4;
-  if (flops < kWorthRegion || flops_between_barriers < kWorthBarrier || forked.load(std::memory_order_relaxed)) return 1;
+  if (flops < kWorthRegion || flops_between_barriers < kWorthBarrier || forked.load(std::memory_order_relaxed))
+    return 1;
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-void check_memory(const char* op, bool enough) {
-  STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace");
-}
+void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace"); }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                              like.scalar_type());
 }
 Tensor none(const Tensor& like) { return empty(like, {0}); }
 
-Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 const void* data_of(const Tensor& tensor) { return tensor.const_data_ptr(); }
 void* mutable_data_of(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
@@ -86,9 +88,11 @@ void fill_rows(const Arguments& a, Context& context) {
   RowLayout& rows = context.r.rows;
   const Tensor& model = a.model;
   if (a.batch_sizes) {
-    STD_TORCH_CHECK(model.dim() == 2, a.op, ": with batch_sizes rows are packed: expected 2 dimensions, got ", model.dim());
-    STD_TORCH_CHECK(a.batch_sizes->is_cpu() && a.batch_sizes->scalar_type() == ScalarType::Long && a.batch_sizes->dim() == 1,
-                    a.op, ": batch_sizes: expected a 1-D int64 tensor on the CPU");
+    STD_TORCH_CHECK(model.dim() == 2, a.op, ": with batch_sizes rows are packed: expected 2 dimensions, got ",
+                    model.dim());
+    STD_TORCH_CHECK(
+        a.batch_sizes->is_cpu() && a.batch_sizes->scalar_type() == ScalarType::Long && a.batch_sizes->dim() == 1, a.op,
+        ": batch_sizes: expected a 1-D int64 tensor on the CPU");
     STD_TORCH_CHECK(!a.lengths && !a.resets, a.op, ": lengths and resets go with dense rows, not with batch_sizes");
     rows.batch_sizes = static_cast<const int64_t*>(context.hold(a.batch_sizes));
     rows.steps = a.batch_sizes->size(0);
@@ -100,7 +104,8 @@ void fill_rows(const Arguments& a, Context& context) {
                       ": batch_sizes: expected positive sizes that do not increase");
       sum += rows.batch_sizes[t];
     }
-    STD_TORCH_CHECK(sum == context.row_count, a.op, ": batch_sizes: expected a sum of ", context.row_count, ", got ", sum);
+    STD_TORCH_CHECK(sum == context.row_count, a.op, ": batch_sizes: expected a sum of ", context.row_count, ", got ",
+                    sum);
     return;
   }
   STD_TORCH_CHECK(model.dim() == 3, a.op, ": expected 3 dimensions, got ", model.dim());
@@ -115,8 +120,8 @@ void fill_rows(const Arguments& a, Context& context) {
     check_shape(a.op, "lengths", *a.lengths, {rows.batch});
     rows.lengths = static_cast<const int64_t*>(context.hold(a.lengths));
     for (int64_t b = 0; b < rows.batch; ++b)
-      STD_TORCH_CHECK(rows.lengths[b] >= 0 && rows.lengths[b] <= rows.steps, a.op, ": lengths: expected values from 0 to ",
-                      rows.steps, ", got ", rows.lengths[b], " for row ", b);
+      STD_TORCH_CHECK(rows.lengths[b] >= 0 && rows.lengths[b] <= rows.steps, a.op,
+                      ": lengths: expected values from 0 to ", rows.steps, ", got ", rows.lengths[b], " for row ", b);
   }
   if (a.resets) {
     STD_TORCH_CHECK(a.resets->is_cpu() && a.resets->scalar_type() == ScalarType::Bool, a.op,
@@ -132,7 +137,8 @@ void fill(const Arguments& a, Context& context) {
   r.mode = mode_of(a.op, a.mode);
   r.dtype = dtype_of(a.op, a.model);
   r.directions = static_cast<int64_t>(a.weight_hh.size());
-  STD_TORCH_CHECK(r.directions == 1 || r.directions == 2, a.op, ": weight_hh: expected 1 or 2 tensors, got ", r.directions);
+  STD_TORCH_CHECK(r.directions == 1 || r.directions == 2, a.op, ": weight_hh: expected 1 or 2 tensors, got ",
+                  r.directions);
   r.projected = !a.weight_hr.empty();
   STD_TORCH_CHECK(!r.projected || (r.mode == Mode::lstm && a.weight_hr.size() == a.weight_hh.size()), a.op,
                   ": weight_hr: expected none, or for an LSTM one for each direction");
@@ -218,9 +224,12 @@ void input_gates_into(const char* op, Mode mode, const Tensor& input, const Tens
   }
 }
 
-void check_input(const char* op, const Tensor& input, const Tensors& weight_ih, const Tensors& bias_ih, const Tensors& bias_hh) {
-  STD_TORCH_CHECK(!weight_ih.empty() && weight_ih[0].dim() == 2, op, ": weight_ih: expected 1 or 2 tensors of 2 dimensions");
-  STD_TORCH_CHECK((bias_ih.empty() || bias_ih.size() == weight_ih.size()) && (bias_hh.empty() || bias_hh.size() == weight_ih.size()),
+void check_input(const char* op, const Tensor& input, const Tensors& weight_ih, const Tensors& bias_ih,
+                 const Tensors& bias_hh) {
+  STD_TORCH_CHECK(!weight_ih.empty() && weight_ih[0].dim() == 2, op,
+                  ": weight_ih: expected 1 or 2 tensors of 2 dimensions");
+  STD_TORCH_CHECK((bias_ih.empty() || bias_ih.size() == weight_ih.size()) &&
+                      (bias_hh.empty() || bias_hh.size() == weight_ih.size()),
                   op, ": bias_ih, bias_hh: expected none, or one for each direction");
   STD_TORCH_CHECK(input.dim() == 2 || input.dim() == 3, op, ": input: expected 2 or 3 dimensions, got ", input.dim());
 }
@@ -237,7 +246,8 @@ Tensor input_gates(std::string mode, Tensor input, Tensors weight_ih, Tensors bi
 // Offsets bias_hh to the n gate's part.
 void fill_bias_hn(const char* op, const Tensors& bias_hh, ForwardParams& p, Context& context, const Tensor& model) {
   if (p.mode != Mode::gru || bias_hh.empty()) return;
-  STD_TORCH_CHECK(static_cast<int64_t>(bias_hh.size()) == p.directions, op, ": bias_hh: expected none, or one for each direction");
+  STD_TORCH_CHECK(static_cast<int64_t>(bias_hh.size()) == p.directions, op,
+                  ": bias_hh: expected none, or one for each direction");
   for (int64_t d = 0; d < p.directions; ++d) {
     check_shape(op, "bias_hh", bias_hh[d], {3 * p.hidden_size});
     check_like(op, "bias_hh", bias_hh[d], model);
@@ -248,9 +258,9 @@ void fill_bias_hn(const char* op, const Tensors& bias_hh, ForwardParams& p, Cont
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tensors bias_hh, Tensors weight_hr, OptionalTensor hx,
-                        OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets,
-                        bool batch_first, bool save_reserve) {
+Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tensors bias_hh, Tensors weight_hr,
+                        OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
+                        OptionalTensor resets, bool batch_first, bool save_reserve) {
   const char* op = "rnnfast::recurrence_forward";
   Context context;
   fill({op, mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
@@ -277,18 +287,19 @@ Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tenso
   return {output, h_n, c_n, cells, reserve};
 }
 
-Three layer_inference(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
-                      Tensors weight_hr, OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
-                      OptionalTensor resets, bool batch_first) {
+Three layer_inference(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                      Tensors bias_hh, Tensors weight_hr, OptionalTensor hx, OptionalTensor cx,
+                      OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, bool batch_first) {
   const char* op = "rnnfast::layer_inference";
   Context context;
   fill({op, mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
   check_input(op, input, weight_ih, bias_ih, bias_hh);
   const Recurrence& r = context.r;
   const int64_t D = r.directions, H = r.hidden_size;
-  STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == D, op, ": weight_ih: expected ", D, " tensors, got ", weight_ih.size());
-  STD_TORCH_CHECK(weight_ih[0].size(0) == gates_of(r.mode) * H, op, ": weight_ih: expected ", gates_of(r.mode) * H, " rows, got ",
-                  weight_ih[0].size(0));
+  STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == D, op, ": weight_ih: expected ", D, " tensors, got ",
+                  weight_ih.size());
+  STD_TORCH_CHECK(weight_ih[0].size(0) == gates_of(r.mode) * H, op, ": weight_ih: expected ", gates_of(r.mode) * H,
+                  " rows, got ", weight_ih[0].size(0));
   ForwardParams p;
   static_cast<Recurrence&>(p) = r;
   fill_bias_hn(op, bias_hh, p, context, input);
@@ -296,7 +307,8 @@ Three layer_inference(std::string mode, Tensor input, Tensors weight_ih, Tensors
   const Tensor gates = empty_rows(input, D * gates_of(r.mode) * H);
   Tensor output = empty_rows(input, D * r.state_size), h_n = empty(input, {D, r.rows.batch, r.state_size});
   Tensor c_n = lstm ? empty(input, {D, r.rows.batch, H}) : none(input);
-  input_gates_into(op, r.mode, input, weight_ih, bias_ih, bias_hh, mutable_data_of(gates), static_cast<int64_t>(input.element_size()));
+  input_gates_into(op, r.mode, input, weight_ih, bias_ih, bias_hh, mutable_data_of(gates),
+                   static_cast<int64_t>(input.element_size()));
   p.gates = data_of(gates);
   p.output = mutable_data_of(output);
   p.h_n = mutable_data_of(h_n);
@@ -384,7 +396,8 @@ Tensor matmul(Tensor a, Tensor b) {
 
 std::string use_cpu_isa(std::string name) {
   const std::string used = use_isa(name);
-  STD_TORCH_CHECK(!used.empty(), "rnnfast::use_cpu_isa: name: expected an instruction set that this processor has, got ", name);
+  STD_TORCH_CHECK(!used.empty(),
+                  "rnnfast::use_cpu_isa: name: expected an instruction set that this processor has, got ", name);
   return used;
 }
 

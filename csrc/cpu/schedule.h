@@ -9,7 +9,8 @@
 namespace rnnfast::cpu {
 namespace {
 
-// Memory of one call, taken at once before the threads start, so that running out of it is found before anything is written.
+// Memory of one call, taken at once before the threads start, so that running out of it is found before anything is
+// written.
 class Workspace {
  public:
   Workspace() = default;
@@ -18,8 +19,7 @@ class Workspace {
   ~Workspace() { std::free(memory_); }
 
   // First pass: sizes are added up. Second pass, after allocate(): pointers are handed out in the same order.
-  template <class T>
-  T* take(int64_t count) {
+  template <class T> T* take(int64_t count) {
     const int64_t at = used_;
     used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
     return memory_ ? reinterpret_cast<T*>(static_cast<char*>(memory_) + at) : nullptr;
@@ -36,8 +36,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// The rows alive at each step. With rows sorted by length, longest first, those alive are always the first so many: ragged
-// batches cost no more than their tokens. Packed rows come sorted; `lengths` are sorted here.
+// The rows alive at each step. With rows sorted by length, longest first, those alive are always the first so many:
+// ragged batches cost no more than their tokens. Packed rows come sorted; `lengths` are sorted here.
 class Schedule {
  public:
   // Call twice: to size the workspace, and to fill it in.
@@ -85,7 +85,8 @@ class Schedule {
       alive_[t] = longer;
       longer += here;
     }
-    // Rows of length t start in the order behind the longer ones; while placing, alive_[t] counts up to the rows of length >= t.
+    // Rows of length t start in the order behind the longer ones; while placing, alive_[t] counts up to the rows of
+    // length >= t.
     for (int64_t b = 0; b < rows_.batch; ++b) order_[alive_[rows_.lengths[b]]++] = b;
     // Now alive_[t] = rows of length >= t, so the rows alive at step t are alive_[t + 1].
     for (int64_t t = 0; t < rows_.steps; ++t) alive_[t] = alive_[t + 1];
@@ -97,14 +98,16 @@ class Schedule {
   int64_t* offsets_ = nullptr;
 };
 
-// The rows that one group of threads carries through time: every `stride`th of the sorted rows, so that all groups shrink alike.
-// Local row r is sorted row first + r * stride. One direction of the recurrence.
+// The rows that one group of threads carries through time: every `stride`th of the sorted rows, so that all groups
+// shrink alike. Local row r is sorted row first + r * stride. One direction of the recurrence.
 struct GroupRows {
   const Schedule& schedule;
   int64_t first, stride;
   bool reversed;
 
-  int64_t local(int64_t sorted_count) const { return sorted_count <= first ? 0 : (sorted_count - first + stride - 1) / stride; }
+  int64_t local(int64_t sorted_count) const {
+    return sorted_count <= first ? 0 : (sorted_count - first + stride - 1) / stride;
+  }
   int64_t count() const { return local(schedule.batch()); }
   int64_t alive(int64_t t) const { return local(schedule.alive(t)); }
   int64_t batch_index(int64_t r) const { return schedule.batch_index(first + r * stride); }
@@ -124,18 +127,18 @@ struct GroupRows {
   }
 };
 
-// How the threads are shared out: `row_groups` groups of rows for each direction, and in each group the hidden units are
-// split over `members` threads, which meet at a barrier each step (none where there is one member).
+// How the threads are shared out: `row_groups` groups of rows for each direction, and in each group the hidden units
+// are split over `members` threads, which meet at a barrier each step (none where there is one member).
 struct Split {
   int64_t row_groups;
 };
 
 // Seconds are estimated from measured constants of current cores; only their ratios matter.
 inline Split choose_split(const Recurrence& p, int threads, int64_t element_size, int64_t unit_tiles) {
-  constexpr double kFlops = 180e9;            // one core, register-tiled product
-  constexpr double kBytesL2 = 150e9;          // one core's L2
-  constexpr double kBytesL3 = 35e9;           // one core's share beyond it
-  constexpr double kL2 = 900e3;               // bytes of weights that stay there
+  constexpr double kFlops = 180e9;    // one core, register-tiled product
+  constexpr double kBytesL2 = 150e9;  // one core's L2
+  constexpr double kBytesL3 = 35e9;   // one core's share beyond it
+  constexpr double kL2 = 900e3;       // bytes of weights that stay there
   constexpr double kBarrier = 0.5e-6;
   const int64_t per_direction = threads / p.directions;
   if (per_direction <= 1 || p.rows.batch < 2) return {1};

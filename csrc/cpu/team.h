@@ -22,7 +22,8 @@ inline void relax() {
 #endif
 }
 
-// Spins for some microseconds, then offers the core to others: with more threads than cores the one waited for may need it.
+// Spins for some microseconds, then offers the core to others: with more threads than cores the one waited for may need
+// it.
 class Spinner {
  public:
   // False when it is time to sleep instead.
@@ -45,10 +46,12 @@ class alignas(64) Barrier {
   void wait(int members) {
     if (members == 1) return;
     const int32_t generation = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
-    // Acquire and release: the last to arrive sees what the others wrote, and its release of the generation passes it on.
+    // Acquire and release: the last to arrive sees what the others wrote, and its release of the generation passes it
+    // on.
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      // Sequentially consistent with the sleeper's own pair below: either it sees the new generation, or it is seen sleeping.
+      // Sequentially consistent with the sleeper's own pair below: either it sees the new generation, or it is seen
+      // sleeping.
       __atomic_store_n(&generation_, generation + 1, __ATOMIC_SEQ_CST);
       if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
       return;
@@ -70,9 +73,9 @@ class alignas(64) Barrier {
   int32_t sleepers_ = 0;
 };
 
-// A parallel region may get fewer threads than it asked for (nested regions, a busy pool), and a barrier that counts threads which
-// never come would hang. So threads join as they come; the team is closed when all slots are accounted for, or after a
-// time-out with those who are there. Who comes later finds it closed and has nothing to do.
+// A parallel region may get fewer threads than it asked for (nested regions, a busy pool), and a barrier that counts
+// threads which never come would hang. So threads join as they come; the team is closed when all slots are accounted
+// for, or after a time-out with those who are there. Who comes later finds it closed and has nothing to do.
 class Team {
  public:
   explicit Team(int64_t slots) : slots_(slots) {}
@@ -118,8 +121,7 @@ class Team {
 };
 
 // Runs body(team, member) on up to `threads` threads.
-template <class Body>
-inline void run_team(int threads, const Body& body) {
+template <class Body> inline void run_team(int threads, const Body& body) {
   Team team(threads);
   struct Context {
     Team& team;

@@ -1,7 +1,7 @@
 // The products inside the kernels: a few rows times a tile of packed weights, in registers; and the packing.
 //
-// A tile is `vectors` vectors wide. Packed, its element (k, v, lane) stands at [k][v][lane], so that the loop over k reads
-// memory in order.
+// A tile is `vectors` vectors wide. Packed, its element (k, v, lane) stands at [k][v][lane], so that the loop over k
+// reads memory in order.
 #pragma once
 
 #include <utility>
@@ -11,16 +11,24 @@
 namespace rnnfast::cpu {
 namespace {
 
-// Rows of one register tile: accumulators, one vector of weights for each column and one broadcast must fit the registers.
+// Rows of one register tile: accumulators, one vector of weights for each column and one broadcast must fit the
+// registers.
 template <int kVectors>
-constexpr int kMaxRows = kVectorRegisters == 32 ? (kVectors == 4 ? 6 : kVectors == 3 ? 8 : kVectors == 2 ? 12 : 12)
-                                                : (kVectors == 4 ? 3 : kVectors == 3 ? 4 : kVectors == 2 ? 5 : 8);
+constexpr int kMaxRows = kVectorRegisters == 32 ? (kVectors == 4   ? 6
+                                                   : kVectors == 3 ? 8
+                                                   : kVectors == 2 ? 12
+                                                                   : 12)
+                                                : (kVectors == 4   ? 3
+                                                   : kVectors == 3 ? 4
+                                                   : kVectors == 2 ? 5
+                                                                   : 8);
 constexpr int kMostRows = 12;
 
 // acc[r][v] = sum over k of a[r * a_row + k * a_k] * packed[k][v]. acc is written, whole, at the end.
 template <class Compute, int kRows, int kVectors>
-[[gnu::noinline]] void tile_product(const Compute* __restrict a, int64_t a_row, int64_t a_k, const Compute* __restrict packed,
-                                    int64_t k_count, Vector<Compute>* __restrict acc) {
+[[gnu::noinline]] void tile_product(const Compute* __restrict a, int64_t a_row, int64_t a_k,
+                                    const Compute* __restrict packed, int64_t k_count,
+                                    Vector<Compute>* __restrict acc) {
   constexpr int kWidth = kVectors * kLanes<Compute>;
   // One FMA's result is ready after 4 cycles and two start each cycle: fewer than 8 sums need a split along k.
   constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : kRows * kVectors >= 2 ? 4 : 8;
@@ -70,31 +78,31 @@ inline TileProduct<Compute> tile_product_for(int rows, std::integer_sequence<int
 
 // Calls use(first_row, rows, acc) for register tiles that cover `rows` rows of a, as equal in height as they can be.
 template <int kVectors, class Compute, class Use>
-inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed, int64_t k_count,
-                          const Use& use) {
+inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
+                          int64_t k_count, const Use& use) {
   constexpr int kMost = kMaxRows<kVectors>;
   alignas(64) Vector<Compute> acc[kMost * kVectors];
   const int64_t tiles = (rows + kMost - 1) / kMost;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = rows * i / tiles, last = rows * (i + 1) / tiles;
     const int height = static_cast<int>(last - first);
-    tile_product_for<Compute, kVectors>(height, std::make_integer_sequence<int, kMost>{})(a + first * a_row, a_row, a_k, packed,
-                                                                                          k_count, acc);
+    tile_product_for<Compute, kVectors>(height, std::make_integer_sequence<int, kMost>{})(a + first * a_row, a_row, a_k,
+                                                                                          packed, k_count, acc);
     use(first, height, acc);
   }
 }
 
-// One level of a butterfly between lanes `step` apart, of vectors a and b that are `step` apart: `low` gathers the lanes whose
-// number has the step's bit clear.
+// One level of a butterfly between lanes `step` apart, of vectors a and b that are `step` apart: `low` gathers the
+// lanes whose number has the step's bit clear.
 template <int kStep, bool kLow, class V, int... kLane>
 RNNFAST_INLINE V exchange_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
-  return __builtin_shufflevector(
-      a, b, (kLow ? ((kLane & kStep) ? kCount + kLane - kStep : kLane) : ((kLane & kStep) ? kCount + kLane : kLane + kStep))...);
+  return __builtin_shufflevector(a, b,
+                                 (kLow ? ((kLane & kStep) ? kCount + kLane - kStep : kLane)
+                                       : ((kLane & kStep) ? kCount + kLane : kLane + kStep))...);
 }
 
-template <int kStep, class Compute>
-RNNFAST_INLINE void transpose_level(Vector<Compute>* x) {
+template <int kStep, class Compute> RNNFAST_INLINE void transpose_level(Vector<Compute>* x) {
   constexpr int kCount = kLanes<Compute>;
   using Lanes = std::make_integer_sequence<int, kCount>;
   if constexpr (kStep < kCount) {
@@ -110,23 +118,24 @@ RNNFAST_INLINE void transpose_level(Vector<Compute>* x) {
 }
 
 // Lane j of the result is the sum over the lanes of x[j].
-template <int kStep, class Compute>
-RNNFAST_INLINE Vector<Compute> sum_lanes(Vector<Compute>* x) {
+template <int kStep, class Compute> RNNFAST_INLINE Vector<Compute> sum_lanes(Vector<Compute>* x) {
   constexpr int kCount = kLanes<Compute>;
   using Lanes = std::make_integer_sequence<int, kCount>;
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; i += 2 * kStep)
-    x[i] = exchange_lanes<kStep, true>(x[i], x[i + kStep], Lanes{}) + exchange_lanes<kStep, false>(x[i], x[i + kStep], Lanes{});
+    x[i] = exchange_lanes<kStep, true>(x[i], x[i + kStep], Lanes{}) +
+           exchange_lanes<kStep, false>(x[i], x[i + kStep], Lanes{});
   if constexpr (kStep * 2 < kCount)
     return sum_lanes<kStep * 2, Compute>(x);
   else
     return x[0];
 }
 
-// Dot products of a vector with as many rows of a row-major matrix as a vector has lanes: lane j gets row j. Rows from `rows` on
-// repeat the last one. No packing: for weights that are read only once or twice.
+// Dot products of a vector with as many rows of a row-major matrix as a vector has lanes: lane j gets row j. Rows from
+// `rows` on repeat the last one. No packing: for weights that are read only once or twice.
 template <class Compute, class Storage>
-inline Vector<Compute> dot_rows(const Compute* x, const Storage* matrix, int64_t stride, int64_t rows, int64_t k_count) {
+inline Vector<Compute> dot_rows(const Compute* x, const Storage* matrix, int64_t stride, int64_t rows,
+                                int64_t k_count) {
   constexpr int kCount = kLanes<Compute>;
   const Storage* row[kCount];
 #pragma GCC unroll 16
@@ -146,24 +155,28 @@ inline Vector<Compute> dot_rows(const Compute* x, const Storage* matrix, int64_t
   return sum_lanes<1, Compute>(sum);
 }
 
-// Packs `kLanes` rows of a row-major matrix (from `rows` on: zeros) as one vector column of a tile, for k in [0, k_count):
-// to[k * width + lane] = matrix[lane * stride + k].
+// Packs `kLanes` rows of a row-major matrix (from `rows` on: zeros) as one vector column of a tile, for k in [0,
+// k_count): to[k * width + lane] = matrix[lane * stride + k].
 template <class Compute, class Storage>
-inline void pack_rows(const Storage* matrix, int64_t stride, int64_t rows, int64_t k_count, Compute* to, int64_t width) {
+inline void pack_rows(const Storage* matrix, int64_t stride, int64_t rows, int64_t k_count, Compute* to,
+                      int64_t width) {
   constexpr int kCount = kLanes<Compute>;
   for (int64_t k = 0; k < k_count; k += kCount) {
     const int64_t columns = k_count - k < kCount ? k_count - k : kCount;
     Vector<Compute> block[kCount];
 #pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) block[j] = j < rows ? load<Compute>(matrix + j * stride + k, columns) : Vector<Compute>{};
+    for (int j = 0; j < kCount; ++j)
+      block[j] = j < rows ? load<Compute>(matrix + j * stride + k, columns) : Vector<Compute>{};
     transpose_level<1, Compute>(block);
     for (int64_t i = 0; i < columns; ++i) store<Compute>(to + (k + i) * width, block[i]);
   }
 }
 
-// Packs `columns` columns of a row-major matrix (the rest of the tile: zeros): to[k * width + j] = matrix[k * stride + j].
+// Packs `columns` columns of a row-major matrix (the rest of the tile: zeros): to[k * width + j] = matrix[k * stride +
+// j].
 template <class Compute, class Storage>
-inline void pack_columns(const Storage* matrix, int64_t stride, int64_t columns, int64_t k_count, Compute* to, int64_t width) {
+inline void pack_columns(const Storage* matrix, int64_t stride, int64_t columns, int64_t k_count, Compute* to,
+                         int64_t width) {
   for (int64_t k = 0; k < k_count; ++k)
     for (int64_t j = 0; j < width; j += kLanes<Compute>) {
       const int64_t left = columns - j;

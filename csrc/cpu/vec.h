@@ -1,6 +1,6 @@
-// Vectors of one ISA: the widest that the compiler's target has, in GCC and clang vector extensions, so that one source serves
-// AVX-512, AVX2, NEON and the baseline. Included only from kernels.cpp, which is compiled once for each ISA; everything is in an
-// unnamed namespace, so that no function compiled for one ISA can be linked into another.
+// Vectors of one ISA: the widest that the compiler's target has, in GCC and clang vector extensions, so that one source
+// serves AVX-512, AVX2, NEON and the baseline. Included only from kernels.cpp, which is compiled once for each ISA;
+// everything is in an unnamed namespace, so that no function compiled for one ISA can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -35,36 +35,28 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <class Storage>
-struct ComputeOf {
+template <class Storage> struct ComputeOf {
   using type = float;
 };
-template <>
-struct ComputeOf<double> {
+template <> struct ComputeOf<double> {
   using type = double;
 };
 
-template <class Compute>
-struct VectorTraits;
-template <>
-struct VectorTraits<float> {
+template <class Compute> struct VectorTraits;
+template <> struct VectorTraits<float> {
   using Bits = int32_t;
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef int32_t BitsVector __attribute__((vector_size(kVectorBytes)));
 };
-template <>
-struct VectorTraits<double> {
+template <> struct VectorTraits<double> {
   using Bits = int64_t;
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
   typedef int64_t BitsVector __attribute__((vector_size(kVectorBytes)));
 };
 
-template <class Compute>
-using Vector = typename VectorTraits<Compute>::Vector;
-template <class Compute>
-using BitsVector = typename VectorTraits<Compute>::BitsVector;
-template <class Compute>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
+template <class Compute> using Vector = typename VectorTraits<Compute>::Vector;
+template <class Compute> using BitsVector = typename VectorTraits<Compute>::BitsVector;
+template <class Compute> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WideBits __attribute__((vector_size(kVectorBytes)));
@@ -96,18 +88,19 @@ RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
   const WideBits bits = (WideBits)value;
   const WideBits sign = (bits >> 16) & 0x8000u;
   const WideBits magnitude = bits & 0x7fffffffu;
-  // Normal results: re-bias and round to nearest even in the integer domain. Subnormal: adding 0.5 lets the FPU round at
-  // float16's last subnormal bit, 2^-24.
+  // Normal results: re-bias and round to nearest even in the integer domain. Subnormal: adding 0.5 lets the FPU round
+  // at float16's last subnormal bit, 2^-24.
   const WideBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const WideBits subnormal = (WideBits)((Vector<float>)magnitude + 0.5f) - 0x3f000000u;
   const WideBits infinite = magnitude - magnitude + 0x7c00u;
   WideBits result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x477ff000u ? infinite : result;             // 65520 and up round to infinity
+  result = magnitude >= 0x477ff000u ? infinite : result;            // 65520 and up round to infinity
   result = magnitude > 0x7f800000u ? (infinite | 0x200u) : result;  // NaN
   return __builtin_convertvector((WideBits)(result | sign), HalfBits);
 }
 
-// The first `count` values at `from` as a vector, zeros behind them. A whole vector where count is not less than its lanes.
+// The first `count` values at `from` as a vector, zeros behind them. A whole vector where count is not less than its
+// lanes.
 template <class Compute, class Storage>
 RNNFAST_INLINE Vector<Compute> load(const Storage* from, int64_t count = kLanes<Compute>) {
   if constexpr (sizeof(Storage) == sizeof(Compute)) {
@@ -146,24 +139,20 @@ RNNFAST_INLINE void store(Storage* to, Vector<Compute> value, int64_t count = kL
 }
 
 // What a value becomes when it is stored and loaded again.
-template <class Compute, class Storage>
-RNNFAST_INLINE Vector<Compute> rounded_to(Vector<Compute> value) {
+template <class Compute, class Storage> RNNFAST_INLINE Vector<Compute> rounded_to(Vector<Compute> value) {
   if constexpr (sizeof(Storage) == sizeof(Compute))
     return value;
   else
     return widen(narrow(value, Storage{}), Storage{});
 }
 
-template <class Compute>
-RNNFAST_INLINE Vector<Compute> broadcast(Compute value) {
+template <class Compute> RNNFAST_INLINE Vector<Compute> broadcast(Compute value) {
   return value - Vector<Compute>{};  // x - 0 is x, and compiles to one broadcast
 }
 
 // Constants of the exponential: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2.
-template <class Compute>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
+template <class Compute> struct ExpConstants;
+template <> struct ExpConstants<float> {
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f;  // 9 significant bits: n * high is exact
   static constexpr float kLn2Low = -2.12194440054690583e-4f;
@@ -177,8 +166,7 @@ struct ExpConstants<float> {
   static constexpr float kCoefficients[kTerms] = {0.001392692661402190648f, 0.0083637738744055734983f,
                                                   0.041666550110305124444f, 0.16666573381900846023f, 0.5f};
 };
-template <>
-struct ExpConstants<double> {
+template <> struct ExpConstants<double> {
   static constexpr double kLog2e = 1.44269504088896340736;
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
@@ -189,14 +177,20 @@ struct ExpConstants<double> {
   static constexpr double kTanhOne = 20.0;
   // As above; exp to 1.9e-19.
   static constexpr int kTerms = 11;
-  static constexpr double kCoefficients[kTerms] = {
-      2.0915442297780115216e-9,  2.5106274733573294687e-8,  2.7557271810219799569e-7, 2.7557252833516909748e-6,
-      0.000024801587327007186731, 0.00019841269876864354929, 0.0013888888888883326674, 0.0083333333333255446996,
-      0.041666666666666670074,   0.16666666666666671438,    0.5};
+  static constexpr double kCoefficients[kTerms] = {2.0915442297780115216e-9,
+                                                   2.5106274733573294687e-8,
+                                                   2.7557271810219799569e-7,
+                                                   2.7557252833516909748e-6,
+                                                   0.000024801587327007186731,
+                                                   0.00019841269876864354929,
+                                                   0.0013888888888883326674,
+                                                   0.0083333333333255446996,
+                                                   0.041666666666666670074,
+                                                   0.16666666666666671438,
+                                                   0.5};
 };
 
-template <class Compute>
-struct VectorMath {
+template <class Compute> struct VectorMath {
   using Value = Vector<Compute>;
   using Bits = BitsVector<Compute>;
   using Constants = ExpConstants<Compute>;
