@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.testing import assert_close
 
 import rnnfast
+from rnnfast.modules import Recurrent
 
 KINDS = ["LSTM", "GRU", "RNN"]
 OPTIONS = [
@@ -133,6 +134,7 @@ def test_constructor_messages_by_the_letter():
         ValueError,
         "proj_size argument is only supported for LSTM, not RNN or GRU",
     )
+    assert raised(lambda: Recurrent("FOO", 4, 5)) == (ValueError, "Unrecognized RNN mode: FOO")
     assert raised(lambda: rnnfast.LSTM(4, 5, bias=1)) == (TypeError, "bias should be of type bool, got: int")
 
 
