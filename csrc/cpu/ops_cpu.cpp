@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace rnnfast::cpu {
 
@@ -17,6 +18,8 @@ void parallel_region(int64_t slots, void (*body)(int64_t, int64_t, void*), void*
 namespace {
 
 using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kHugeBuffer = int64_t{4} << 20;
 
 // The thread pool of libgomp does not survive a fork: its threads are not there in the child, and a parallel region
 // would wait for them for ever. A forked process works on one thread.
@@ -31,11 +34,12 @@ int threads_for(double flops, double flops_between_barriers) {
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace"); }
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                              like.scalar_type());
+void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor tensor = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
+  int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes >= kHugeBuffer) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 Tensor none(const Tensor& like) { return empty(like, {0}); }
 

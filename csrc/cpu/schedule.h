@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "../recurrence.h"
+#include "memory.h"
 #include "team.h"
 
 namespace rnnfast::cpu {
@@ -26,6 +27,7 @@ class Workspace {
   }
   bool allocate() {
     memory_ = std::aligned_alloc(kAlignment, static_cast<size_t>(used_ ? used_ : kAlignment));
+    if (memory_) prefer_huge_pages(memory_, used_);
     used_ = 0;
     return memory_ != nullptr;
   }
