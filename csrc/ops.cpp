@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(rnnfast, library) {
       "layer_inference(str mode, Tensor input, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
       "Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, bool batch_first) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "layer_forward(str mode, Tensor input, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
+      "Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, bool batch_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("matmul(Tensor a, Tensor b) -> Tensor");
   library.def("use_cpu_isa(str name) -> str");
 }

@@ -50,9 +50,16 @@ struct Recurrence {
   const void* cx{};  // (D, B, H) or null: zeros
 };
 
+// Either `gates` is given or, with from_input, the layer's input and what makes gates of it.
 struct ForwardParams : Recurrence {
-  const void* gates{};                    // (rows, D*G*H)
-  const void* bias_hn[kMaxDirections]{};  // GRU: (H,) or null
+  bool from_input = false;
+  const void* gates{};  // (rows, D*G*H)
+  const void* input{};  // (rows, I)
+  int64_t input_size = 0;
+  const void* weight_ih[kMaxDirections]{};  // (G*H, I)
+  int64_t weight_ih_stride[kMaxDirections]{};
+  const void* bias_ih[kMaxDirections]{};  // (G*H,) or null
+  const void* bias_hh[kMaxDirections]{};  // (G*H,) or null; with gates only the GRU's n gate is read
   void* output{};                         // (rows, D*(P or H))
   void* h_n{};                            // (D, B, P or H)
   void* c_n{};                            // LSTM: (D, B, H)

@@ -123,10 +123,10 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
   };
   static constexpr int64_t kInitial = -1, kZeros = -2;
 
-  Row row_at(const GroupRows& rows, int64_t t, int64_t r, int64_t started) const {
+  Row row_at(const GroupRows& rows, int64_t t, int64_t r, int64_t started, int64_t alive_before) const {
     const int64_t b = rows.batch_index(r), before = rows.before(t);
     Row row{r, b, schedule_.row(t, b), r < started, false, kInitial};
-    if (r < rows.alive(before)) row.previous_row = schedule_.row(before, b);
+    if (r < alive_before) row.previous_row = schedule_.row(before, b);
     if (p_.rows.resets) {
       row.cut = row.started && rows.cut_after(t, r);
       if (rows.cut_before(t, r)) row.previous_row = kZeros;
@@ -213,50 +213,54 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
     const int64_t last_turn = p_.grad_hx || p_.grad_cx ? 0 : 1;
     for (int64_t s = schedule_.steps(); s >= last_turn; --s, current = 1 - current) {
       const int64_t t = rows.time(s - 1), alive = s > 0 ? rows.alive(t) : 0;
+      const int64_t alive_before = s > 0 ? rows.alive(rows.before(t)) : 0;
       const StateBuffer<Compute>& later = group.dgates[1 - current];
       for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
-        const auto on_block = [&](int64_t r, int64_t unit, Value product) {
-          if (!p_.projected && Cell::kSplitGradient && r < started) product += load<Compute>(group.carry.row(r) + unit);
-          if (r >= alive) {
-            if (p_.grad_hx) write_grad_hx(rows, d, r, unit, product);
-            if (p_.grad_cx && !p_.projected) write_grad_cx(rows, group, d, r, unit);
-            return;
+        const auto on_row = [&](int64_t r, const Value* products) {
+          const Row row = r < alive ? row_at(rows, t, r, started, alive_before) : Row{};
+          for (int block = 0; block < kBlocks; ++block) {
+            const int64_t unit = tile * kTileUnits + block * kL;
+            if (unit >= p_.state_size) break;
+            Value product = products[block];
+            if (!p_.projected && Cell::kSplitGradient && r < started)
+              product += load<Compute>(group.carry.row(r) + unit);
+            if (r >= alive) {
+              if (p_.grad_hx) write_grad_hx(rows, d, r, unit, product);
+              if (p_.grad_cx && !p_.projected) write_grad_cx(rows, group, d, r, unit);
+              continue;
+            }
+            const Value dh = total_dh(d, row, unit, product);
+            if (!p_.projected) {
+              step_cell(group, current, d, row, unit, dh);
+              continue;
+            }
+            store<Compute>(group.dh.row(r) + unit, dh);
+            store<Compute>(at<Storage>(p_.grad_projected, (row.row * p_.directions + d) * p_.state_size + unit), dh,
+                           p_.state_size - unit);
           }
-          const Row row = row_at(rows, t, r, started);
-          const Value dh = total_dh(d, row, unit, product);
-          if (!p_.projected) {
-            step_cell(group, current, d, row, unit, dh);
-            return;
-          }
-          store<Compute>(group.dh.row(r) + unit, dh);
-          store<Compute>(at<Storage>(p_.grad_projected, (row.row * p_.directions + d) * p_.state_size + unit), dh,
-                         p_.state_size - unit);
         };
         const auto on_rows = [&](int64_t first, int height, const Value* acc) {
-          for (int i = 0; i < height; ++i)
-            for (int block = 0; block < kBlocks; ++block) {
-              const int64_t unit = tile * kTileUnits + block * kL;
-              if (unit < p_.state_size) on_block(first + i, unit, acc[i * kBlocks + block]);
-            }
+          for (int i = 0; i < height; ++i) on_row(first + i, acc + i * kBlocks);
         };
         for_row_tiles<kBlocks>(later.data, later.stride, 1, started, packed_hh_[d] + tile * kTileUnits * gates_width_,
                                gates_width_, on_rows);
         const Value zeros[kBlocks] = {};
-        for (int64_t r = started; r < alive; ++r) on_rows(r, 1, zeros);
+        for (int64_t r = started; r < alive; ++r) on_row(r, zeros);
       }
       if (p_.projected) {
         barriers_[g].wait(members);  // the gradient of every projected unit is there
         for (int64_t tile = my_inner_tiles.first; tile < my_inner_tiles.last; ++tile) {
-          for_row_tiles<kBlocks>(
-              group.dh.data, group.dh.stride, 1, alive, packed_hr_[d] + tile * kTileUnits * p_.state_size,
-              p_.state_size, [&](int64_t first, int height, const Value* acc) {
-                for (int i = 0; i < height; ++i)
-                  for (int block = 0; block < kBlocks; ++block) {
-                    const int64_t unit = tile * kTileUnits + block * kL;
-                    if (unit < p_.hidden_size)
-                      step_cell(group, current, d, row_at(rows, t, first + i, started), unit, acc[i * kBlocks + block]);
-                  }
-              });
+          for_row_tiles<kBlocks>(group.dh.data, group.dh.stride, 1, alive,
+                                 packed_hr_[d] + tile * kTileUnits * p_.state_size, p_.state_size,
+                                 [&](int64_t first, int height, const Value* acc) {
+                                   for (int i = 0; i < height; ++i)
+                                     for (int block = 0; block < kBlocks; ++block) {
+                                       const int64_t unit = tile * kTileUnits + block * kL;
+                                       if (unit < p_.hidden_size)
+                                         step_cell(group, current, d, row_at(rows, t, first + i, started, alive_before),
+                                                   unit, acc[i * kBlocks + block]);
+                                     }
+                                 });
           for (int64_t r = alive; p_.grad_cx && r < started; ++r)
             for (int64_t unit = tile * kTileUnits; unit < p_.hidden_size && unit < (tile + 1) * kTileUnits; unit += kL)
               write_grad_cx(rows, group, d, r, unit);

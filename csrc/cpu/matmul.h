@@ -80,13 +80,17 @@ template <class Storage> class MatmulLoop {
     if (!pack_a_) return;
     // a's rows i..i+kRows as columns of (k_count, kRows): then the product reads both operands in order.
     const Share rows = share_of(m_tiles_, member, members);
-    for (int64_t tile = rows.first; tile < rows.last; ++tile) {
-      const int64_t first = tile * kRows, height = p_.m - first < kRows ? p_.m - first : kRows;
-      Compute* to = packed_a_ + first * block_k_;
-      for (int64_t kk = 0; kk < k_count; ++kk)
-        for (int64_t i = 0; i < height; ++i)
-          to[kk * kRows + i] = load<Compute>(at<Storage>(p_.a, (first + i) * p_.a_row + (k + kk) * p_.a_col), 1)[0];
-    }
+    const int64_t height = p_.m - rows.first * kRows;
+    // Transposed: each row of memory gives kRows values to every tile. Reading along memory, a few rows at a time.
+    for (int64_t kk = 0; kk < k_count; ++kk)
+      for (int64_t tile = rows.first, left = height; tile < rows.last; ++tile, left -= kRows) {
+        Compute* to = packed_a_ + tile * kRows * block_k_ + kk * kRows;
+        const Storage* from = at<Storage>(p_.a, tile * kRows * p_.a_row + (k + kk) * p_.a_col);
+        if (sizeof(Storage) == sizeof(Compute) && p_.a_row == 1 && left >= kRows)
+          std::memcpy(static_cast<void*>(to), from, kRows * sizeof(Compute));
+        else
+          for (int64_t i = 0; i < left && i < kRows; ++i) to[i] = load<Compute>(from + i * p_.a_row, 1)[0];
+      }
   }
 
   Value bias_at(int64_t column) const {

@@ -7,8 +7,8 @@
 
 namespace rnnfast::cpu {
 
-// Asks for huge pages under a buffer that will be written whole: one fault for each 2 MiB instead of each 4 KiB. Only a hint, and
-// only for the huge pages that lie inside the buffer.
+// Asks for huge pages under a buffer that will be written whole: one fault for each 2 MiB instead of each 4 KiB. Only a
+// hint, and only for the huge pages that lie inside the buffer.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
   constexpr int64_t kHugePage = int64_t{2} << 20;
   const int64_t begin = reinterpret_cast<int64_t>(data);

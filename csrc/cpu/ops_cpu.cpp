@@ -34,8 +34,11 @@ int threads_for(double flops, double flops_between_barriers) {
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor tensor = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
+void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace"); }
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor tensor =
+      torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
   int64_t bytes = static_cast<int64_t>(tensor.element_size());
   for (const int64_t size : sizes) bytes *= size;
   if (bytes >= kHugeBuffer) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
@@ -195,7 +198,7 @@ void input_gates_into(const char* op, Mode mode, const Tensor& input, const Tens
   MatmulParams m;
   m.dtype = dtype_of(op, input);
   m.k = x.size(x.dim() - 1);
-  m.m = m.k ? x.numel() / m.k : 0;
+  m.m = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
   const int64_t directions = static_cast<int64_t>(weight_ih.size());
   m.n = weight_ih[0].size(0);
   m.a = data_of(x);
@@ -247,20 +250,38 @@ Tensor input_gates(std::string mode, Tensor input, Tensors weight_ih, Tensors bi
   return gates;
 }
 
-// Offsets bias_hh to the n gate's part.
-void fill_bias_hn(const char* op, const Tensors& bias_hh, ForwardParams& p, Context& context, const Tensor& model) {
-  if (p.mode != Mode::gru || bias_hh.empty()) return;
-  STD_TORCH_CHECK(static_cast<int64_t>(bias_hh.size()) == p.directions, op,
-                  ": bias_hh: expected none, or one for each direction");
-  for (int64_t d = 0; d < p.directions; ++d) {
-    check_shape(op, "bias_hh", bias_hh[d], {3 * p.hidden_size});
-    check_like(op, "bias_hh", bias_hh[d], model);
-    p.bias_hn[d] = static_cast<const char*>(context.hold(bias_hh[d])) + 2 * p.hidden_size * model.element_size();
+void fill_biases(const char* op, const char* argument, const Tensors& biases, const Tensor& model, Context& context,
+                 const void** to) {
+  if (biases.empty()) return;
+  const Recurrence& r = context.r;
+  STD_TORCH_CHECK(static_cast<int64_t>(biases.size()) == r.directions, op, ": ", argument,
+                  ": expected none, or one for each direction");
+  for (int64_t d = 0; d < r.directions; ++d) {
+    check_shape(op, argument, biases[d], {gates_of(r.mode) * r.hidden_size});
+    check_like(op, argument, biases[d], model);
+    to[d] = context.hold(biases[d]);
   }
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What forward returns, allocated and put into the params.
+Five forward(const char* op, ForwardParams& p, const Context& context, const Tensor& like, bool save_reserve) {
+  const int64_t D = p.directions, H = p.hidden_size;
+  const bool lstm = p.mode == Mode::lstm;
+  Tensor output = empty_rows(like, D * p.state_size), h_n = empty(like, {D, p.rows.batch, p.state_size});
+  Tensor c_n = lstm ? empty(like, {D, p.rows.batch, H}) : none(like);
+  Tensor cells = lstm && save_reserve ? empty_rows(like, D * H) : none(like);
+  Tensor reserve = save_reserve && reserve_of(p.mode) ? empty_rows(like, D * reserve_of(p.mode) * H) : none(like);
+  p.output = mutable_data_of(output);
+  p.h_n = mutable_data_of(h_n);
+  p.c_n = mutable_data_of(c_n);
+  p.cells = lstm && save_reserve ? mutable_data_of(cells) : nullptr;
+  p.reserve = save_reserve && reserve_of(p.mode) ? mutable_data_of(reserve) : nullptr;
+  check_memory(op, kernels().forward(p, threads_for(p, context.row_count)));
+  return {output, h_n, c_n, cells, reserve};
+}
 
 Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tensors bias_hh, Tensors weight_hr,
                         OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
@@ -268,56 +289,54 @@ Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tenso
   const char* op = "rnnfast::recurrence_forward";
   Context context;
   fill({op, mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
-  const Recurrence& r = context.r;
-  const int64_t D = r.directions, H = r.hidden_size;
-  STD_TORCH_CHECK(gates.size(gates.dim() - 1) == D * gates_of(r.mode) * H, op, ": gates: expected a last dimension of ",
-                  D * gates_of(r.mode) * H, ", got ", gates.size(gates.dim() - 1));
   ForwardParams p;
-  static_cast<Recurrence&>(p) = r;
-  const Tensor gates_rows = as_contiguous(gates);
-  p.gates = data_of(gates_rows);
-  fill_bias_hn(op, bias_hh, p, context, gates);
-  const bool lstm = r.mode == Mode::lstm;
-  Tensor output = empty_rows(gates, D * r.state_size), h_n = empty(gates, {D, r.rows.batch, r.state_size});
-  Tensor c_n = lstm ? empty(gates, {D, r.rows.batch, H}) : none(gates);
-  Tensor cells = lstm && save_reserve ? empty_rows(gates, D * H) : none(gates);
-  Tensor reserve = save_reserve && reserve_of(r.mode) ? empty_rows(gates, D * reserve_of(r.mode) * H) : none(gates);
-  p.output = mutable_data_of(output);
-  p.h_n = mutable_data_of(h_n);
-  p.c_n = mutable_data_of(c_n);
-  p.cells = save_reserve ? mutable_data_of(cells) : nullptr;
-  p.reserve = save_reserve ? mutable_data_of(reserve) : nullptr;
-  check_memory(op, kernels().forward(p, threads_for(r, context.row_count)));
-  return {output, h_n, c_n, cells, reserve};
+  static_cast<Recurrence&>(p) = context.r;
+  const int64_t width = p.directions * gates_of(p.mode) * p.hidden_size;
+  STD_TORCH_CHECK(gates.size(gates.dim() - 1) == width, op, ": gates: expected a last dimension of ", width, ", got ",
+                  gates.size(gates.dim() - 1));
+  p.gates = context.hold(gates);
+  if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, gates, context, p.bias_hh);
+  return forward(op, p, context, gates, save_reserve);
+}
+
+Five layer(const char* op, const std::string& mode, const Tensor& input, const Tensors& weight_ih,
+           const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh, const Tensors& weight_hr,
+           const OptionalTensor& hx, const OptionalTensor& cx, const OptionalTensor& batch_sizes,
+           const OptionalTensor& lengths, const OptionalTensor& resets, bool batch_first, bool save_reserve) {
+  Context context;
+  fill({op, mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
+  ForwardParams p;
+  static_cast<Recurrence&>(p) = context.r;
+  STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == p.directions, op, ": weight_ih: expected ", p.directions,
+                  " tensors, got ", weight_ih.size());
+  p.input_size = input.size(input.dim() - 1);
+  p.from_input = true;
+  p.input = context.hold(input);
+  for (int64_t d = 0; d < p.directions; ++d) {
+    check_shape(op, "weight_ih", weight_ih[d], {gates_of(p.mode) * p.hidden_size, p.input_size});
+    check_like(op, "weight_ih", weight_ih[d], input);
+    const Matrix ih = row_major(weight_ih[d], context.keep);
+    p.weight_ih[d] = ih.data;
+    p.weight_ih_stride[d] = ih.stride;
+  }
+  fill_biases(op, "bias_ih", bias_ih, input, context, p.bias_ih);
+  fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+  return forward(op, p, context, input, save_reserve);
+}
+
+Five layer_forward(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                   Tensors bias_hh, Tensors weight_hr, OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes,
+                   OptionalTensor lengths, OptionalTensor resets, bool batch_first) {
+  return layer("rnnfast::layer_forward", mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx,
+               batch_sizes, lengths, resets, batch_first, true);
 }
 
 Three layer_inference(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
                       Tensors bias_hh, Tensors weight_hr, OptionalTensor hx, OptionalTensor cx,
                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, bool batch_first) {
-  const char* op = "rnnfast::layer_inference";
-  Context context;
-  fill({op, mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
-  check_input(op, input, weight_ih, bias_ih, bias_hh);
-  const Recurrence& r = context.r;
-  const int64_t D = r.directions, H = r.hidden_size;
-  STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == D, op, ": weight_ih: expected ", D, " tensors, got ",
-                  weight_ih.size());
-  STD_TORCH_CHECK(weight_ih[0].size(0) == gates_of(r.mode) * H, op, ": weight_ih: expected ", gates_of(r.mode) * H,
-                  " rows, got ", weight_ih[0].size(0));
-  ForwardParams p;
-  static_cast<Recurrence&>(p) = r;
-  fill_bias_hn(op, bias_hh, p, context, input);
-  const bool lstm = r.mode == Mode::lstm;
-  const Tensor gates = empty_rows(input, D * gates_of(r.mode) * H);
-  Tensor output = empty_rows(input, D * r.state_size), h_n = empty(input, {D, r.rows.batch, r.state_size});
-  Tensor c_n = lstm ? empty(input, {D, r.rows.batch, H}) : none(input);
-  input_gates_into(op, r.mode, input, weight_ih, bias_ih, bias_hh, mutable_data_of(gates),
-                   static_cast<int64_t>(input.element_size()));
-  p.gates = data_of(gates);
-  p.output = mutable_data_of(output);
-  p.h_n = mutable_data_of(h_n);
-  p.c_n = mutable_data_of(c_n);
-  check_memory(op, kernels().forward(p, threads_for(r, context.row_count)));
+  auto [output, h_n, c_n, cells, reserve] =
+      layer("rnnfast::layer_inference", mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx,
+            batch_sizes, lengths, resets, batch_first, false);
   return {output, h_n, c_n};
 }
 
@@ -412,6 +431,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
   library.impl("input_gates", TORCH_BOX(&rnnfast::cpu::input_gates));
   library.impl("recurrence_forward", TORCH_BOX(&rnnfast::cpu::recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&rnnfast::cpu::recurrence_backward));
+  library.impl("layer_forward", TORCH_BOX(&rnnfast::cpu::layer_forward));
   library.impl("layer_inference", TORCH_BOX(&rnnfast::cpu::layer_inference));
   library.impl("matmul", TORCH_BOX(&rnnfast::cpu::matmul));
 }

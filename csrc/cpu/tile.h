@@ -76,20 +76,42 @@ inline TileProduct<Compute> tile_product_for(int rows, std::integer_sequence<int
   return table[rows - 1];
 }
 
-// Calls use(first_row, rows, acc) for register tiles that cover `rows` rows of a, as equal in height as they can be.
+// Covers `rows` rows with register tiles, as equal in height as they can be: tile(first_row, height).
+template <int kVectors, class Tile> inline void split_rows(int64_t rows, const Tile& tile) {
+  constexpr int kMost = kMaxRows<kVectors>;
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  for (int64_t i = 0, first = 0; i < tiles; ++i) {
+    const int64_t last = rows * (i + 1) / tiles;
+    tile(first, static_cast<int>(last - first));
+    first = last;
+  }
+}
+
+template <int kVectors, class Compute>
+inline void multiply_rows(const Compute* a, int64_t a_row, int64_t a_k, int height, const Compute* packed,
+                          int64_t k_count, Vector<Compute>* acc) {
+  tile_product_for<Compute, kVectors>(height, std::make_integer_sequence<int, kMaxRows<kVectors>>{})(
+      a, a_row, a_k, packed, k_count, acc);
+}
+
+// The product of `rows` rows of a with a packed tile, register tile by register tile: use(first_row, height, acc).
 template <int kVectors, class Compute, class Use>
 inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
                           int64_t k_count, const Use& use) {
-  constexpr int kMost = kMaxRows<kVectors>;
-  alignas(64) Vector<Compute> acc[kMost * kVectors];
-  const int64_t tiles = (rows + kMost - 1) / kMost;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = rows * i / tiles, last = rows * (i + 1) / tiles;
-    const int height = static_cast<int>(last - first);
-    tile_product_for<Compute, kVectors>(height, std::make_integer_sequence<int, kMost>{})(a + first * a_row, a_row, a_k,
-                                                                                          packed, k_count, acc);
+  alignas(64) Vector<Compute> acc[kMaxRows<kVectors> * kVectors];
+  split_rows<kVectors>(rows, [&](int64_t first, int height) {
+    multiply_rows<kVectors>(a + first * a_row, a_row, a_k, height, packed, k_count, acc);
     use(first, height, acc);
-  }
+  });
+}
+
+// The same, written to `to`: (rows, kVectors) vectors.
+template <int kVectors, class Compute>
+inline void product_into(const Compute* a, int64_t a_row, int64_t rows, const Compute* packed, int64_t k_count,
+                         Vector<Compute>* to) {
+  split_rows<kVectors>(rows, [&](int64_t first, int height) {
+    multiply_rows<kVectors>(a + first * a_row, a_row, 1, height, packed, k_count, to + first * kVectors);
+  });
 }
 
 // One level of a butterfly between lanes `step` apart, of vectors a and b that are `step` apart: `low` gathers the
