@@ -41,9 +41,15 @@ def place_weights(weights: Tensors, directions: int, bias: bool) -> Places:
     return tuple(places)
 
 
-def lists_of(places: Sequence[Tensor | None]) -> tuple[list[Tensor], ...]:
+def lists_of(
+    places: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The lists that the ops take: (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), one tensor a direction."""
-    return tuple([weight for weight in (places[kind], places[5 + kind]) if weight is not None] for kind in range(5))
+
+    def kind(place: int) -> list[Tensor]:
+        return [weight for weight in (places[place], places[5 + place]) if weight is not None]
+
+    return kind(IH), kind(HH), kind(BIAS_IH), kind(BIAS_HH), kind(HR)
 
 
 def reference_layer(
@@ -58,12 +64,7 @@ def reference_layer(
     *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer in plain PyTorch, every result differentiable: (output, h_n, c_n, cells, reserve)."""
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = lists_of(places)
-    gates = reference.input_gates(mode, input, weight_ih, bias_ih, bias_hh)
-    return reference.recurrence_forward(
-        mode, gates, weight_hh, bias_hh if mode == "GRU" else [], weight_hr, hx, cx, batch_sizes, lengths, resets,
-        batch_first, True,
-    )  # fmt: skip
+    return reference.layer_forward(mode, input, *lists_of(places), hx, cx, batch_sizes, lengths, resets, batch_first)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -109,12 +110,9 @@ class Layer(torch.autograd.Function):
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse,
             bias_hh_reverse, weight_hr_reverse,
         )  # fmt: skip
-        every_ih, every_hh, every_bias_ih, every_bias_hh, every_hr = lists_of(places)
-        gates = ops.input_gates(mode, input, every_ih, every_bias_ih, every_bias_hh, backend=backend)
-        return ops.recurrence_forward(
-            mode, gates, every_hh, every_bias_hh if mode == "GRU" else [], every_hr, hx, cx, batch_sizes, lengths,
-            resets, batch_first, True, backend=backend,
-        )  # fmt: skip
+        return ops.layer_forward(
+            mode, input, *lists_of(places), hx, cx, batch_sizes, lengths, resets, batch_first, backend=backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

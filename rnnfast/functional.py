@@ -61,7 +61,7 @@ def run_layers(
     """
     if _autocast_active():
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input, hx, cx, weights = _autocast(mode, device, input, hx, cx, weights)
             # From here on the types are what they should be; autocast must not touch the products inside.
             with torch.autocast(device, enabled=False):
@@ -120,10 +120,9 @@ def run_layers(
         else:
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = lists_of(places)
             if return_cell_states and last:
-                gates = ops.input_gates(mode, output, weight_ih, bias_ih, bias_hh, backend=backend)
-                output, h_n, c_n, cells, _ = ops.recurrence_forward(
-                    mode, gates, weight_hh, bias_hh if mode == "GRU" else [], weight_hr, layer_hx, layer_cx,
-                    batch_sizes, lengths, resets, batch_first, True, backend=backend,
+                output, h_n, c_n, cells, _ = ops.layer_forward(
+                    mode, output, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, layer_hx, layer_cx, batch_sizes,
+                    lengths, resets, batch_first, backend=backend,
                 )  # fmt: skip
             else:
                 output, h_n, c_n = ops.layer_inference(
@@ -166,14 +165,12 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensors]:
     """Casts to the types that torch.nn's modules compute in under autocast; float64 is left alone, as autocast does.
 
-    LSTM and RNN take the autocast type everywhere, the GRU on accelerators only: on the CPU its results have the widest
-    type among autocast's and its arguments'.
+    LSTM and RNN take the autocast type everywhere, the GRU on accelerators only: on the CPU the type of its results is
+    promoted from autocast's and its state's, which has the input's type where none is given.
     """
     dtype = torch.get_autocast_dtype(device)
     if mode == "GRU" and device == "cpu":
-        for tensor in (input, hx, *weights):
-            if tensor is not None:
-                dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, (input if hx is None else hx).dtype)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -245,8 +245,12 @@ class Recurrent(nn.RNNBase):
         if input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
         weights = self._weights()
-        # A shape is asked before a value: reading a value breaks a graph that is being traced.
-        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+        # A shape is asked before a value: reading a value breaks a graph that is being traced. There, the op itself
+        # compares hx with the first batch size.
+        if sorted_indices is not None:
+            batch = sorted_indices.shape[0]
+        else:
+            batch = h.shape[1] if h is not None and torch.compiler.is_compiling() else int(batch_sizes[0])
         self._check(input, batch, h, c, weights)
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)

@@ -44,12 +44,14 @@ def _missing(*_: Any) -> Any:
 _input_gates: Callable[..., Any] = _missing
 _recurrence_forward: Callable[..., Any] = _missing
 _recurrence_backward: Callable[..., Any] = _missing
+_layer_forward: Callable[..., Any] = _missing
 _layer_inference: Callable[..., Any] = _missing
 _matmul: Callable[..., Any] = _missing
 if library_error is None:
     _input_gates = torch.ops.rnnfast.input_gates.default
     _recurrence_forward = torch.ops.rnnfast.recurrence_forward.default
     _recurrence_backward = torch.ops.rnnfast.recurrence_backward.default
+    _layer_forward = torch.ops.rnnfast.layer_forward.default
     _layer_inference = torch.ops.rnnfast.layer_inference.default
     _matmul = torch.ops.rnnfast.matmul.default
 
@@ -122,6 +124,31 @@ def recurrence_backward(
     return call(
         mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr, hx, cx,
         batch_sizes, lengths, resets, batch_first,
+    )  # fmt: skip
+
+
+def layer_forward(
+    mode: str,
+    input: Tensor,
+    weight_ih: Tensors,
+    weight_hh: Tensors,
+    bias_ih: Tensors,
+    bias_hh: Tensors,
+    weight_hr: Tensors,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_first: bool,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer, with what backward needs: (output, h_n, c_n, cells, reserve)."""
+    call = reference.layer_forward if (backend or _backend_for(input)) == "reference" else _layer_forward
+    return call(
+        mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
+        batch_first,
     )  # fmt: skip
 
 
@@ -292,6 +319,13 @@ def _recurrence_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     )
 
 
+def _layer_forward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return batched_call(
+        _layer_forward, info.batch_size, in_dims, args, _INFERENCE_ROLES, (ROWS, STATE, STATE, ROWS, ROWS),
+        args[9] is not None, args[12],
+    )  # fmt: skip
+
+
 def _layer_inference_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return batched_call(
         _layer_inference, info.batch_size, in_dims, args, _INFERENCE_ROLES, (ROWS, STATE, STATE), args[9] is not None,
@@ -338,21 +372,20 @@ def _states_fake(
     return output, h_n, c_n
 
 
+def _saved_fake(mode: str, rows: Tensor, weight_hh: Tensors, save_reserve: bool) -> tuple[Tensor, Tensor]:
+    width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
+    cells = rows.new_empty(*rows.shape[:-1], width) if save_reserve and mode == "LSTM" else rows.new_empty(0)
+    keeps = save_reserve and mode in ("LSTM", "GRU")
+    return cells, rows.new_empty(*rows.shape[:-1], 4 * width) if keeps else rows.new_empty(0)
+
+
 def _recurrence_forward_fake(
     mode: str, gates: Tensor, weight_hh: Tensors, bias_hh: Tensors, weight_hr: Tensors, hx: Tensor | None,
     cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool,
     save_reserve: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    output, h_n, c_n = _states_fake(mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
-    cells = reserve = gates.new_empty(0)
-    width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
-    if save_reserve and mode == "LSTM":
-        cells = gates.new_empty(*gates.shape[:-1], width)
-    if save_reserve and mode in ("LSTM", "GRU"):
-        reserve = gates.new_empty(*gates.shape[:-1], 4 * width)
-    if cells is reserve:
-        reserve = gates.new_empty(0)
-    return output, h_n, c_n, cells, reserve
+    states = _states_fake(mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
+    return (*states, *_saved_fake(mode, gates, weight_hh, save_reserve))
 
 
 def _recurrence_backward_fake(
@@ -368,6 +401,15 @@ def _recurrence_backward_fake(
     grad_cx = output.new_empty(0 if cx is None or mode != "LSTM" else cx.shape)
     grad_projected = output.new_empty(output.shape if weight_hr else (0,))
     return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
+
+
+def _layer_forward_fake(
+    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors,
+    weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None,
+    resets: Tensor | None, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    states = _states_fake(mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
+    return (*states, *_saved_fake(mode, input, weight_hh, True))
 
 
 def _layer_inference_fake(
@@ -387,6 +429,7 @@ def _register() -> None:
         ("input_gates", _input_gates_fake, _input_gates_vmap),
         ("recurrence_forward", _recurrence_forward_fake, _recurrence_forward_vmap),
         ("recurrence_backward", _recurrence_backward_fake, _recurrence_backward_vmap),
+        ("layer_forward", _layer_forward_fake, _layer_forward_vmap),
         ("layer_inference", _layer_inference_fake, _layer_inference_vmap),
         ("matmul", _matmul_fake, _matmul_vmap),
     ):

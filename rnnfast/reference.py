@@ -499,7 +499,7 @@ def recurrence_backward(
     )
 
 
-def layer_inference(
+def layer_forward(
     mode: str,
     input: Tensor,
     weight_ih: Sequence[Tensor],
@@ -513,25 +513,30 @@ def layer_inference(
     lengths: Tensor | None,
     resets: Tensor | None,
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`input_gates` and :func:`recurrence_forward` in one call, for when no gradient is wanted.
+    save_reserve: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`input_gates` and :func:`recurrence_forward` in one call: a whole layer.
 
     Args:
         input: (rows, I).
         others: as there; bias_hh is passed whole for every mode.
 
     Returns:
-        output (rows, D*P or D*H), h_n (D, B, P or H), c_n (D, B, H) for the LSTM, otherwise (0,).
+        output, h_n, c_n, cells, reserve, as of :func:`recurrence_forward`.
 
     Raises:
         ValueError: mode is unknown.
     """
     gates = input_gates(mode, input, weight_ih, bias_ih, bias_hh)
     inner_bias = bias_hh if mode == "GRU" else []
-    output, h_n, c_n, _, _ = recurrence_forward(
-        mode, gates, weight_hh, inner_bias, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, False
+    return recurrence_forward(
+        mode, gates, weight_hh, inner_bias, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, save_reserve
     )
-    return output, h_n, c_n
+
+
+def layer_inference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`layer_forward` for when no gradient is wanted: (output, h_n, c_n)."""
+    return layer_forward(*arguments, save_reserve=False)[:3]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
