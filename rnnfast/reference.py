@@ -513,7 +513,6 @@ def layer_forward(
     lengths: Tensor | None,
     resets: Tensor | None,
     batch_first: bool,
-    save_reserve: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`input_gates` and :func:`recurrence_forward` in one call: a whole layer.
 
@@ -530,13 +529,14 @@ def layer_forward(
     gates = input_gates(mode, input, weight_ih, bias_ih, bias_hh)
     inner_bias = bias_hh if mode == "GRU" else []
     return recurrence_forward(
-        mode, gates, weight_hh, inner_bias, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, save_reserve
+        mode, gates, weight_hh, inner_bias, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, True
     )
 
 
 def layer_inference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`layer_forward` for when no gradient is wanted: (output, h_n, c_n)."""
-    return layer_forward(*arguments, save_reserve=False)[:3]
+    output, h_n, c_n, _, _ = layer_forward(*arguments)
+    return output, h_n, c_n
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ template <class Storage> class MatmulLoop {
   // A block of a (kRows, kBlockK) stays in L1, one of b (kBlockK, kWidth) in L2. 16-bit results are rounded once, so
   // not blocked.
   static constexpr int64_t kBlockK =
-      sizeof(Storage) == sizeof(Compute) ? 4096 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
+      sizeof(Storage) == sizeof(Compute) ? 2048 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
   static constexpr int64_t kDirectRows = 3;
 
  public:
@@ -78,19 +78,26 @@ template <class Storage> class MatmulLoop {
       }
     }
     if (!pack_a_) return;
-    // a's rows i..i+kRows as columns of (k_count, kRows): then the product reads both operands in order.
+    // a's rows i..i+kRows as columns of (k_count, kRows): then the product reads both operands in order. A few k at a
+    // time: transposed, one line of memory serves several tiles, and must still be in L1 when the next one wants it.
+    constexpr int64_t kTurn = 16;
     const Share rows = share_of(m_tiles_, member, members);
-    const int64_t height = p_.m - rows.first * kRows;
-    // Transposed: each row of memory gives kRows values to every tile. Reading along memory, a few rows at a time.
-    for (int64_t kk = 0; kk < k_count; ++kk)
-      for (int64_t tile = rows.first, left = height; tile < rows.last; ++tile, left -= kRows) {
-        Compute* to = packed_a_ + tile * kRows * block_k_ + kk * kRows;
-        const Storage* from = at<Storage>(p_.a, tile * kRows * p_.a_row + (k + kk) * p_.a_col);
-        if (sizeof(Storage) == sizeof(Compute) && p_.a_row == 1 && left >= kRows)
-          std::memcpy(static_cast<void*>(to), from, kRows * sizeof(Compute));
-        else
-          for (int64_t i = 0; i < left && i < kRows; ++i) to[i] = load<Compute>(from + i * p_.a_row, 1)[0];
+    for (int64_t kk = 0; kk < k_count; kk += kTurn) {
+      const int64_t kk_last = kk + kTurn < k_count ? kk + kTurn : k_count;
+      for (int64_t tile = rows.first; tile < rows.last; ++tile) {
+        const int64_t height = p_.m - tile * kRows < kRows ? p_.m - tile * kRows : kRows;
+        const Storage* from = at<Storage>(p_.a, tile * kRows * p_.a_row + k * p_.a_col);
+        Compute* to = packed_a_ + tile * kRows * block_k_;
+        if (sizeof(Storage) == sizeof(Compute) && p_.a_row == 1 && height == kRows) {
+          for (int64_t i = kk; i < kk_last; ++i)
+            std::memcpy(static_cast<void*>(to + i * kRows), from + i * p_.a_col, kRows * sizeof(Compute));
+        } else {
+          for (int64_t i = kk; i < kk_last; ++i)
+            for (int64_t r = 0; r < height; ++r)
+              to[i * kRows + r] = load<Compute>(from + r * p_.a_row + i * p_.a_col, 1)[0];
+        }
       }
+    }
   }
 
   Value bias_at(int64_t column) const {
