@@ -13,7 +13,7 @@ BUILT   := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 FORMAT  := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test test-exhaustive test-all test-gpu lint format bench wheel clean
+.PHONY: wheel-check help build demo test test-exhaustive test-all test-gpu lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -71,6 +71,14 @@ bench: build
 
 wheel: build
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# The wheel in an environment of its own, with any torch: make wheel-check TORCH=torch
+wheel-check: wheel
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install -q numpy '$(TORCH)'
+	build/wheel-check/bin/python -m pip install -q --no-deps dist/rnnfast-*.whl
+	cd build && wheel-check/bin/python ../tests/smoke.py
 
 clean:
 	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(BUILT)

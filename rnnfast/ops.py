@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,9 +57,24 @@ if library_error is None:
     _matmul = torch.ops.rnnfast.matmul.default
 
 
+def use_cpu_isa(name: str) -> str:
+    """Switches the C++ kernels to another instruction set, for tests and measurements.
+
+    Args:
+        name: avx512, avx2 or portable; "" changes nothing.
+
+    Returns:
+        The one in use now.
+
+    Raises:
+        RuntimeError: this processor lacks it, or the name is unknown.
+    """
+    return str(torch.ops.rnnfast.use_cpu_isa(name))
+
+
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels use: avx512, avx2, portable, ... ("" without the library)."""
-    return "" if library_error is not None else str(torch.ops.rnnfast.use_cpu_isa(""))
+    """The instruction set that the C++ kernels use: avx512, avx2, portable ("" without the library)."""
+    return "" if library_error is not None else use_cpu_isa("")
 
 
 def _backend_for(tensor: Tensor) -> str:
@@ -439,3 +455,6 @@ def _register() -> None:
 
 if library_error is None:
     _register()
+    _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
+    if _wanted and _wanted != cpu_isa():
+        warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)

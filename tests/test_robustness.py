@@ -1,8 +1,11 @@
 """What must not go wrong: threads, forks, odd shapes, odd values, long sequences, second backward passes, tracing."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -95,6 +98,27 @@ def test_fork_after_use():
     for output, wanted in zip(loader, expected, strict=True):
         assert_close(output[0], wanted)
     assert_close(run(layer, inputs[0])[0], expected[0])  # the parent still works
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_keeps_its_thread_count_does_not_hang():
+    """The pool's threads are not there in the child: a region that waited for them would never end."""
+    layer = rnnfast.GRU(64, 128)
+    input = torch.randn(20, 16, 64)
+    with torch.no_grad():
+        wanted = layer(input)[0]  # large enough to start the pool
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(layer(input)[0], wanted) else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hung")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(done[1]) == 0
 
 
 # --- shapes, layouts and values -------------------------------------------------------------------------------------
