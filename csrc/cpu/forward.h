@@ -54,7 +54,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
   }
 
  private:
-  static constexpr int64_t kDirectSteps = 8, kDirectRows = 8;
+  static constexpr int64_t kDirectSteps = 8, kDirectRows = 24;
   static constexpr int64_t kMostChunkSteps = 256;
 
   // Steps whose input gates fit a part of the L2 cache, one thread's share.

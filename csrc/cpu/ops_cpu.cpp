@@ -19,7 +19,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kHugeBuffer = int64_t{4} << 20;
+[[maybe_unused]] const bool allocator_taught = teach_allocator();
 
 // The thread pool of libgomp does not survive a fork: its threads are not there in the child, and a parallel region
 // would wait for them for ever. A forked process works on one thread.
@@ -41,7 +41,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
       torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
   int64_t bytes = static_cast<int64_t>(tensor.element_size());
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes >= kHugeBuffer) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 Tensor none(const Tensor& like) { return empty(like, {0}); }
