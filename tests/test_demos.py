@@ -126,12 +126,21 @@ def test_interrupted_run_keeps_the_older_result_file(tmp_path):
     assert older.read_text() == "{}"
 
 
-def test_readmes_examples_run():
-    text = (BENCHMARKS.parent / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+def run_examples(page):
+    """Runs a page's code blocks in order; the names they define."""
+    text = (BENCHMARKS.parent / page).read_text()
     space = {}
-    for block in blocks:
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         exec(block, space)
+    return space
+
+
+def test_guides_examples_run():
+    assert run_examples("docs/guide.md")["per_sample"]
+
+
+def test_readmes_examples_run():
+    space = run_examples("README.md")
     textbook = space["TextbookRNN"](3, 4, 2)
     x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
     expected, actual = by_steps(textbook, x, h), space["FastTextbookRNN"](textbook, 3, 4)(x, h)
