@@ -7,6 +7,13 @@
 
 #include "recurrence.h"
 
+// Inlined always: otherwise a vector goes through memory at each call.
+#if defined(__CUDACC__)
+#define RNNFAST_CELL __host__ __device__ __forceinline__
+#else
+#define RNNFAST_CELL [[gnu::always_inline]]
+#endif
+
 namespace rnnfast {
 
 // State of one hidden unit: h_t, or o * tanh(c_t) before a projection; c_t for the LSTM only.
@@ -24,8 +31,8 @@ template <class Math> struct LstmCell {
   static constexpr bool kSplitGradient = false;   // the gradient of W_hh h differs from that of W_ih x
 
   // i, f, o = sigmoid; g = tanh; c_t = f c_{t-1} + i g; h_t = o tanh(c_t). reserve: i f g o.
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
-                                                             UnitState<Value> previous, Value* reserve) {
+  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+                                                      Value* reserve) {
     const Value i = Math::sigmoid(x[0] + rec[0]);
     const Value f = Math::sigmoid(x[1] + rec[1]);
     const Value g = Math::tanh(x[2] + rec[2]);
@@ -39,8 +46,8 @@ template <class Math> struct LstmCell {
   }
 
   // carry: gradient of c_t on entry, of c_{t-1} on return.
-  RNNFAST_HOST_DEVICE static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> now,
-                                                  Value dh, Value& carry, Value* dgates, Value& /*d_rec_n*/) {
+  RNNFAST_CELL static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> now,
+                                           Value dh, Value& carry, Value* dgates, Value& /*d_rec_n*/) {
     const Value i = reserve[0], f = reserve[1], g = reserve[2], o = reserve[3];
     const Value tanh_c = Math::tanh(now.c);
     const Value dc = carry + dh * o * (1 - tanh_c * tanh_c);
@@ -61,8 +68,8 @@ template <class Math> struct GruCell {
   static constexpr bool kSplitGradient = true;
 
   // r, z = sigmoid; n = tanh(x_n + r (W_hn h + b_hn)); h_t = (1 - z) n + z h_{t-1}. reserve: r z n and (W_hn h + b_hn).
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
-                                                             UnitState<Value> previous, Value* reserve) {
+  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+                                                      Value* reserve) {
     const Value r = Math::sigmoid(x[0] + rec[0]);
     const Value z = Math::sigmoid(x[1] + rec[1]);
     const Value n = Math::tanh(x[2] + r * rec[2]);
@@ -74,9 +81,8 @@ template <class Math> struct GruCell {
   }
 
   // carry: on return what reaches h_{t-1} past the gates. d_rec_n: gradient of W_hn h + b_hn.
-  RNNFAST_HOST_DEVICE static inline void backward(const Value* reserve, UnitState<Value> previous,
-                                                  UnitState<Value> /*now*/, Value dh, Value& carry, Value* dgates,
-                                                  Value& d_rec_n) {
+  RNNFAST_CELL static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> /*now*/,
+                                           Value dh, Value& carry, Value* dgates, Value& d_rec_n) {
     const Value r = reserve[0], z = reserve[1], n = reserve[2], rec_n = reserve[3];
     dgates[2] = dh * (1 - z) * (1 - n * n);
     dgates[1] = dh * (previous.h - n) * z * (1 - z);
@@ -95,17 +101,17 @@ template <class Math, Mode kMode> struct RnnCell {
   static constexpr bool kSplitGradient = false;
 
   // h_t = tanh, relu or identity of the sum. Backward needs h_t alone.
-  RNNFAST_HOST_DEVICE static inline UnitState<Value> forward(const Value* x, const Value* rec,
-                                                             UnitState<Value> previous, Value* /*reserve*/) {
+  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+                                                      Value* /*reserve*/) {
     const Value a = x[0] + rec[0];
     if constexpr (kMode == Mode::rnn_tanh) return {Math::tanh(a), previous.c};
     if constexpr (kMode == Mode::rnn_relu) return {Math::relu(a), previous.c};
     return {a, previous.c};
   }
 
-  RNNFAST_HOST_DEVICE static inline void backward(const Value* /*reserve*/, UnitState<Value> /*previous*/,
-                                                  UnitState<Value> now, Value dh, Value& /*carry*/, Value* dgates,
-                                                  Value& /*d_rec_n*/) {
+  RNNFAST_CELL static inline void backward(const Value* /*reserve*/, UnitState<Value> /*previous*/,
+                                           UnitState<Value> now, Value dh, Value& /*carry*/, Value* dgates,
+                                           Value& /*d_rec_n*/) {
     if constexpr (kMode == Mode::rnn_tanh)
       dgates[0] = dh * (1 - now.h * now.h);
     else if constexpr (kMode == Mode::rnn_relu)

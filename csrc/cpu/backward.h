@@ -156,6 +156,19 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
     return dh;
   }
 
+  // What step_cell will read for one row of a tile, and the lines that it will write.
+  void prefetch(int64_t d, int64_t row, int64_t tile) const {
+    const int64_t H = p_.hidden_size, unit_row = row * p_.directions + d;
+    for (int64_t unit = tile * kTileUnits; unit < (tile + 1) * kTileUnits && unit < H; unit += kL) {
+#pragma GCC unroll 4
+      for (int q = 0; q < Cell::kReserve; ++q)
+        __builtin_prefetch(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), 0);
+#pragma GCC unroll 4
+      for (int g = 0; g < kG; ++g) __builtin_prefetch(at<Storage>(p_.grad_gates, (unit_row * kG + g) * H + unit), 1);
+      if (p_.grad_output && !p_.projected) __builtin_prefetch(at<Storage>(p_.grad_output, unit_row * H + unit), 0);
+    }
+  }
+
   // The cell's derivative on one block of units of one row; dh is the gradient of the cell's own output.
   void step_cell(const Group& group, int current, int64_t d, const Row& row, int64_t unit, Value dh) const {
     const int64_t H = p_.hidden_size, left = H - unit, unit_row = row.row * p_.directions + d;
@@ -242,8 +255,12 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
         const auto on_rows = [&](int64_t first, int height, const Value* acc) {
           for (int i = 0; i < height; ++i) on_row(first + i, acc + i * kBlocks);
         };
+        const auto fetch = [&](int64_t first, int height) {
+          for (int i = 0; i < height && first + i < alive && !p_.projected; ++i)
+            prefetch(d, schedule_.row(t, rows.batch_index(first + i)), tile);
+        };
         for_row_tiles<kBlocks>(later.data, later.stride, 1, started, packed_hh_[d] + tile * kTileUnits * gates_width_,
-                               gates_width_, on_rows);
+                               gates_width_, on_rows, fetch);
         const Value zeros[kBlocks] = {};
         for (int64_t r = started; r < alive; ++r) on_row(r, zeros);
       }

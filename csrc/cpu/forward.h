@@ -59,7 +59,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
 
   // Steps whose input gates fit a part of the L2 cache, one thread's share.
   int64_t chunk_steps() const {
-    constexpr int64_t kChunkBytes = 192 << 10;
+    constexpr int64_t kChunkBytes = 448 << 10;
     const int64_t step_bytes = group_rows_ * tiles_ * kVectors * kVectorBytes / members_planned_;
     int64_t steps = kChunkBytes / (step_bytes > 0 ? step_bytes : 1);
     if (steps > kMostChunkSteps) steps = kMostChunkSteps;

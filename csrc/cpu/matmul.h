@@ -19,7 +19,7 @@ template <class Storage> class MatmulLoop {
   // not blocked.
   static constexpr int64_t kBlockK =
       sizeof(Storage) == sizeof(Compute) ? 2048 / static_cast<int64_t>(sizeof(Compute)) : INT64_MAX;
-  static constexpr int64_t kDirectRows = 3;
+  static constexpr int64_t kDirectRows = 3, kTilesWorthPacking = 2;
 
  public:
   MatmulLoop(const MatmulParams& params)
@@ -33,7 +33,8 @@ template <class Storage> class MatmulLoop {
         // product.
         direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 &&
                 sizeof(Storage) == sizeof(Compute)),
-        pack_a_(params.a_col != 1 || sizeof(Storage) != sizeof(Compute)) {}
+        // A transposed operand that few tiles of b use is read across its rows; packing it would take longer.
+        pack_a_(sizeof(Storage) != sizeof(Compute) || (params.a_col != 1 && n_tiles_ > kTilesWorthPacking)) {}
 
   bool run(int threads) {
     if (direct_) {
@@ -126,8 +127,8 @@ template <class Storage> class MatmulLoop {
       for (int64_t m = m_first; m < m_last; ++m) {
         const int64_t row = m * kRows, height = p_.m - row < kRows ? p_.m - row : kRows;
         const Compute* a =
-            pack_a_ ? packed_a_ + row * block_k_ : static_cast<const Compute*>(p_.a) + row * p_.a_row + k;
-        for_row_tiles<kVectors>(a, pack_a_ ? 1 : p_.a_row, pack_a_ ? kRows : 1, height, b, k_count,
+            pack_a_ ? packed_a_ + row * block_k_ : static_cast<const Compute*>(p_.a) + row * p_.a_row + k * p_.a_col;
+        for_row_tiles<kVectors>(a, pack_a_ ? 1 : p_.a_row, pack_a_ ? kRows : p_.a_col, height, b, k_count,
                                 [&](int64_t first, int rows, const Value* acc) {
                                   for (int r = 0; r < rows; ++r)
                                     write(row + first + r, n_tile * kWidth, acc + r * kVectors, kVectors, k == 0);

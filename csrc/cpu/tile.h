@@ -95,14 +95,21 @@ inline void multiply_rows(const Compute* a, int64_t a_row, int64_t a_k, int heig
 }
 
 // The product of `rows` rows of a with a packed tile, register tile by register tile: use(first_row, height, acc).
-template <int kVectors, class Compute, class Use>
+// Before each product prefetch(first_row, height) may ask for what `use` will read: the product hides the wait.
+template <int kVectors, class Compute, class Use, class Prefetch>
 inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
-                          int64_t k_count, const Use& use) {
+                          int64_t k_count, const Use& use, const Prefetch& prefetch) {
   alignas(64) Vector<Compute> acc[kMaxRows<kVectors> * kVectors];
   split_rows<kVectors>(rows, [&](int64_t first, int height) {
+    prefetch(first, height);
     multiply_rows<kVectors>(a + first * a_row, a_row, a_k, height, packed, k_count, acc);
     use(first, height, acc);
   });
+}
+template <int kVectors, class Compute, class Use>
+inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
+                          int64_t k_count, const Use& use) {
+  for_row_tiles<kVectors>(a, a_row, a_k, rows, packed, k_count, use, [](int64_t, int) {});
 }
 
 // The same, written to `to`: (rows, kVectors) vectors.
