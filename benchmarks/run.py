@@ -27,6 +27,10 @@ from timing import MODES, environment, measure
 HERE = Path(__file__).parent
 
 
+# A packed batch's time over that of the same rows padded, and over that of a dense batch of as many tokens.
+PACKED_KEYS = ("torch_over_padded", "over_padded", "over_dense")
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs))
@@ -38,20 +42,20 @@ def table(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -
         title=f"{suite}: {environment['device']}, torch {environment['torch']}",
         caption="ratio = torch.nn's time / rnnfast's time",
     )
-    packed = any("over_padded" in row for row in rows)
+    packed = any(PACKED_KEYS[0] in row for row in rows)
     for name in ("case", "mode"):
         result.add_column(name)
     for name in ("torch.nn\nus/step", "rnnfast\nus/step", "ratio", "p20", "p80"):
         result.add_column(name, justify="right")
     if packed:
-        result.add_column("packed / padded\ntorch.nn", justify="right")
-        result.add_column("packed / padded\nrnnfast", justify="right")
+        for name in ("packed / padded\ntorch.nn", "packed / padded\nrnnfast", "packed / dense\nrnnfast"):
+            result.add_column(name, justify="right")
     result.add_column("results")
     for row in rows:
         cells = [row["case"], row["mode"], f"{row['torch_us_per_step']:.2f}", f"{row['us_per_step']:.2f}"]
         cells += [f"{row[key]:.2f}" for key in ("ratio", "p20", "p80")]
         if packed:
-            cells += [f"{row[key]:.2f}" if key in row else "" for key in ("torch_over_padded", "over_padded")]
+            cells += [f"{row[key]:.2f}" if key in row else "" for key in PACKED_KEYS]
         colour = "red" if row["ratio"] < 1 or not row["correct"] else None
         result.add_row(*cells, "agree" if row["correct"] else "WRONG", style=colour)
     result.add_section()

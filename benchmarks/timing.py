@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import rnnfast
 from shapes import Case
@@ -157,8 +157,9 @@ def measure(case: Case, mode: str, seconds: float, device: torch.device, correct
         correct: the outcome of :func:`agree` where it is known already.
 
     Returns:
-        A row; ``ratio`` is torch.nn's time over rnnfast's. A packed case also has ``over_padded``
-        and ``torch_over_padded``: the packed batch's time over that of a dense one with as many tokens and no padding.
+        A row; ``ratio`` is torch.nn's time over rnnfast's. A packed case also has, for rnnfast and with ``torch_`` for
+        torch.nn, ``over_padded``: the packed batch's time over that of the same rows padded to the longest, and
+        ``over_dense``: over that of a dense batch with as many tokens and no padding.
     """
     torch.manual_seed(0)
     theirs, ours = layers(case, device)
@@ -168,7 +169,8 @@ def measure(case: Case, mode: str, seconds: float, device: torch.device, correct
     calls = [caller(theirs, sequence, mode), caller(ours, sequence, mode)]
     if case.packed:
         dense = torch.randn(case.steps, case.batch, case.inputs).to(data(sequence))
-        calls += [caller(theirs, dense, mode), caller(ours, dense, mode)]
+        padded, _ = pad_packed_sequence(sequence)
+        calls += [caller(layer, other, mode) for other in (padded, dense) for layer in (theirs, ours)]
     samples = interleave(calls, seconds, device)
     ratio = Ratio.of(samples[0], samples[1])
     per_step = [statistics.median(s) * 1e6 / case.steps for s in samples]
@@ -196,8 +198,9 @@ def measure(case: Case, mode: str, seconds: float, device: torch.device, correct
         "correct": correct,
     }
     if case.packed:
-        row["torch_over_padded"] = round(Ratio.of(samples[0], samples[2]).median, 4)
-        row["over_padded"] = round(Ratio.of(samples[1], samples[3]).median, 4)
+        for i, key in enumerate(("over_padded", "over_dense")):
+            row[f"torch_{key}"] = round(Ratio.of(samples[0], samples[2 * i + 2]).median, 4)
+            row[key] = round(Ratio.of(samples[1], samples[2 * i + 3]).median, 4)
     return row
 
 
