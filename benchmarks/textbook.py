@@ -10,13 +10,15 @@ output of step t reads the hidden state from before that step, h_{t-1}.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from pathlib import Path
 
 import torch
 from torch.nn.functional import log_softmax
 
 import rnnfast
-from timing import Ratio, interleave
+from timing import Ratio, environment, interleave
 
 
 class TextbookRNN(torch.nn.Module):
@@ -78,7 +80,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of each mode (default 4)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument(
+        "--out", type=Path, help="write the result to this JSON file too"
+    )
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     # The tutorial's sizes: 57 letters, 18 languages.
     textbook = TextbookRNN(57, options.hidden, 18)
@@ -98,10 +105,15 @@ def main() -> int:
         "inference": (lambda: infer("textbook"), lambda: infer("fast")),
         "training": (lambda: train(textbook, by_steps(textbook, x, h)[0]), lambda: train(fast, fast(x, h)[0])),
     }
+    record = {**environment(x.device), "case": f"T{options.steps}-B{options.batch}-I57-H{options.hidden}-O18"}
     for mode, calls in modes.items():
         slow, quick = interleave(calls, options.seconds, x.device)
         times = [statistics.median(s) * 1e3 for s in (slow, quick)]
         print(f"{mode}: {times[0]:.2f} ms a step at a time, {times[1]:.2f} ms in one call: {Ratio.of(slow, quick)}")
+        record[mode] = {"textbook_ms": times[0], "fast_ms": times[1], "ratio": Ratio.of(slow, quick).median}
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

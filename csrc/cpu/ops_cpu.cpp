@@ -26,12 +26,15 @@ using Tensors = std::vector<Tensor>;
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int at_fork_installed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
-// Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread.
+// Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread, and
+// no more threads take part than have something to do between two barriers.
 int threads_for(double flops, double flops_between_barriers) {
   constexpr double kWorthRegion = 4e5, kWorthBarrier = 6e4;
   if (flops < kWorthRegion || flops_between_barriers < kWorthBarrier || forked.load(std::memory_order_relaxed))
     return 1;
-  return static_cast<int>(torch::stable::get_num_threads());
+  const int available = static_cast<int>(torch::stable::get_num_threads());
+  const double useful = 1 + flops_between_barriers / kWorthBarrier;
+  return useful < available ? static_cast<int>(useful) : available;
 }
 
 void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace"); }
