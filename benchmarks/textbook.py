@@ -81,9 +81,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of each mode (default 4)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument(
-        "--out", type=Path, help="write the result to this JSON file too"
-    )
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
