@@ -26,8 +26,8 @@ using Tensors = std::vector<Tensor>;
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int at_fork_installed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
-// Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread, and
-// no more threads take part than have something to do between two barriers.
+// Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread,
+// and no more threads take part than have something to do between two barriers.
 int threads_for(double flops, double flops_between_barriers) {
   constexpr double kWorthRegion = 4e5, kWorthBarrier = 6e4;
   if (flops < kWorthRegion || flops_between_barriers < kWorthBarrier || forked.load(std::memory_order_relaxed))
