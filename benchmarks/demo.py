@@ -249,7 +249,7 @@ def plot(path: Path, titles: Sequence[str], sides: Sequence[Side], unit: str, lo
         spread = [[side.speed - ranked[len(ranked) // 5]], [ranked[-1 - len(ranked) // 5] - side.speed]]
         bar = speed.bar(side.name, side.speed, color=COLOURS[side.name], yerr=spread, capsize=4, width=0.6)
         speed.bar_label(bar, labels=[f"{side.speed:,.0f}"], padding=4)
-    label = f"training loss ({loss_unit}), mean of {SMOOTH} steps"
+    label = f"loss ({loss_unit}), {SMOOTH}-step mean"
     by_step.set(xlabel="training step", ylabel=label, title=titles[1])
     by_time.set(xlabel="training time (s)", ylabel=label, title=titles[2])
     speed.set(ylabel=f"{unit} per second", title=titles[3])
