@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import shapes
+from run import markdown
 from textbook import by_steps
 
 pytest.importorskip("matplotlib", reason="the demos draw with matplotlib: pip install rnnfast[bench]")
@@ -146,6 +147,19 @@ def test_readmes_examples_run():
     expected, actual = by_steps(textbook, x, h), space["FastTextbookRNN"](textbook, 3, 4)(x, h)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_readmes_speeds_are_those_of_the_result_files():
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    results = BENCHMARKS / "results"
+    records = [json.loads((results / f"cpu-{suite}.json").read_text()) for suite in ("bar", "small", "packed")]
+    assert markdown(records) in readme
+    textbook = json.loads((results / "cpu-textbook.json").read_text())
+    times = [f"{textbook[mode]['ratio']:.1f} times" for mode in ("inference", "training")]
+    assert all(text in readme for text in times)
+    charlm = json.loads((results / "charlm-lstm-cpu.json").read_text())
+    assert f"{charlm['ratio']:.2f} times as many tokens" in readme
+    assert charlm["agree"]
 
 
 def test_suites_cover_the_bar():
