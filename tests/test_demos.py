@@ -30,7 +30,12 @@ DEMOS = {
 def command(*arguments):
     script, *options = map(str, arguments)
     # One thread: the settings are tiny, and other tests may share the machine.
-    return {"args": [sys.executable, str(BENCHMARKS / script), *options], "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    return {
+        "args": [sys.executable, str(BENCHMARKS / script), *options],
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
 
 
 def run(*arguments):
