@@ -321,18 +321,12 @@ def _previous_packed(output: Tensor, state: Tensor | None, batch_sizes: Tensor, 
     return torch.where(inside, previous, state.index_select(0, column))
 
 
-def _hidden(cells: Tensor, reserve: Tensor, directions: int, lengths: Tensor | None, batch_first: bool) -> Tensor:
-    """What a projection multiplies, `o * tanh(c)`: (rows, D*H) in the type of the cells."""
+def _hidden(cells: Tensor, reserve: Tensor, directions: int) -> Tensor:
+    """What a projection multiplies, `o * tanh(c)`: (rows, D*H) in the type of the cells, zero beyond a row's length."""
     # 16-bit types: round once, as forward does.
     kind = torch.float32 if cells.dtype in (torch.float16, torch.bfloat16) else cells.dtype
     out_gate = reserve.unflatten(-1, (directions, 4, -1)).select(-2, 3).flatten(-2)
-    hidden = (out_gate.to(kind) * cells.to(kind).tanh()).to(cells.dtype)
-    if lengths is None:
-        return hidden
-    # reserve holds anything beyond a row's length.
-    t = torch.arange(cells.size(1 if batch_first else 0), device=cells.device)
-    beyond = t >= lengths.unsqueeze(1) if batch_first else t.unsqueeze(1) >= lengths
-    return hidden.masked_fill(beyond.unsqueeze(-1), 0)
+    return (out_gate.to(kind) * cells.to(kind).tanh()).to(cells.dtype)
 
 
 class RecurrenceBackward(torch.autograd.Function):
@@ -381,7 +375,7 @@ class RecurrenceBackward(torch.autograd.Function):
             mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, every_hh, every_hr, hx, cx,
             batch_sizes, lengths, resets, batch_first, backend=backend,
         )  # fmt: skip
-        hidden = _hidden(cells, reserve, len(every_hh), lengths, batch_first) if every_hr else output.new_empty(0)
+        hidden = _hidden(cells, reserve, len(every_hh)) if every_hr else output.new_empty(0)
         return (*results, hidden)
 
     @staticmethod
@@ -414,7 +408,7 @@ class RecurrenceBackward(torch.autograd.Function):
                     mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr,
                     hx, cx, batch_sizes, lengths, resets, batch_first,
                 )  # fmt: skip
-                hidden = _hidden(cells, reserve, len(weight_hh), lengths, batch_first) if weight_hr else nothing
+                hidden = _hidden(cells, reserve, len(weight_hh)) if weight_hr else nothing
                 every = (*results, hidden)
                 return tuple(every[i] for i in given)
 

@@ -2,7 +2,7 @@
 // units. Each step: h_{t-1} times a tile of packed W_hh in registers, the cell on the tile while it is in L1, h_t into
 // the other of two state buffers, one barrier. With a projection: the cell writes o tanh(c), a second product with W_hr
 // makes h_t. The input gates are made a few steps at a time by the thread that uses them, so that they stay in its
-// cache: written to memory and read back for all steps at once, they would cost as much as a third of the products.
+// cache instead of going to memory and back.
 #pragma once
 
 #include "time_loop.h"

@@ -195,20 +195,28 @@ Tensor empty_rows(const Tensor& like, int64_t width) {
   return like.dim() == 2 ? empty(like, {like.size(0), width}) : empty(like, {like.size(0), like.size(1), width});
 }
 
-void input_gates_into(const char* op, Mode mode, const Tensor& input, const Tensors& weight_ih, const Tensors& bias_ih,
-                      const Tensors& bias_hh, void* gates, int64_t element_size) {
+Tensor input_gates(std::string mode_name, Tensor input, Tensors weight_ih, Tensors bias_ih, Tensors bias_hh) {
+  const char* op = "rnnfast::input_gates";
+  const Mode mode = mode_of(op, mode_name);
+  STD_TORCH_CHECK(!weight_ih.empty() && weight_ih[0].dim() == 2, op,
+                  ": weight_ih: expected 1 or 2 tensors of 2 dimensions");
+  STD_TORCH_CHECK((bias_ih.empty() || bias_ih.size() == weight_ih.size()) &&
+                      (bias_hh.empty() || bias_hh.size() == weight_ih.size()),
+                  op, ": bias_ih, bias_hh: expected none, or one for each direction");
+  STD_TORCH_CHECK(input.dim() == 2 || input.dim() == 3, op, ": input: expected 2 or 3 dimensions, got ", input.dim());
   const Tensor x = as_contiguous(input);
+  const int64_t directions = static_cast<int64_t>(weight_ih.size());
   MatmulParams m;
   m.dtype = dtype_of(op, input);
-  m.k = x.size(x.dim() - 1);
   m.m = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
-  const int64_t directions = static_cast<int64_t>(weight_ih.size());
   m.n = weight_ih[0].size(0);
+  m.k = x.size(x.dim() - 1);
   m.a = data_of(x);
   m.a_row = m.k;
   m.a_col = 1;
   m.b_row = 1;
   m.c_row = directions * m.n;
+  Tensor gates = empty_rows(input, directions * m.n);
   for (int64_t d = 0; d < directions; ++d) {
     check_shape(op, "weight_ih", weight_ih[d], {m.n, m.k});
     check_like(op, "weight_ih", weight_ih[d], input);
@@ -216,7 +224,7 @@ void input_gates_into(const char* op, Mode mode, const Tensor& input, const Tens
     const Matrix weight = row_major(weight_ih[d], keep);
     m.b = weight.data;
     m.b_col = weight.stride;
-    m.c = static_cast<char*>(gates) + d * m.n * element_size;
+    m.c = static_cast<char*>(mutable_data_of(gates)) + d * m.n * static_cast<int64_t>(gates.element_size());
     const Tensors* biases[2] = {&bias_ih, &bias_hh};
     for (int i = 0; i < 2; ++i) {
       m.bias[i] = nullptr;
@@ -229,27 +237,8 @@ void input_gates_into(const char* op, Mode mode, const Tensor& input, const Tens
       // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
       m.bias_count[i] = i == 1 && mode == Mode::gru ? m.n / 3 * 2 : m.n;
     }
-    if (m.m == 0 || m.n == 0) continue;
-    check_memory(op, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
+    if (m.m && m.n) check_memory(op, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
   }
-}
-
-void check_input(const char* op, const Tensor& input, const Tensors& weight_ih, const Tensors& bias_ih,
-                 const Tensors& bias_hh) {
-  STD_TORCH_CHECK(!weight_ih.empty() && weight_ih[0].dim() == 2, op,
-                  ": weight_ih: expected 1 or 2 tensors of 2 dimensions");
-  STD_TORCH_CHECK((bias_ih.empty() || bias_ih.size() == weight_ih.size()) &&
-                      (bias_hh.empty() || bias_hh.size() == weight_ih.size()),
-                  op, ": bias_ih, bias_hh: expected none, or one for each direction");
-  STD_TORCH_CHECK(input.dim() == 2 || input.dim() == 3, op, ": input: expected 2 or 3 dimensions, got ", input.dim());
-}
-
-Tensor input_gates(std::string mode, Tensor input, Tensors weight_ih, Tensors bias_ih, Tensors bias_hh) {
-  const char* op = "rnnfast::input_gates";
-  check_input(op, input, weight_ih, bias_ih, bias_hh);
-  Tensor gates = empty_rows(input, static_cast<int64_t>(weight_ih.size()) * weight_ih[0].size(0));
-  input_gates_into(op, mode_of(op, mode), input, weight_ih, bias_ih, bias_hh, mutable_data_of(gates),
-                   static_cast<int64_t>(input.element_size()));
   return gates;
 }
 
