@@ -9,7 +9,7 @@
 
 // Inlined always: otherwise a vector goes through memory at each call.
 #if defined(__CUDACC__)
-#define RNNFAST_CELL __host__ __device__ __forceinline__
+#define RNNFAST_CELL __host__ __device__ __attribute__((always_inline))
 #else
 #define RNNFAST_CELL [[gnu::always_inline]]
 #endif

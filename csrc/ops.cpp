@@ -1,26 +1,7 @@
-// The schemas of rnnfast's ops, nothing else. Shapes: docs/design.md.
-#include <torch/csrc/stable/library.h>
+// Defines rnnfast's ops, nothing else.
+#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(rnnfast, library) {
-  library.def("input_gates(str mode, Tensor input, Tensor[] weight_ih, Tensor[] bias_ih, Tensor[] bias_hh) -> Tensor");
-  library.def(
-      "recurrence_forward(str mode, Tensor gates, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? "
-      "hx, "
-      "Tensor? cx, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool batch_first, bool save_reserve) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "recurrence_backward(str mode, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
-      "Tensor output, Tensor cells, Tensor reserve, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
-      "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool batch_first) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "layer_inference(str mode, Tensor input, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
-      "Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, bool batch_first) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "layer_forward(str mode, Tensor input, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
-      "Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, bool batch_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("matmul(Tensor a, Tensor b) -> Tensor");
+  rnnfast::define_layer_ops(library);
   library.def("use_cpu_isa(str name) -> str");
 }

@@ -1,0 +1,175 @@
+// The ops of a layer, for every backend: what differs between devices stands in `Backend`:
+//   static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes);
+//   static constexpr bool kMakesGates;  // forward takes the layer's input; else gates come from input_gates first
+//   input_gates and matmul, as the ops
+//   static void forward(const char* op, const ForwardParams&, const Context&, const Tensor& like);
+//   static void backward(const char* op, const BackwardParams&, const Context&, const Tensor& like,
+//                        const Tensors& weight_hh, const Tensors& weight_hr);
+#pragma once
+
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace rnnfast {
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Backend> struct LayerOps {
+  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) { return Backend::empty(like, sizes); }
+  static Tensor none(const Tensor& like) { return empty(like, {0}); }
+
+  // (rows..., width), where `like` has the rows.
+  static Tensor empty_rows(const Tensor& like, int64_t width) {
+    return like.dim() == 2 ? empty(like, {like.size(0), width}) : empty(like, {like.size(0), like.size(1), width});
+  }
+
+  // What forward returns, allocated and put into the params.
+  static Five forward(const char* op, ForwardParams& p, const Context& context, const Tensor& like, bool save_reserve) {
+    const int64_t D = p.directions, H = p.hidden_size;
+    const bool lstm = p.mode == Mode::lstm;
+    Tensor output = empty_rows(like, D * p.state_size), h_n = empty(like, {D, p.rows.batch, p.state_size});
+    Tensor c_n = lstm ? empty(like, {D, p.rows.batch, H}) : none(like);
+    Tensor cells = lstm && save_reserve ? empty_rows(like, D * H) : none(like);
+    Tensor reserve = save_reserve && reserve_of(p.mode) ? empty_rows(like, D * reserve_of(p.mode) * H) : none(like);
+    p.output = mutable_data_of(output);
+    p.h_n = mutable_data_of(h_n);
+    p.c_n = mutable_data_of(c_n);
+    p.cells = lstm && save_reserve ? mutable_data_of(cells) : nullptr;
+    p.reserve = save_reserve && reserve_of(p.mode) ? mutable_data_of(reserve) : nullptr;
+    Backend::forward(op, p, context, like);
+    return {output, h_n, c_n, cells, reserve};
+  }
+
+  static Five recurrence_forward(std::string mode, Tensor gates, Tensors weight_hh, Tensors bias_hh, Tensors weight_hr,
+                                 OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes,
+                                 OptionalTensor lengths, OptionalTensor resets, bool batch_first, bool save_reserve) {
+    const char* op = "rnnfast::recurrence_forward";
+    Context context;
+    fill({op, mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
+    ForwardParams p;
+    static_cast<Recurrence&>(p) = context.r;
+    const int64_t width = p.directions * gates_of(p.mode) * p.hidden_size;
+    STD_TORCH_CHECK(gates.size(gates.dim() - 1) == width, op, ": gates: expected a last dimension of ", width, ", got ",
+                    gates.size(gates.dim() - 1));
+    p.gates = context.hold(gates);
+    if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, gates, context, p.bias_hh);
+    return forward(op, p, context, gates, save_reserve);
+  }
+
+  static Five layer(const char* op, const std::string& mode, const Tensor& input, const Tensors& weight_ih,
+                    const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh, const Tensors& weight_hr,
+                    const OptionalTensor& hx, const OptionalTensor& cx, const OptionalTensor& batch_sizes,
+                    const OptionalTensor& lengths, const OptionalTensor& resets, bool batch_first, bool save_reserve) {
+    Context context;
+    fill({op, mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
+    ForwardParams p;
+    static_cast<Recurrence&>(p) = context.r;
+    STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == p.directions, op, ": weight_ih: expected ", p.directions,
+                    " tensors, got ", weight_ih.size());
+    if constexpr (!Backend::kMakesGates) {
+      p.gates = context.hold(Backend::input_gates(mode, input, weight_ih, bias_ih, bias_hh));
+      if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+      return forward(op, p, context, input, save_reserve);
+    }
+    p.input_size = input.size(input.dim() - 1);
+    p.from_input = true;
+    p.input = context.hold(input);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      check_shape(op, "weight_ih", weight_ih[d], {gates_of(p.mode) * p.hidden_size, p.input_size});
+      check_like(op, "weight_ih", weight_ih[d], input);
+      const Matrix ih = row_major(weight_ih[d], context.keep);
+      p.weight_ih[d] = ih.data;
+      p.weight_ih_stride[d] = ih.stride;
+    }
+    fill_biases(op, "bias_ih", bias_ih, input, context, p.bias_ih);
+    fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+    return forward(op, p, context, input, save_reserve);
+  }
+
+  static Five layer_forward(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                            Tensors bias_hh, Tensors weight_hr, OptionalTensor hx, OptionalTensor cx,
+                            OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets,
+                            bool batch_first) {
+    return layer("rnnfast::layer_forward", mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx,
+                 batch_sizes, lengths, resets, batch_first, true);
+  }
+
+  static Three layer_inference(std::string mode, Tensor input, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
+                               Tensors bias_hh, Tensors weight_hr, OptionalTensor hx, OptionalTensor cx,
+                               OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets,
+                               bool batch_first) {
+    auto [output, h_n, c_n, cells, reserve] =
+        layer("rnnfast::layer_inference", mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx,
+              batch_sizes, lengths, resets, batch_first, false);
+    return {output, h_n, c_n};
+  }
+
+  static Five recurrence_backward(std::string mode, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                                  OptionalTensor grad_c_n, OptionalTensor grad_cells, Tensor output, Tensor cells,
+                                  Tensor reserve, Tensors weight_hh, Tensors weight_hr, OptionalTensor hx,
+                                  OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
+                                  OptionalTensor resets, bool batch_first) {
+    const char* op = "rnnfast::recurrence_backward";
+    Context context;
+    fill({op, mode, output, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
+    const Recurrence& r = context.r;
+    const int64_t D = r.directions, H = r.hidden_size, G = gates_of(r.mode);
+    const bool lstm = r.mode == Mode::lstm;
+    const auto check_rows = [&](const char* argument, const Tensor& tensor, int64_t width) {
+      check_like(op, argument, tensor, output);
+      if (output.dim() == 2)
+        check_shape(op, argument, tensor, {output.size(0), width});
+      else
+        check_shape(op, argument, tensor, {output.size(0), output.size(1), width});
+    };
+    BackwardParams p;
+    static_cast<Recurrence&>(p) = r;
+    const auto rows_of = [&](const char* argument, const OptionalTensor& tensor, int64_t width) -> const void* {
+      if (!tensor) return nullptr;
+      check_rows(argument, *tensor, width);
+      return context.hold(tensor);
+    };
+    const auto state_of = [&](const char* argument, const OptionalTensor& tensor, int64_t width) -> const void* {
+      if (!tensor) return nullptr;
+      check_like(op, argument, *tensor, output);
+      check_shape(op, argument, *tensor, {D, r.rows.batch, width});
+      return context.hold(tensor);
+    };
+    p.output = rows_of("output", output, D * r.state_size);
+    p.grad_output = rows_of("grad_output", grad_output, D * r.state_size);
+    p.grad_h_n = state_of("grad_h_n", grad_h_n, r.state_size);
+    if (lstm) {
+      p.cells = rows_of("cells", cells, D * H);
+      p.grad_c_n = state_of("grad_c_n", grad_c_n, H);
+      p.grad_cells = rows_of("grad_cells", grad_cells, D * H);
+    }
+    if (reserve_of(r.mode)) p.reserve = rows_of("reserve", reserve, D * reserve_of(r.mode) * H);
+    Tensor grad_gates = empty_rows(output, D * G * H);
+    Tensor grad_gates_hh = r.mode == Mode::gru ? empty_rows(output, D * G * H) : none(output);
+    Tensor grad_hx = hx ? empty(output, {D, r.rows.batch, r.state_size}) : none(output);
+    Tensor grad_cx = lstm && cx ? empty(output, {D, r.rows.batch, H}) : none(output);
+    Tensor grad_projected = r.projected ? empty_rows(output, D * r.state_size) : none(output);
+    p.grad_gates = mutable_data_of(grad_gates);
+    p.grad_gates_hh = r.mode == Mode::gru ? mutable_data_of(grad_gates_hh) : nullptr;
+    p.grad_hx = hx ? mutable_data_of(grad_hx) : nullptr;
+    p.grad_cx = lstm && cx ? mutable_data_of(grad_cx) : nullptr;
+    p.grad_projected = r.projected ? mutable_data_of(grad_projected) : nullptr;
+    Backend::backward(op, p, context, output, weight_hh, weight_hr);
+    return {grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected};
+  }
+};
+
+template <class Backend, class Library> void register_layer_ops(Library& library) {
+  library.impl("input_gates", TORCH_BOX(&Backend::input_gates));
+  library.impl("recurrence_forward", TORCH_BOX(&LayerOps<Backend>::recurrence_forward));
+  library.impl("recurrence_backward", TORCH_BOX(&LayerOps<Backend>::recurrence_backward));
+  library.impl("layer_forward", TORCH_BOX(&LayerOps<Backend>::layer_forward));
+  library.impl("layer_inference", TORCH_BOX(&LayerOps<Backend>::layer_inference));
+  library.impl("matmul", TORCH_BOX(&Backend::matmul));
+}
+
+}  // namespace rnnfast
