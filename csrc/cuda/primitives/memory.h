@@ -1,0 +1,234 @@
+// Global memory: strong accesses at gpu scope of 4, 8 and 16 bytes (each indivisible), polling, the fence, and plain
+// 16-byte words. Relaxed accesses order nothing, not even each other: what one thread stored first another may see
+// last.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "platform.h"
+
+namespace rnnfast::gpu {
+
+struct alignas(16) Word16 {
+  uint32_t x[4];
+};
+
+template <class T>
+inline constexpr bool kStrongType =
+    std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+
+#if defined(RNNFAST_EMULATED)
+namespace detail {
+
+template <class T> RNNFAST_DEVICE void check_aligned(const T* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    emulator::fail("misaligned " + std::to_string(bytes) + "-byte access");
+}
+
+// Tells the sanitizers of an access that the emulator makes where or when they cannot see it: TSan of an atomic one,
+// ASan of the bytes. What it writes is what is there.
+enum class Access { read, write };
+RNNFAST_DEVICE void show_access([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes,
+                                [[maybe_unused]] Access access) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  auto* words = static_cast<uint32_t*>(const_cast<void*>(address));
+  for (size_t i = 0; i < bytes / 4; ++i) {
+    if (access == Access::read)
+      static_cast<void>(__atomic_load_n(words + i, __ATOMIC_RELAXED));
+    else
+      static_cast<void>(__atomic_fetch_add(words + i, 0, __ATOMIC_RELAXED));
+  }
+#endif
+}
+
+template <class T> RNNFAST_DEVICE T strong_load(const T* address, bool acquires) {
+  check_aligned(address, sizeof(T));
+  show_access(address, sizeof(T), Access::read);
+  T value;
+  emulator::forwarded_load(address, &value, sizeof(T), acquires);
+  return value;
+}
+
+template <class T> RNNFAST_DEVICE void strong_store(T* address, const T& value, bool releases) {
+  check_aligned(address, sizeof(T));
+  show_access(address, sizeof(T), Access::write);
+  emulator::delayed_store(address, &value, sizeof(T), releases);
+}
+
+}  // namespace detail
+#elif defined(__CUDACC__)
+namespace detail {
+
+// The register that carries a value of so many bytes.
+template <size_t bytes> struct Register;
+template <> struct Register<4> {
+  using type = uint32_t;
+};
+template <> struct Register<8> {
+  using type = uint64_t;
+};
+template <> struct Register<16> {
+  using type = unsigned __int128;
+};
+
+}  // namespace detail
+
+// One function for each instruction: the constraint letter depends on the size.
+#define RNNFAST_STRONG_LOAD(order)                        \
+  typename detail::Register<sizeof(T)>::type bits;        \
+  if constexpr (sizeof(T) == 4)                           \
+    asm volatile("ld." order ".gpu.global.b32 %0, [%1];"  \
+                 : "=r"(bits)                             \
+                 : "l"(__cvta_generic_to_global(address)) \
+                 : "memory");                             \
+  else if constexpr (sizeof(T) == 8)                      \
+    asm volatile("ld." order ".gpu.global.b64 %0, [%1];"  \
+                 : "=l"(bits)                             \
+                 : "l"(__cvta_generic_to_global(address)) \
+                 : "memory");                             \
+  else                                                    \
+    asm volatile("ld." order ".gpu.global.b128 %0, [%1];" \
+                 : "=q"(bits)                             \
+                 : "l"(__cvta_generic_to_global(address)) \
+                 : "memory");                             \
+  T value;                                                \
+  memcpy(&value, &bits, sizeof(T));                       \
+  return value
+#define RNNFAST_STRONG_STORE(order)                                                                           \
+  typename detail::Register<sizeof(T)>::type bits;                                                            \
+  memcpy(&bits, &value, sizeof(T));                                                                           \
+  if constexpr (sizeof(T) == 4)                                                                               \
+    asm volatile("st." order ".gpu.global.b32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bits)  \
+                 : "memory");                                                                                 \
+  else if constexpr (sizeof(T) == 8)                                                                          \
+    asm volatile("st." order ".gpu.global.b64 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "l"(bits)  \
+                 : "memory");                                                                                 \
+  else                                                                                                        \
+    asm volatile("st." order ".gpu.global.b128 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "q"(bits) \
+                 : "memory")
+#endif
+
+template <class T> RNNFAST_DEVICE T load_relaxed(const T* address RNNFAST_SITE) {
+  static_assert(kStrongType<T>);
+#if defined(RNNFAST_EMULATED)
+  emulator::at(site, "load_relaxed");
+  return detail::strong_load(address, false);
+#else
+  RNNFAST_STRONG_LOAD("relaxed");
+#endif
+}
+
+template <class T> RNNFAST_DEVICE void store_relaxed(T* address, std::type_identity_t<T> value) {
+  static_assert(kStrongType<T>);
+#if defined(RNNFAST_EMULATED)
+  detail::strong_store(address, value, false);
+#else
+  RNNFAST_STRONG_STORE("relaxed");
+#endif
+}
+
+// Sees what the thread whose store_release it reads wrote before that. Left out, it is a relaxed load.
+template <class T> RNNFAST_DEVICE T load_acquire(const T* address RNNFAST_SITE) {
+  static_assert(kStrongType<T>);
+#if defined(RNNFAST_EMULATED)
+  return detail::strong_load(address, !emulator::skipped(site, "load_acquire"));
+#else
+  RNNFAST_STRONG_LOAD("acquire");
+#endif
+}
+
+template <class T> RNNFAST_DEVICE void store_release(T* address, std::type_identity_t<T> value RNNFAST_SITE) {
+  static_assert(kStrongType<T>);
+#if defined(RNNFAST_EMULATED)
+  detail::strong_store(address, value, !emulator::skipped(site, "store_release"));
+#else
+  RNNFAST_STRONG_STORE("release");
+#endif
+}
+
+#if defined(__CUDACC__) && !defined(RNNFAST_EMULATED)
+#undef RNNFAST_STRONG_LOAD
+#undef RNNFAST_STRONG_STORE
+#endif
+
+// Orders the thread's accesses before it and after it, for whoever has fences or acquires of its own.
+RNNFAST_DEVICE void fence_gpu(RNNFAST_SITE_ALONE) {
+#if defined(RNNFAST_EMULATED)
+  if (emulator::skipped(site, "fence_gpu")) return;
+  emulator::fence();
+#else
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// Loads, relaxed, until predicate(value) holds; returns that value.
+template <class T, class Predicate> RNNFAST_DEVICE T poll(const T* address, Predicate predicate RNNFAST_SITE) {
+#if defined(RNNFAST_EMULATED)
+  // A poll that ends only with another thread's store waits for it, so that a value that never comes is a deadlock.
+  for (;;) {
+    const T value = load_relaxed(address, site);
+    if (predicate(value)) return value;
+    emulator::wait_until(
+        [address, predicate] {
+          T now;
+          std::memcpy(&now, address, sizeof(T));
+          return static_cast<bool>(predicate(now));
+        },
+        "poll", site);
+  }
+#else
+  for (;;) {
+    const T value = load_relaxed(address);
+    if (predicate(value)) return value;
+  }
+#endif
+}
+
+// As poll, and acquires.
+template <class T, class Predicate> RNNFAST_DEVICE T poll_acquire(const T* address, Predicate predicate RNNFAST_SITE) {
+#if defined(RNNFAST_EMULATED)
+  for (;;) {
+    static_cast<void>(poll(address, predicate, site));
+    const T value = load_acquire(address, site);
+    if (predicate(value)) return value;
+  }
+#else
+  for (;;) {
+    const T value = load_acquire(address);
+    if (predicate(value)) return value;
+  }
+#endif
+}
+
+// Plain words: addresses are multiples of 16. load_read_only: of what nothing writes while the kernel runs.
+RNNFAST_DEVICE Word16 load_global(const void* address) {
+#if defined(RNNFAST_EMULATED)
+  detail::check_aligned(address, sizeof(Word16));
+#endif
+  return *static_cast<const Word16*>(address);
+}
+
+RNNFAST_DEVICE void store_global(void* address, const Word16& value) {
+#if defined(RNNFAST_EMULATED)
+  detail::check_aligned(address, sizeof(Word16));
+#endif
+  *static_cast<Word16*>(address) = value;
+}
+
+RNNFAST_DEVICE Word16 load_read_only(const void* address) {
+#if defined(RNNFAST_EMULATED)
+  return load_global(address);
+#else
+  const uint4 value = __ldg(static_cast<const uint4*>(address));
+  return {{value.x, value.y, value.z, value.w}};
+#endif
+}
+
+RNNFAST_DEVICE void prefetch_l2([[maybe_unused]] const void* address) {
+#if !defined(RNNFAST_EMULATED)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+#endif
+}
+
+}  // namespace rnnfast::gpu

@@ -1,0 +1,62 @@
+// What differs between nvcc and the emulator before any instruction does: the words that mark functions, kernels and
+// loops. Kernel code compiles with either; with RNNFAST_EMULATED no CUDA header is seen.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(RNNFAST_EMULATED)
+
+#include "../../emulator/emulator.h"
+
+#define RNNFAST_DEVICE [[gnu::always_inline]] inline
+#define RNNFAST_KERNEL
+#define RNNFAST_LAUNCH_BOUNDS(threads, blocks)
+#define RNNFAST_GRID_CONSTANT
+#define RNNFAST_UNROLL
+// The last parameter of a synchronising function: the line that calls it, known to the emulator only. _ALONE where it
+// is the only one; RNNFAST_PASS_SITE hands it on. Functions of a kernel that wrap a synchronisation may take it too.
+#define RNNFAST_SITE_ALONE [[maybe_unused]] ::rnnfast::emulator::Site site = ::rnnfast::emulator::Site::current()
+#define RNNFAST_SITE , RNNFAST_SITE_ALONE
+#define RNNFAST_PASS_SITE_ALONE site
+#define RNNFAST_PASS_SITE , site
+
+#else
+
+#include <cuda_runtime.h>
+
+#if defined(__CUDACC__)
+#define RNNFAST_DEVICE __device__ __forceinline__
+#define RNNFAST_KERNEL __global__
+#define RNNFAST_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define RNNFAST_GRID_CONSTANT __grid_constant__
+#endif
+#define RNNFAST_UNROLL _Pragma("unroll")
+#define RNNFAST_SITE_ALONE
+#define RNNFAST_SITE
+#define RNNFAST_PASS_SITE_ALONE
+#define RNNFAST_PASS_SITE
+
+#endif
+
+// Bodies for Hopper and later stand under this; elsewhere they trap.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RNNFAST_SM90 1
+#else
+#define RNNFAST_SM90 0
+#endif
+
+namespace rnnfast::gpu {
+
+#if defined(RNNFAST_EMULATED)
+using Dim3 = emulator::Dim3;
+#else
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+#endif
+
+constexpr unsigned kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+}  // namespace rnnfast::gpu
