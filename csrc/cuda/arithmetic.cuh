@@ -1,0 +1,74 @@
+// How each type is stored, computed with and multiplied, and the scalar functions that the cells use.
+#pragma once
+
+#include <cmath>
+
+#include "primitives/platform.h"
+#include "primitives/types.h"
+
+#if defined(RNNFAST_EMULATED)
+#include <bit>
+#endif
+
+namespace rnnfast::gpu {
+
+#if defined(RNNFAST_EMULATED)
+inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
+inline uint64_t bits_of(double value) { return std::bit_cast<uint64_t>(value); }
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline double double_of(uint64_t bits) { return std::bit_cast<double>(bits); }
+#else
+RNNFAST_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+RNNFAST_DEVICE uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }
+RNNFAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+RNNFAST_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+#endif
+
+// kLargeBatchTiles: tiles of 8 batch rows a block takes where the batch is large, as many as registers allow.
+struct Float64 {
+  using Storage = double;
+  using Compute = double;
+  static constexpr bool kTensorCores = false;
+  static constexpr int kLargeBatchTiles = 2;
+  static constexpr const char* kName = "float64";
+};
+struct Float32 {
+  using Storage = float;
+  using Compute = float;
+  static constexpr bool kTensorCores = false;
+  static constexpr int kLargeBatchTiles = 2;
+  static constexpr const char* kName = "float32";
+};
+struct Tf32 {
+  using Storage = float;
+  using Compute = float;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kLargeBatchTiles = 4;
+  static constexpr const char* kName = "tf32";
+};
+struct BFloat16 {
+  using Storage = bfloat16;
+  using Compute = float;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kLargeBatchTiles = 4;
+  static constexpr const char* kName = "bfloat16";
+};
+struct Float16 {
+  using Storage = float16;
+  using Compute = float;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kLargeBatchTiles = 4;
+  static constexpr const char* kName = "float16";
+};
+
+// What cells.h calls, for scalars.
+template <class Compute> struct ScalarMath {
+  using Value = Compute;
+  RNNFAST_DEVICE static Value sigmoid(Value x) { return 1 / (1 + std::exp(-x)); }
+  RNNFAST_DEVICE static Value tanh(Value x) { return std::tanh(x); }
+  // Written so that a NaN stays one, and lets the gradient through: what torch.relu does.
+  RNNFAST_DEVICE static Value relu(Value x) { return x <= 0 ? Value(0) : x; }
+  RNNFAST_DEVICE static Value where_positive(Value h, Value value) { return h <= 0 ? Value(0) : value; }
+};
+
+}  // namespace rnnfast::gpu

@@ -1,0 +1,14 @@
+// What the host code asks of the CUDA devices. No CUDA header here, so that it can stand beside torch's.
+#pragma once
+
+#include <string>
+
+namespace rnnfast::gpu {
+
+int device_count();  // 0 where there is no card or no usable driver
+// "" where kernels can run on the current device, else why not, in words a user can act upon.
+std::string device_problem();
+// Whether launches on this device may overlap with their predecessor's end.
+bool has_dependent_launch(int device);
+
+}  // namespace rnnfast::gpu

@@ -1,0 +1,232 @@
+// The product of a block: kRowTiles * 16 rows of a weight matrix times kBatchTiles * 8 rows of states, both contiguous
+// along the sum. The warps share out the sum, so that no two need the same bytes and none waits for another: each has a
+// ring of chunks in shared memory, filled kDepth chunks ahead with cp.async. Weights do not depend on the step before:
+// the first chunks of them travel while that step still runs. Partial sums meet in shared memory at the end.
+#pragma once
+
+#include "arithmetic.cuh"
+#include "primitives/async_copy.h"
+#include "primitives/execution.h"
+#include "primitives/memory.h"
+#include "primitives/mma.h"
+#include "primitives/shared.h"
+
+namespace rnnfast::gpu {
+
+template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class BlockProduct {
+  using Storage = typename Type::Storage;
+  using Compute = typename Type::Compute;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(Storage));  // elements in 16 bytes
+  // Along the sum. Four lanes load 16 bytes each of a row, side by side; eight rows a warp at once.
+  static constexpr int kChunk = 4 * kVector;
+  static constexpr int kLaneRows = 2 * kRowTiles_, kLaneStates = kBatchTiles_;  // 16-byte words a lane loads
+  static constexpr int kChunkWords = (kLaneRows + kLaneStates) * 32;
+
+ public:
+  static constexpr int kRowTiles = kRowTiles_, kBatchTiles = kBatchTiles_, kWarps = kWarps_;
+  static constexpr int kRows = kRowTiles * 16, kBatch = kBatchTiles * 8;
+
+ private:
+  // In shared memory a column of kRows results, plus 4 so that a warp's stores fall into different banks.
+  static constexpr int kColumn = kRows + 4;
+  static constexpr int kPartialBytes = static_cast<int>(sizeof(Compute)) * kWarps * kBatch * kColumn;
+  // Every card since sm_80 grants a block 99 KB; two such blocks fit on a Hopper SM, one of them of the next step.
+  static constexpr int kBudget = 96 << 10, kRingBytes = kWarps * kChunkWords * 16;
+  static constexpr int kAffordable = (kBudget - kPartialBytes) / kRingBytes;
+  static constexpr int kDepth = kAffordable < 6 ? kAffordable : 6;
+  static_assert(kDepth >= 2, "too large a tile for shared memory");
+
+ public:
+  static constexpr size_t kSharedBytes = kPartialBytes + kDepth * kRingBytes;
+
+  // weight_row(i): row i < kRows. state_row(n): row n < kBatch. All must be readable for `length` elements; rows that
+  // do not count may point anywhere, since no result depends on another's row.
+  template <class WeightRow, class StateRow>
+  RNNFAST_DEVICE BlockProduct(int64_t length, bool aligned, const WeightRow& weight_row, const StateRow& state_row)
+      : aligned_(aligned),
+        ring_(reinterpret_cast<Word16*>(shared_memory()) + warp() * (kDepth * kChunkWords) + lane()) {
+    RNNFAST_UNROLL
+    for (int i = 0; i < kLaneRows; ++i) weights_[i] = weight_row(static_cast<int>(lane() / 4) + 8 * i);
+    RNNFAST_UNROLL
+    for (int j = 0; j < kLaneStates; ++j) states_[j] = state_row(static_cast<int>(lane() / 4) + 8 * j);
+    const int64_t all_chunks = (length + kChunk - 1) / kChunk, share = (all_chunks + kWarps - 1) / kWarps;
+    const int64_t begin = warp() * share, end = begin + share < all_chunks ? begin + share : all_chunks;
+    begin_ = begin * kChunk + (lane() % 4) * kVector;
+    chunks_ = end > begin ? static_cast<int>(end - begin) : 0;
+    length_ = length;
+    for (int c = 0; c < kDepth; ++c) fetch_weights(c, c);
+  }
+
+  // Once the states can be read. Ends with every warp's partial sums in shared memory, and needs a block barrier.
+  RNNFAST_DEVICE void run() {
+    for (int c = 0; c < kDepth; ++c) {
+      fetch_states(c, c);
+      cp_async_commit();
+    }
+    int slot = 0;
+    for (int c = 0; c < chunks_; ++c) {
+      cp_async_wait<kDepth - 1>();                     // chunk c is there, as far as this lane fetched it
+      if constexpr (!Type::kTensorCores) sync_warp();  // and as far as the others did
+      multiply(ring_ + slot * kChunkWords);
+      if constexpr (!Type::kTensorCores) sync_warp();  // nobody reads this slot any more
+      fetch_weights(c + kDepth, slot);
+      fetch_states(c + kDepth, slot);
+      cp_async_commit();
+      slot = slot + 1 < kDepth ? slot + 1 : 0;
+    }
+    Compute* partial = partials() + warp() * (kBatch * kColumn);
+    RNNFAST_UNROLL
+    for (int i = 0; i < kLaneRows; ++i) {
+      RNNFAST_UNROLL
+      for (int j = 0; j < kBatchTiles * 2; ++j) partial[result_batch(j) * kColumn + lane() / 4 + 8 * i] = result(i, j);
+    }
+  }
+
+  // After a block barrier: element (row, n) of the product, the warps' sums added in a fixed order.
+  RNNFAST_DEVICE static Compute at(int row, int n) {
+    const Compute* partial = partials() + n * kColumn + row;
+    Compute sum = partial[0];
+    RNNFAST_UNROLL
+    for (int w = 1; w < kWarps; ++w) sum += partial[w * (kBatch * kColumn)];
+    return sum;
+  }
+
+ private:
+  RNNFAST_DEVICE static Compute* partials() {
+    return reinterpret_cast<Compute*>(reinterpret_cast<char*>(shared_memory()) + kDepth * kRingBytes);
+  }
+
+  // A slot holds words [row group][lane]: lane l fetches words of row l / 4 of each group, its quarter l % 4 of the
+  // chunk. On tensor cores it is also the one to use them: the instruction's fragments want other elements of the sum
+  // in each lane, but the order along the sum is free as long as both operands keep to it.
+  RNNFAST_DEVICE void fetch_weights(int c, int slot) {
+    Word16* to = ring_ + slot * kChunkWords;
+    RNNFAST_UNROLL
+    for (int i = 0; i < kLaneRows; ++i) fetch(to + i * 32, weights_[i], c);
+  }
+  RNNFAST_DEVICE void fetch_states(int c, int slot) {
+    Word16* to = ring_ + slot * kChunkWords + kLaneRows * 32;
+    RNNFAST_UNROLL
+    for (int j = 0; j < kLaneStates; ++j) fetch(to + j * 32, states_[j], c);
+  }
+  RNNFAST_DEVICE void fetch(Word16* to, const Storage* row, int c) const {
+    if (c >= chunks_) return;
+    const int64_t k = begin_ + static_cast<int64_t>(c) * kChunk;
+    if (aligned_ && k + kVector <= length_) {
+      cp_async<16>(to, row + k);
+      return;
+    }
+    // Rows that start anywhere, and the end of every row: element by element, zeros behind the end.
+    Storage values[kVector];
+    RNNFAST_UNROLL
+    for (int v = 0; v < kVector; ++v) values[v] = k + v < length_ ? row[k + v] : convert<Storage>(0.0f);
+    *to = word_of(values);
+  }
+  RNNFAST_DEVICE static Word16 word_of(const Storage (&values)[kVector]) {
+    Word16 word;
+    if constexpr (sizeof(Storage) == 2) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < 4; ++i) word.x[i] = pack(values[2 * i], values[2 * i + 1]);
+    } else if constexpr (sizeof(Storage) == 4) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < 4; ++i) word.x[i] = bits_of(values[i]);
+    } else {
+      RNNFAST_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        word.x[2 * i] = static_cast<uint32_t>(bits_of(values[i]));
+        word.x[2 * i + 1] = static_cast<uint32_t>(bits_of(values[i]) >> 32);
+      }
+    }
+    return word;
+  }
+
+  RNNFAST_DEVICE void multiply(const Word16* slot) {
+    if constexpr (Type::kTensorCores)
+      multiply_tiles(slot, slot + kLaneRows * 32);
+    else
+      multiply_scalars(slot - lane(), slot - lane() + kLaneRows * 32);
+  }
+
+  // Each half of a lane's 16 bytes feeds one instruction.
+  RNNFAST_DEVICE void multiply_tiles(const Word16* weights, const Word16* states) {
+    Word16 b[kBatchTiles];
+    RNNFAST_UNROLL
+    for (int j = 0; j < kBatchTiles; ++j) b[j] = as_operand(states[j * 32]);
+    RNNFAST_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      const Word16 upper = as_operand(weights[2 * i * 32]), lower = as_operand(weights[(2 * i + 1) * 32]);
+      RNNFAST_UNROLL
+      for (int half = 0; half < 4; half += 2) {
+        const uint32_t a[4] = {upper.x[half], lower.x[half], upper.x[half + 1], lower.x[half + 1]};
+        RNNFAST_UNROLL
+        for (int j = 0; j < kBatchTiles; ++j) {
+          const uint32_t b_half[2] = {b[j].x[half], b[j].x[half + 1]};
+          if constexpr (sizeof(Storage) == 2)
+            mma_m16n8k16<Storage>(sums_[i][j], a, b_half);
+          else
+            mma_m16n8k8_tf32(sums_[i][j], a, b_half);
+        }
+      }
+    }
+  }
+  RNNFAST_DEVICE static Word16 as_operand(Word16 word) {
+    if constexpr (sizeof(Storage) == 4) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < 4; ++i) word.x[i] = to_tf32(float_of(word.x[i]));
+    }
+    return word;
+  }
+
+  // A lane takes rows lane / 4 + 8 i and states lane % 4 + 4 j, a quarter of the chunk at a time.
+  RNNFAST_DEVICE void multiply_scalars(const Word16* weights, const Word16* states) {
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Word16 b[2 * kBatchTiles];
+      RNNFAST_UNROLL
+      for (int j = 0; j < 2 * kBatchTiles; ++j) {
+        const int n = scalar_state(j);
+        b[j] = states[n / 8 * 32 + n % 8 * 4 + quarter];
+      }
+      RNNFAST_UNROLL
+      for (int i = 0; i < kLaneRows; ++i) {
+        const Word16 a = weights[i * 32 + lane() / 4 * 4 + quarter];
+        RNNFAST_UNROLL
+        for (int j = 0; j < 2 * kBatchTiles; ++j) {
+          RNNFAST_UNROLL
+          for (int v = 0; v < kVector; ++v) sums_[i][j] = std::fma(element(a, v), element(b[j], v), sums_[i][j]);
+        }
+      }
+    }
+  }
+  RNNFAST_DEVICE static int scalar_state(int j) { return static_cast<int>(lane() % 4) + 4 * j; }
+  RNNFAST_DEVICE static Compute element(const Word16& word, int v) {
+    if constexpr (sizeof(Storage) == 4)
+      return float_of(word.x[v]);
+    else
+      return double_of(static_cast<uint64_t>(word.x[2 * v]) | static_cast<uint64_t>(word.x[2 * v + 1]) << 32);
+  }
+
+  // This lane's result j in its row lane / 4 + 8 i, and which batch row that belongs to.
+  RNNFAST_DEVICE Compute result(int i, int j) const {
+    if constexpr (Type::kTensorCores)
+      return sums_[i / 2][j / 2][i % 2 * 2 + j % 2];
+    else
+      return sums_[i][j];
+  }
+  RNNFAST_DEVICE static int result_batch(int j) {
+    return Type::kTensorCores ? static_cast<int>(lane() % 4) * 2 + j % 2 + j / 2 * 8 : scalar_state(j);
+  }
+
+  // mma accumulators of each tile, or one sum for each of the lane's rows and states.
+  using TileSums = Compute[kRowTiles][kBatchTiles][4];
+  using ScalarSums = Compute[kLaneRows][2 * kBatchTiles];
+
+  const bool aligned_;
+  Word16* const ring_;
+  const Storage* weights_[kLaneRows];
+  const Storage* states_[kLaneStates];
+  int64_t length_, begin_;
+  int chunks_;
+  std::conditional_t<Type::kTensorCores, TileSums, ScalarSums> sums_ = {};
+};
+
+}  // namespace rnnfast::gpu

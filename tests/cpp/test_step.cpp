@@ -1,0 +1,303 @@
+// The step kernels in the emulator against the float64 definition: every cell, type, layout and option, forward and
+// every gradient, under shuffled schedules.
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "check.h"
+#include "cuda/primitives/launch.h"
+#include "step_reference.h"
+
+namespace rnnfast::test {
+namespace {
+
+using gpu::Arithmetic;
+
+struct TypeCase {
+  const char* name;
+  Arithmetic arithmetic;
+  double tolerance;  // of values near 1, through a few steps
+};
+constexpr TypeCase kTypes[] = {{"float64", Arithmetic::float64, 1e-12},
+                               {"float32", Arithmetic::float32, 1e-5},
+                               {"tf32", Arithmetic::tf32, 5e-3},
+                               {"bfloat16", Arithmetic::bfloat16, 6e-2},
+                               {"float16", Arithmetic::float16, 1e-2}};
+
+DType dtype_of(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::float64: return DType::float64;
+    case Arithmetic::bfloat16: return DType::bfloat16;
+    case Arithmetic::float16: return DType::float16;
+    default: return DType::float32;
+  }
+}
+
+template <class T> T store(double value) {
+  if constexpr (std::is_floating_point_v<T>)
+    return static_cast<T>(value);
+  else
+    return gpu::from_float<T>(static_cast<float>(value));
+}
+template <class T> double load(T value) {
+  if constexpr (std::is_floating_point_v<T>)
+    return value;
+  else
+    return gpu::to_float(value);
+}
+
+// A tensor in a storage type. Memory that nothing has written yet is NaN.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(DType dtype, size_t count) : dtype_(dtype), count_(count) {
+    bytes_.assign(count * static_cast<size_t>(gpu::size_of(dtype)), static_cast<char>(0xff));
+  }
+  Buffer(DType dtype, const Values& values) : Buffer(dtype, values.size()) {
+    for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
+  }
+  void* data() { return count_ ? bytes_.data() : nullptr; }
+  size_t count() const { return count_; }
+  double get(size_t i) const {
+    switch (dtype_) {
+      case DType::float64: return load(typed<double>()[i]);
+      case DType::float32: return load(typed<float>()[i]);
+      case DType::bfloat16: return load(typed<gpu::bfloat16>()[i]);
+      default: return load(typed<gpu::float16>()[i]);
+    }
+  }
+
+ private:
+  template <class T> const T* typed() const { return reinterpret_cast<const T*>(bytes_.data()); }
+  template <class T> T* typed() { return reinterpret_cast<T*>(bytes_.data()); }
+  void set(size_t i, double value) {
+    switch (dtype_) {
+      case DType::float64: typed<double>()[i] = value; break;
+      case DType::float32: typed<float>()[i] = store<float>(value); break;
+      case DType::bfloat16: typed<gpu::bfloat16>()[i] = store<gpu::bfloat16>(value); break;
+      default: typed<gpu::float16>()[i] = store<gpu::float16>(value);
+    }
+  }
+  DType dtype_ = DType::float64;
+  size_t count_ = 0;
+  std::vector<char> bytes_;
+};
+
+// The values as the storage type holds them: what the reference computes from too.
+void round_to(DType dtype, Values& values) {
+  const Buffer buffer(dtype, values);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = buffer.get(i);
+}
+
+// (count, rows, columns) to (count, columns, rows).
+Values transposed(const Values& matrices, int64_t count, int64_t rows, int64_t columns) {
+  Values result(matrices.size());
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        result[static_cast<size_t>((m * columns + j) * rows + i)] =
+            matrices[static_cast<size_t>((m * rows + i) * columns + j)];
+  return result;
+}
+
+void expect_close(const char* name, const Buffer& actual, const Values& expected, double tolerance) {
+  CHECK(actual.count() == expected.size());
+  double worst = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double difference = std::abs(actual.get(i) - expected[i]) / std::max(1.0, std::abs(expected[i]));
+    // Written so that a NaN counts.
+    if (!(difference <= worst)) worst = difference;
+  }
+  if (!(worst <= tolerance)) std::fprintf(stderr, "%s: error %.3g, allowed %.3g\n", name, worst, tolerance);
+  CHECK(worst <= tolerance);
+}
+
+void fill_shared(const Call& call, DType dtype, std::vector<Buffer>& keep, Recurrence& r) {
+  const Shape& s = call.shape;
+  const auto hold = [&](const Values& values) {
+    keep.emplace_back(dtype, values);
+    return static_cast<const char*>(keep.back().data());
+  };
+  r.mode = s.mode;
+  r.dtype = dtype;
+  r.rows.steps = s.T;
+  r.rows.batch = s.B;
+  r.rows.step_stride = s.batch_first ? 1 : s.B;
+  r.rows.batch_stride = s.batch_first ? s.T : 1;
+  r.rows.batch_sizes = s.packed ? call.batch_sizes.data() : nullptr;
+  r.rows.lengths = s.lengths ? call.lengths.data() : nullptr;
+  r.rows.resets = s.resets ? reinterpret_cast<const bool*>(call.resets.data()) : nullptr;
+  r.hidden_size = s.H;
+  r.state_size = s.state();
+  r.directions = s.D;
+  r.projected = s.P != 0;
+  const char *hh = hold(call.weight_hh), *hr = hold(call.weight_hr);
+  for (int64_t d = 0; d < s.D; ++d) {
+    r.weight_hh[d] = hh + d * s.gates() * s.H * s.state() * gpu::size_of(dtype);
+    r.weight_hh_stride[d] = s.state();
+    r.weight_hr[d] = s.P ? hr + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
+    r.weight_hr_stride[d] = s.H;
+  }
+  r.hx = hold(call.hx);
+  r.cx = hold(call.cx);
+}
+
+gpu::StepDevice device() { return {nullptr, true}; }
+
+void run_forward(Call& call, const TypeCase& type) {
+  const DType dtype = dtype_of(type.arithmetic);
+  const Shape& s = call.shape;
+  std::vector<Buffer> keep;
+  keep.reserve(16);
+  ForwardParams p;
+  fill_shared(call, dtype, keep, p);
+  Buffer gates(dtype, call.gates), bias(dtype, call.bias_hh);
+  p.gates = gates.data();
+  for (int64_t d = 0; d < s.D && s.mode == Mode::gru; ++d)
+    p.bias_hh[d] = static_cast<const char*>(bias.data()) + d * 3 * s.H * gpu::size_of(dtype);
+  Buffer output(dtype, call.output.size()), h_n(dtype, call.h_n.size()), c_n(dtype, call.c_n.size()),
+      cells(dtype, call.cells.size()), reserve(dtype, call.reserve.size());
+  p.output = output.data();
+  p.h_n = h_n.data();
+  p.c_n = c_n.data();
+  p.cells = cells.data();
+  p.reserve = reserve.data();
+  const auto states = static_cast<size_t>(s.D * s.B * s.H);
+  Buffer carry(dtype == DType::float64 ? dtype : DType::float32, states), hidden(dtype, states);
+  gpu::StepWorkspace workspace;
+  workspace.carry = carry.data();
+  workspace.hidden = hidden.data();
+  std::string error = gpu::run_steps_forward(p, workspace, type.arithmetic == Arithmetic::tf32, device());
+  if (error.empty()) error = gpu::synchronize(nullptr);
+  if (!error.empty()) std::fprintf(stderr, "%s\n", error.c_str());
+  CHECK(error.empty());
+  expect_close("output", output, call.output, type.tolerance);
+  expect_close("h_n", h_n, call.h_n, type.tolerance);
+  expect_close("c_n", c_n, call.c_n, type.tolerance);
+  expect_close("cells", cells, call.cells, type.tolerance);
+  expect_close("reserve", reserve, call.reserve, type.tolerance);
+}
+
+void run_backward(Call& call, const TypeCase& type) {
+  const DType dtype = dtype_of(type.arithmetic);
+  const Shape& s = call.shape;
+  std::vector<Buffer> keep;
+  keep.reserve(32);
+  BackwardParams p;
+  fill_shared(call, dtype, keep, p);
+  const auto hold = [&](const Values& values) {
+    keep.emplace_back(dtype, values);
+    return keep.back().data();
+  };
+  p.grad_output = hold(call.grad_output);
+  p.grad_h_n = hold(call.grad_h_n);
+  p.grad_c_n = hold(call.grad_c_n);
+  p.grad_cells = hold(call.grad_cells);
+  p.output = hold(call.output);
+  p.cells = hold(call.cells);
+  p.reserve = hold(call.reserve);
+  Buffer grad_gates(dtype, call.grad_gates.size()), grad_gates_hh(dtype, call.grad_gates_hh.size()),
+      grad_hx(dtype, call.grad_hx.size()), grad_cx(dtype, call.grad_cx.size()),
+      grad_projected(dtype, call.grad_projected.size());
+  p.grad_gates = grad_gates.data();
+  p.grad_gates_hh = grad_gates_hh.data();
+  p.grad_hx = grad_hx.data();
+  p.grad_cx = grad_cx.data();
+  p.grad_projected = grad_projected.data();
+  Buffer carry(dtype == DType::float64 ? dtype : DType::float32, static_cast<size_t>(s.D * s.B * s.H));
+  const int64_t width = s.gates() * s.H;
+  const char* hh_t = static_cast<const char*>(hold(transposed(call.weight_hh, s.D, width, s.state())));
+  const char* hr_t = static_cast<const char*>(hold(transposed(call.weight_hr, s.D, s.P, s.H)));
+  gpu::StepWorkspace workspace;
+  workspace.carry = carry.data();
+  for (int64_t d = 0; d < s.D; ++d) {
+    workspace.weight_hh_t[d] = hh_t + d * width * s.state() * gpu::size_of(dtype);
+    workspace.weight_hr_t[d] = s.P ? hr_t + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
+  }
+  std::string error = gpu::run_steps_backward(p, workspace, type.arithmetic == Arithmetic::tf32, device());
+  if (error.empty()) error = gpu::synchronize(nullptr);
+  if (!error.empty()) std::fprintf(stderr, "%s\n", error.c_str());
+  CHECK(error.empty());
+  expect_close("grad_gates", grad_gates, call.grad_gates, type.tolerance);
+  expect_close("grad_gates_hh", grad_gates_hh, call.grad_gates_hh, type.tolerance);
+  expect_close("grad_hx", grad_hx, call.grad_hx, type.tolerance);
+  expect_close("grad_cx", grad_cx, call.grad_cx, type.tolerance);
+  expect_close("grad_projected", grad_projected, call.grad_projected, type.tolerance);
+}
+
+void run_both(const Shape& shape, const TypeCase& type, uint64_t seed) {
+  Call call = random_call(shape, 17 + seed);
+  const DType dtype = dtype_of(type.arithmetic);
+  for (Values* values : {&call.gates, &call.weight_hh, &call.weight_hr, &call.bias_hh, &call.hx, &call.cx,
+                         &call.grad_output, &call.grad_h_n, &call.grad_c_n, &call.grad_cells})
+    round_to(dtype, *values);
+  run_reference(call);
+  emulator::options().seed = seed;
+  run_forward(call, type);
+  run_backward(call, type);
+}
+
+// Shapes of one or two blocks a launch come first: the race detector pays half a millisecond for every thread, needs no
+// luck with the schedule, and so takes only those.
+#if defined(__SANITIZE_THREAD__)
+constexpr uint64_t kSeeds = 2;
+constexpr bool kSmallOnly = true;
+#else
+constexpr uint64_t kSeeds = 20;
+constexpr bool kSmallOnly = false;
+#endif
+constexpr size_t kSmall = 2;
+const std::vector<Shape> kShapes = {
+    {.T = 3, .B = 3, .H = 5, .D = 2, .lengths = true, .resets = true},
+    {.T = 3, .B = 4, .H = 9, .packed = true},
+    {.T = 3, .B = 9, .H = 17, .resets = true},
+    {.T = 4, .B = 5, .H = 9, .D = 2, .packed = true},
+    {.T = 3, .B = 2, .H = 32, .batch_first = true, .lengths = true, .initial = false},
+    {.T = 2, .B = 3, .H = 64, .D = 2},
+};
+const std::vector<Shape> kProjected = {
+    {.T = 2, .B = 3, .H = 16, .P = 5, .D = 2, .lengths = true, .resets = true},
+    {.T = 3, .B = 4, .H = 16, .P = 8, .packed = true},
+    {.T = 3, .B = 4, .H = 34, .P = 16, .packed = true},
+    // A sum so long that every kernel's ring of chunks is filled more than once, in few blocks.
+    {.T = 2, .B = 1, .H = 20, .P = 1600},
+};
+
+// The plain schedule runs every shape, the shuffled ones take them in turn.
+void run_shapes(const std::vector<Shape>& shapes, Mode mode, const TypeCase& type) {
+  const size_t count = kSmallOnly ? kSmall : shapes.size();
+  for (uint64_t seed = 0; seed <= kSeeds; ++seed)
+    for (size_t i = 0; i < count; ++i) {
+      if (seed && i != seed % count) continue;
+      Shape shape = shapes[i];
+      shape.mode = mode;
+      run_both(shape, type, seed);
+    }
+}
+
+void run_cell(Mode mode, const TypeCase& type) {
+  run_shapes(kShapes, mode, type);
+  if (mode == Mode::lstm) run_shapes(kProjected, mode, type);
+}
+
+}  // namespace
+}  // namespace rnnfast::test
+
+int main(int argc, char** argv) {
+  using namespace rnnfast;
+  using namespace rnnfast::test;
+  constexpr std::pair<const char*, Mode> kModes[] = {{"lstm", Mode::lstm},
+                                                     {"gru", Mode::gru},
+                                                     {"rnn-tanh", Mode::rnn_tanh},
+                                                     {"rnn-relu", Mode::rnn_relu},
+                                                     {"rnn-identity", Mode::rnn_identity}};
+  std::vector<std::string> names;
+  std::vector<check::Case> cases;
+  names.reserve(std::size(kModes) * std::size(kTypes));
+  for (const auto& [cell, mode] : kModes)
+    for (const TypeCase& type : kTypes) {
+      names.push_back(std::string(cell) + "-" + type.name);
+      cases.push_back({names.back().c_str(), [mode = mode, &type] { run_cell(mode, type); }});
+    }
+  return check::main(argc, argv, cases);
+}
