@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/primitives/platform.h"
+#include "platform.h"
 
 #if defined(RNNFAST_EMULATED)
 

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/primitives/address.h"
-#include "cuda/primitives/mbarrier.h"
-#include "cuda/primitives/platform.h"
+#include "address.h"
+#include "mbarrier.h"
+#include "platform.h"
 
 #if defined(RNNFAST_EMULATED)
 #include <memory>

@@ -2,9 +2,11 @@
 // can act upon.
 #pragma once
 
+#include <map>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "platform.h"
 
@@ -80,18 +82,15 @@ inline cudaError_t raise_limits(const void* kernel, const LaunchConfig& config) 
   constexpr size_t kDefaultShared = 48 << 10;
   constexpr unsigned kPortableCluster = 8;
   if (config.shared_bytes > kDefaultShared) {
-    thread_local struct {
-      const void* kernel = nullptr;
-      int device = -1;
-      size_t bytes = 0;
-    } last;
+    thread_local std::map<std::pair<const void*, int>, size_t> raised;
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    if (last.kernel != kernel || last.device != device || last.bytes < config.shared_bytes) {
+    size_t& bytes = raised[{kernel, device}];
+    if (bytes < config.shared_bytes) {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(config.shared_bytes));
       if (error != cudaSuccess) return error;
-      last = {kernel, device, config.shared_bytes};
+      bytes = config.shared_bytes;
     }
   }
   if (config.cluster > kPortableCluster)

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "cuda/primitives/address.h"
-#include "cuda/primitives/platform.h"
+#include "address.h"
+#include "platform.h"
 
 #if defined(RNNFAST_EMULATED)
 #include <bit>

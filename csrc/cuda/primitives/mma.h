@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/primitives/address.h"
-#include "cuda/primitives/platform.h"
-#include "cuda/primitives/types.h"
+#include "address.h"
+#include "platform.h"
+#include "types.h"
 
 #if defined(RNNFAST_EMULATED)
 #include <array>

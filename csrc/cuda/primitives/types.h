@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/primitives/platform.h"
+#include "platform.h"
 
 #if !defined(RNNFAST_EMULATED)
 #include <cuda_bf16.h>
