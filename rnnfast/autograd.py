@@ -262,7 +262,8 @@ def _grad_weight_hh(
     state = None if hx is None else hx[direction]
     reverse = direction == 1
     if batch_sizes is not None:
-        return ops.matmul(grad.t(), _previous_packed(output, state, batch_sizes, reverse))
+        entered = _previous_packed_views if _on_device(output, batch_sizes) else _previous_packed
+        return ops.matmul(grad.t(), entered(output, state, batch_sizes, reverse))
     if lengths is None and resets is None and not batch_first:
         # Time-major: the state that entered is the output, shifted by one step. Two views and two products, no copy.
         batch, rows = output.size(1), grad.size(0)
@@ -319,6 +320,50 @@ def _previous_packed(output: Tensor, state: Tensor | None, batch_sizes: Tensor, 
     if state is None or batch is None:
         return previous.masked_fill(~inside, 0)
     return torch.where(inside, previous, state.index_select(0, column))
+
+
+def _on_device(output: Tensor, batch_sizes: Tensor) -> bool:
+    """Whether `_previous_packed_views` serves better: on CUDA, unless a graph is traced, where sizes are symbols.
+
+    Index lists made on the host would have to be copied, which halts the host and cannot be captured in a CUDA graph.
+    """
+    return (
+        output.is_cuda
+        and not torch.compiler.is_compiling()
+        and type(batch_sizes) is Tensor  # not a FakeTensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(batch_sizes)
+    )
+
+
+def _previous_packed_views(output: Tensor, state: Tensor | None, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """What `_previous_packed` returns, put together from views: nothing goes from the host to the device."""
+    sizes = batch_sizes.tolist()
+    if state is None:
+        state = output.new_zeros(sizes[0] if sizes else 0, output.size(1))
+    parts = []
+    # Of the rows of one step, those that a neighbouring step precedes, and behind them those that the state enters.
+    # A run of steps of equal size is one view: there the neighbours' rows lie one behind the other.
+    start = 0
+    for first, last in _runs(sizes):
+        size, steps = sizes[first], last - first
+        end = start + steps * size
+        if not reverse:
+            before = sizes[first - 1] if first > 0 else 0
+            parts.append(state[:size] if first == 0 else output[start - before : start - before + size])
+            parts.append(output[start : end - size])
+        else:
+            after = sizes[last] if last < len(sizes) else 0
+            parts.append(output[start + size : end])
+            parts.append(output[end : end + after])
+            parts.append(state[after:size])
+        start = end
+    return torch.cat(parts) if parts else output
+
+
+def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The stretches [first, last) of equal numbers."""
+    starts = [t for t in range(len(sizes)) if t == 0 or sizes[t] != sizes[t - 1]]
+    return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
 
 
 def _hidden(cells: Tensor, reserve: Tensor, directions: int) -> Tensor:

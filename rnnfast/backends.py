@@ -1,6 +1,7 @@
 """Which backend computes a recurrence, and why: the only place where that is decided.
 
-The backends are `cpu` (the C++ kernels), `reference` (plain PyTorch, any device and dtype), `cuda` and `triton`.
+The backends are `cpu` (the C++ kernels), `cuda` (the CUDA kernels), `triton` and `reference` (plain PyTorch, any device
+and dtype); developers have `emulated` too, the CUDA kernels compiled for the processor.
 `auto`, the default, takes the fastest one that can run the tensor at hand and may fall back to `reference` (with one
 warning); a backend that is asked for by name runs or raises an error that names what is missing.
 """
@@ -17,13 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import libraries, ops
 
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
-_NOT_BUILT = {
-    "cuda": "the CUDA library is not part of this build",
-    "triton": "the Triton kernels are not part of this build",
+# The devices whose tensors a backend's kernels take. Shapes on the meta device come from the fake kernels of tracing.
+_DEVICES = {
+    "cpu": ("cpu", "meta"),
+    "cuda": ("cuda", "meta"),
+    "triton": ("cpu", "meta") if libraries.triton_interpreted() else ("cuda", "meta"),
+    "emulated": ("cpu", "meta"),
 }
 
 # The name asked for by `with backend(...)`, of this thread alone.
@@ -71,19 +75,35 @@ def backends() -> dict[str, Availability]:
     """The backends and whether each can run here.
 
     Returns:
-        dict from name (`cpu`, `cuda`, `triton`, `reference`) to `Availability(available, reason)`.
+        dict from name (`cpu`, `cuda`, `triton`, `reference`, and `emulated` where it was loaded) to
+        `Availability(available, reason)`.
     """
-    described = {
-        "cpu": f"C++ kernels, instruction set {ops.cpu_isa()}",
-        "reference": "plain PyTorch: any device and dtype, slow",
-    }
-    missing = {name: _missing(name) for name in NAMES if name != "auto"}
-    return {name: Availability(why is None, described[name] if why is None else why) for name, why in missing.items()}
+    names = [name for name in NAMES if name != "auto"] + (["emulated"] if ops.emulated_loaded else [])
+    missing = {name: _missing(name) for name in names}
+    return {name: Availability(why is None, why or _describe(name)) for name, why in missing.items()}
+
+
+def _describe(name: str) -> str:
+    """What an available backend is, in words."""
+    if name == "cpu":
+        return f"C++ kernels, instruction set {ops.cpu_isa()}"
+    if name == "cuda":
+        return f"CUDA kernels, one launch a step, for {torch.ops.rnnfast.cuda_archs()}"
+    if name == "triton":
+        where = "in Triton's interpreter on the CPU: very slow" if libraries.triton_interpreted() else "compiled on use"
+        return f"Triton kernels, {where}"
+    if name == "emulated":
+        return "the CUDA kernels compiled for the processor, for tests: very slow"
+    return "plain PyTorch: any device and dtype, slow"
 
 
 def _missing(name: str) -> str | None:
     """Why the backend cannot run here, None where it can."""
-    return ops.library_error if name == "cpu" else _NOT_BUILT.get(name)
+    if name == "cpu":
+        return ops.library_error
+    if name == "cuda":
+        return libraries.cuda_problem()
+    return libraries.triton_problem() if name == "triton" else None
 
 
 @contextlib.contextmanager
@@ -91,13 +111,15 @@ def backend(name: str) -> Iterator[None]:
     """Asks for one backend, in this thread, for the calls inside the `with`.
 
     Args:
-        name: `auto`, `cpu`, `cuda`, `triton` or `reference`.
+        name: `auto`, `cpu`, `cuda`, `triton` or `reference`; for developers `emulated`.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is not available here; the message says what is missing.
     """
-    if name not in NAMES:
+    if name == "emulated":
+        ops.load_emulated()
+    elif name not in NAMES:
         raise ValueError(f"rnnfast.backend: unknown backend {name!r}, expected one of {', '.join(NAMES)}")
     missing = _missing(name)
     if missing is not None:
@@ -122,17 +144,22 @@ def select(tensor: Tensor) -> str:
         if tensor.is_cpu and ops.library_error is None:
             return "cpu"
         return _automatic(tensor.device.type)
-    if name == "cpu" and tensor.device.type not in ("cpu", "meta"):
+    devices = _DEVICES.get(name)
+    if devices is not None and tensor.device.type not in devices:
         raise RuntimeError(
-            f"rnnfast: backend 'cpu' was asked for by name, but the input is on {tensor.device}; "
-            "move the input and the module to the CPU, or leave the choice to 'auto'"
+            f"rnnfast: backend {name!r} was asked for by name, but the input is on {tensor.device}; move the input and "
+            f"the module to {'the CPU' if devices[0] == 'cpu' else 'a CUDA device'}, or leave the choice to 'auto'"
         )
     return name
 
 
 def _automatic(device: str) -> str:
     """`auto`'s choice where it is not simply the C++ CPU kernels."""
-    # Shapes on the meta device come from the same fake kernels that tracing uses.
+    if device == "cuda" and libraries.cuda_ready():
+        return "cuda"
+    # Not for what the interpreter alone could do: a name must ask for that.
+    if device == "cuda" and not libraries.triton_interpreted() and libraries.triton_ready():
+        return "triton"
     if device == "meta":
         return "cpu" if ops.library_error is None else "reference"
     _warn_once(device)
@@ -142,7 +169,10 @@ def _automatic(device: str) -> str:
 def _reason(device: str) -> str:
     if device == "cpu":
         return str(ops.library_error)
-    return _NOT_BUILT["cuda"] if device == "cuda" else f"there are no kernels for {device!r} devices"
+    if device == "cuda":
+        triton = libraries.triton_problem() or "TRITON_INTERPRET is set"
+        return f"CUDA kernels: {libraries.cuda_problem()}; Triton kernels: {triton}"
+    return f"there are no kernels for {device!r} devices"
 
 
 def _warn_once(device: str) -> None:
@@ -155,6 +185,13 @@ def _warn_once(device: str) -> None:
         UserWarning,
         stacklevel=5,
     )
+
+
+def _triton_kernel(module: Any, data: Tensor) -> str:
+    from .triton import layers  # imports Triton
+
+    family = layers.family_of(module.mode, data.dtype, module.hidden_size, module.proj_size > 0)
+    return {"persistent": "one launch a layer (Triton)", "step": "one launch a step (Triton)"}[family]
 
 
 def explain(module: Any, input: Any) -> Explanation:
@@ -195,7 +232,13 @@ def explain(module: Any, input: Any) -> Explanation:
     if name == "reference":
         kernel = "a loop over the steps in plain PyTorch"
     else:
-        kernel = f"C++ time loop ({ops.cpu_isa()}), " + ("with reserve for backward" if training else "inference")
+        kernel = {
+            "cpu": f"C++ time loop ({ops.cpu_isa()})",
+            "cuda": "one launch a step (CUDA)",
+            "triton": _triton_kernel(module, data) if name == "triton" else "",
+            "emulated": "one launch a step (CUDA, emulated on the processor)",
+        }[name]
+        kernel += ", with reserve for backward" if training else ", inference"
     kernel += f", {2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)"
     if packed:
         kernel += ", packed rows as they are"

@@ -218,8 +218,10 @@ def lstm(
         dropout: probability of zeroing, between layers, with `training`.
         training: whether dropout is active.
         batch_sizes: (T,) int64 on the CPU, not increasing: input is packed rows, as in PackedSequence.
-        lengths: (B,) int64, 0 <= lengths[b] <= T: row b ends there; output beyond is zero.
+        lengths: (B,) int64, 0 <= lengths[b] <= T: row b ends there; output beyond is zero. Values beyond that range
+            count as its ends on an accelerator, where looking at them would halt the device.
         resets: bool (T, B), with batch_first (B, T): True at t starts a new segment, no state crosses its boundary.
+            lengths and resets are moved to the input's device.
         return_cell_states: whether every c_t of the last layer is returned too.
 
     Returns:
@@ -237,8 +239,8 @@ def lstm(
     _check_state("lstm", "hx[1]", c_0, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
     output, h_n, c_n, cells = run_layers(
         "LSTM", input, h_0, c_0, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
-        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes, lengths=lengths,
-        resets=resets, return_cell_states=return_cell_states,
+        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
+        lengths=_beside(input, lengths), resets=_beside(input, resets), return_cell_states=return_cell_states,
     )  # fmt: skip
     assert c_n is not None
     if return_cell_states:
@@ -346,8 +348,8 @@ def _without_cells(
     _check_state(name, "hx", hx, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
     output, h_n, _, _ = run_layers(
         mode, input, hx, None, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
-        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes, lengths=lengths,
-        resets=resets,
+        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
+        lengths=_beside(input, lengths), resets=_beside(input, resets),
     )  # fmt: skip
     return output, h_n
 
@@ -426,17 +428,17 @@ def _check_input(
     if input.dim() != 3:
         raise ValueError(f"{name}: input should be 3-D, (T, B, I) or with batch_first (B, T, I), got {input.dim()}-D")
     steps, batch = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
-    if lengths is not None:
-        if lengths.dtype != torch.int64 or lengths.dim() != 1 or lengths.size(0) != batch:
-            raise ValueError(f"{name}: lengths should be int64 ({batch},), got {lengths.dtype} {list(lengths.shape)}")
-        if lengths.device != input.device:
-            raise ValueError(f"{name}: lengths is on {lengths.device}, input on {input.device}")
+    if lengths is not None and (lengths.dtype != torch.int64 or lengths.dim() != 1 or lengths.size(0) != batch):
+        raise ValueError(f"{name}: lengths should be int64 ({batch},), got {lengths.dtype} {list(lengths.shape)}")
     if resets is not None:
         expected = [batch, steps] if batch_first else [steps, batch]
         if resets.dtype != torch.bool or list(resets.shape) != expected:
             raise ValueError(f"{name}: resets should be bool {expected}, got {resets.dtype} {list(resets.shape)}")
-        if resets.device != input.device:
-            raise ValueError(f"{name}: resets is on {resets.device}, input on {input.device}")
+
+
+def _beside(input: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """`tensor` on the input's device. A copy from the host waits for the device: give it there where that matters."""
+    return tensor if tensor is None or tensor.device == input.device else tensor.to(input.device)
 
 
 def _check_state(

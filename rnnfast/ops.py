@@ -1,4 +1,4 @@
-"""The ops of rnnfast: the C++ library where it is built, plain PyTorch (`reference.py`) otherwise.
+"""The ops of rnnfast: the compiled kernels where they are built, plain PyTorch (`reference.py`) otherwise.
 
 Each function here has the signature of the op of the same name (docs/design.md lists shapes and meanings) and one more
 argument, `backend`: the name of the backend that runs it, None for the one that `backends.select` chooses.
@@ -6,55 +6,94 @@ argument, `backend`: the name of the backend that runs it, None for the one that
 
 from __future__ import annotations
 
-import glob
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import libraries, reference
 from .reference import GATES
 
 Tensors = Sequence[Tensor]
 
-
-def _load_library() -> str | None:
-    """Loads the C++ CPU library that lies beside this file; the reason in words where that fails."""
-    found = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), "_C_cpu*.so")))
-    if not found:
-        return "the C++ library (_C_cpu*.so) is not built: run `pip install .` where a C++ compiler is found"
-    try:
-        torch.ops.load_library(found[0])
-    except (OSError, RuntimeError) as error:
-        return f"the C++ library {os.path.basename(found[0])} does not load: {error}"
-    return None
-
-
 # None where the C++ library is loaded, else why it is not.
-library_error: str | None = _load_library()
+library_error = libraries.cpu_error
 
 
-def _missing(*_: Any) -> Any:
-    raise RuntimeError(f"rnnfast: backend 'cpu' is not available: {library_error}")
+class Kernels(NamedTuple):
+    """One backend's functions, each with the signature of the op of its name."""
+
+    input_gates: Callable[..., Any]
+    recurrence_forward: Callable[..., Any]
+    recurrence_backward: Callable[..., Any]
+    layer_forward: Callable[..., Any]
+    layer_inference: Callable[..., Any]
 
 
-# Bound once: looking an op up through torch.ops costs as much as a small call.
-_input_gates: Callable[..., Any] = _missing
-_recurrence_forward: Callable[..., Any] = _missing
-_recurrence_backward: Callable[..., Any] = _missing
-_layer_forward: Callable[..., Any] = _missing
-_layer_inference: Callable[..., Any] = _missing
-_matmul: Callable[..., Any] = _missing
-if library_error is None:
-    _input_gates = torch.ops.rnnfast.input_gates.default
-    _recurrence_forward = torch.ops.rnnfast.recurrence_forward.default
-    _recurrence_backward = torch.ops.rnnfast.recurrence_backward.default
-    _layer_forward = torch.ops.rnnfast.layer_forward.default
-    _layer_inference = torch.ops.rnnfast.layer_inference.default
-    _matmul = torch.ops.rnnfast.matmul.default
+def _library_kernels(namespace: str) -> Kernels:
+    """The ops of a loaded library. Bound once: looking one up through torch.ops costs as much as a small call."""
+    return Kernels(*(getattr(getattr(torch.ops, namespace), name).default for name in Kernels._fields))
+
+
+def _missing_kernels(backend: str, why: str | None) -> Kernels:
+    def missing(*_: Any) -> Any:
+        raise RuntimeError(f"rnnfast: backend {backend!r} is not available: {why}")
+
+    return Kernels(*[missing] * len(Kernels._fields))
+
+
+def _following_tf32(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, with torch's TF32 flag handed to the library first."""
+
+    def call(*arguments: Any) -> Any:
+        libraries.follow_tf32()
+        return op(*arguments)
+
+    return call
+
+
+def _cuda_kernels() -> Kernels:
+    """The same ops as the CPU's: the dispatcher goes by the tensors' device."""
+    if libraries.cuda_error is not None:
+        return _missing_kernels("cuda", libraries.cuda_error)
+    # The input gates are ATen's product, which heeds its own flags.
+    input_gates, *recurrences = _library_kernels("rnnfast")
+    return Kernels(input_gates, *(_following_tf32(op) for op in recurrences))
+
+
+# Every backend's functions: the one place where a backend's name becomes code.
+kernels: dict[str, Kernels] = {
+    "reference": Kernels(*(getattr(reference, name) for name in Kernels._fields)),
+    "cpu": _library_kernels("rnnfast") if library_error is None else _missing_kernels("cpu", library_error),
+    "cuda": _cuda_kernels(),
+    # Registered at the end of this file.
+    "triton": _missing_kernels("triton", libraries.triton_error),
+    "emulated": _missing_kernels("emulated", "call rnnfast.ops.load_emulated first"),
+}
+_matmul: Callable[..., Any] = torch.mm if library_error is not None else torch.ops.rnnfast.matmul.default
+
+# Whether `kernels` has the emulated library's functions.
+emulated_loaded = False
+
+
+def load_emulated(path: str | None = None) -> None:
+    """Makes the backend `emulated` available: the CUDA kernels, compiled for the processor. A developer's tool, slow.
+
+    Args:
+        path: of the library; None takes the environment variable RNNFAST_EMULATED_LIBRARY.
+
+    Raises:
+        RuntimeError: there is no such library, or it does not load; the message says how to build it.
+    """
+    global emulated_loaded
+    if not emulated_loaded:
+        libraries.load_emulated_library(path)
+        kernels["emulated"] = _library_kernels("rnnfast_emulated")
+        _register("rnnfast_emulated")
+        emulated_loaded = True
 
 
 def use_cpu_isa(name: str) -> str:
@@ -87,9 +126,7 @@ def input_gates(
     mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors, *, backend: str | None = None
 ) -> Tensor:
     """All gates' input part, (rows, D*G*H): `W_ih x + b_ih + b_hh` (without b_hn for the GRU's n gate)."""
-    if (backend or _backend_for(input)) == "reference":
-        return reference.input_gates(mode, input, weight_ih, bias_ih, bias_hh)
-    return _input_gates(mode, input, weight_ih, bias_ih, bias_hh)
+    return kernels[backend or _backend_for(input)].input_gates(mode, input, weight_ih, bias_ih, bias_hh)
 
 
 def recurrence_forward(
@@ -109,8 +146,7 @@ def recurrence_forward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
-    call = reference.recurrence_forward if (backend or _backend_for(gates)) == "reference" else _recurrence_forward
-    return call(
+    return kernels[backend or _backend_for(gates)].recurrence_forward(
         mode, gates, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, save_reserve
     )
 
@@ -136,8 +172,7 @@ def recurrence_backward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
-    call = reference.recurrence_backward if (backend or _backend_for(output)) == "reference" else _recurrence_backward
-    return call(
+    return kernels[backend or _backend_for(output)].recurrence_backward(
         mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr, hx, cx,
         batch_sizes, lengths, resets, batch_first,
     )  # fmt: skip
@@ -161,8 +196,7 @@ def layer_forward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, with what backward needs: (output, h_n, c_n, cells, reserve)."""
-    call = reference.layer_forward if (backend or _backend_for(input)) == "reference" else _layer_forward
-    return call(
+    return kernels[backend or _backend_for(input)].layer_forward(
         mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
         batch_first,
     )  # fmt: skip
@@ -186,8 +220,7 @@ def layer_inference(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer without anything kept for backward: (output, h_n, c_n)."""
-    call = reference.layer_inference if (backend or _backend_for(input)) == "reference" else _layer_inference
-    return call(
+    return kernels[backend or _backend_for(input)].layer_inference(
         mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
         batch_first,
     )  # fmt: skip
@@ -306,47 +339,43 @@ def _is_placeholder(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.size(0) == 0
 
 
-def _input_gates_vmap(info: Any, in_dims: Any, mode: Any, input: Any, *weights: Any) -> tuple[Tensor, int | None]:
-    results, out_dims = batched_call(
-        lambda x, *w: (_input_gates(mode, x, *w),), info.batch_size, in_dims[1:], (input, *weights),
-        (ROWS, WEIGHT, WEIGHT, WEIGHT), (ROWS,), True, False,
-    )  # fmt: skip
-    return results[0], out_dims[0]
-
-
 _FORWARD_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER, OTHER)
 _BACKWARD_ROLES = (
     OTHER, ROWS, STATE, STATE, ROWS, ROWS, ROWS, ROWS, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER,
 )  # fmt: skip
+_FORWARD_RESULTS = (ROWS, STATE, STATE, ROWS, ROWS)
 _INFERENCE_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER)
 
 
-def _recurrence_forward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    out_roles = (ROWS, STATE, STATE, ROWS, ROWS)
-    return batched_call(
-        _recurrence_forward, info.batch_size, in_dims, args, _FORWARD_ROLES, out_roles, args[7] is not None, args[10]
-    )
+def _vmap_rules(own: Kernels) -> dict[str, Callable[..., Any]]:
+    """By op: how one library's ops run on arguments with a vmapped dimension."""
 
+    def rule(
+        op: Callable[..., Any], roles: Sequence[int], out_roles: Sequence[int], sizes: int, first: int
+    ) -> Callable[..., Any]:
+        # sizes, first: where batch_sizes and batch_first stand among the arguments
+        def run(info: Any, in_dims: Any, *args: Any) -> Any:
+            packed = args[sizes] is not None
+            return batched_call(op, info.batch_size, in_dims, args, roles, out_roles, packed, args[first])
 
-def _recurrence_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    out_roles = (ROWS, ROWS, STATE, STATE, ROWS)
-    return batched_call(
-        _recurrence_backward, info.batch_size, in_dims, args, _BACKWARD_ROLES, out_roles, args[12] is not None, args[15]
-    )
+        return run
 
+    def input_gates(info: Any, in_dims: Any, mode: Any, input: Any, *weights: Any) -> tuple[Tensor, int | None]:
+        results, out_dims = batched_call(
+            lambda x, *w: (own.input_gates(mode, x, *w),), info.batch_size, in_dims[1:], (input, *weights),
+            (ROWS, WEIGHT, WEIGHT, WEIGHT), (ROWS,), True, False,
+        )  # fmt: skip
+        return results[0], out_dims[0]
 
-def _layer_forward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return batched_call(
-        _layer_forward, info.batch_size, in_dims, args, _INFERENCE_ROLES, (ROWS, STATE, STATE, ROWS, ROWS),
-        args[9] is not None, args[12],
-    )  # fmt: skip
-
-
-def _layer_inference_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return batched_call(
-        _layer_inference, info.batch_size, in_dims, args, _INFERENCE_ROLES, (ROWS, STATE, STATE), args[9] is not None,
-        args[12],
-    )  # fmt: skip
+    backward_results = (ROWS, ROWS, STATE, STATE, ROWS)
+    return {
+        "input_gates": input_gates,
+        "recurrence_forward": rule(own.recurrence_forward, _FORWARD_ROLES, _FORWARD_RESULTS, 7, 10),
+        "recurrence_backward": rule(own.recurrence_backward, _BACKWARD_ROLES, backward_results, 12, 15),
+        "layer_forward": rule(own.layer_forward, _INFERENCE_ROLES, _FORWARD_RESULTS, 9, 12),
+        "layer_inference": rule(own.layer_inference, _INFERENCE_ROLES, _FORWARD_RESULTS[:3], 9, 12),
+        "matmul": _matmul_vmap,
+    }
 
 
 def _matmul_vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
@@ -440,21 +469,55 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.size(0), b.size(1))
 
 
-def _register() -> None:
-    for name, fake, rule in (
-        ("input_gates", _input_gates_fake, _input_gates_vmap),
-        ("recurrence_forward", _recurrence_forward_fake, _recurrence_forward_vmap),
-        ("recurrence_backward", _recurrence_backward_fake, _recurrence_backward_vmap),
-        ("layer_forward", _layer_forward_fake, _layer_forward_vmap),
-        ("layer_inference", _layer_inference_fake, _layer_inference_vmap),
-        ("matmul", _matmul_fake, _matmul_vmap),
-    ):
-        torch.library.register_fake(f"rnnfast::{name}", fake)
-        torch.library.register_vmap(f"rnnfast::{name}", rule)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "input_gates": _input_gates_fake,
+    "recurrence_forward": _recurrence_forward_fake,
+    "recurrence_backward": _recurrence_backward_fake,
+    "layer_forward": _layer_forward_fake,
+    "layer_inference": _layer_inference_fake,
+    "matmul": _matmul_fake,
+}
+
+
+def _register(namespace: str) -> None:
+    """Tells torch the shapes of one library's results, for tracing, and its vmap rules."""
+    rules = _vmap_rules(_library_kernels(namespace))
+    for name, fake in _FAKES.items():
+        if not hasattr(getattr(torch.ops, namespace), name):
+            continue
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_vmap(f"{namespace}::{name}", rules[name])
 
 
 if library_error is None:
-    _register()
+    _register("rnnfast")
     _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)
+
+
+def _define_triton() -> torch.library.Library:
+    """The ops of rnnfast/triton as torch sees them: opaque, with the signatures of the shapes' functions above."""
+
+    def late(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            from .triton import layers  # imports Triton, which takes a second
+
+            return getattr(layers, name)(*arguments)
+
+        return call
+
+    library = torch.library.Library("rnnfast_triton", "DEF")
+    for name in Kernels._fields:
+        library.define(name + torch.library.infer_schema(_FAKES[name], mutates_args=()))
+        # On the CPU they run in Triton's interpreter.
+        for key in ("CUDA", "CPU"):
+            library.impl(name, late(name), key)
+    return library
+
+
+if libraries.triton_error is None:
+    # An op lives as long as its Library.
+    _triton_library = _define_triton()
+    kernels["triton"] = _library_kernels("rnnfast_triton")
+    _register("rnnfast_triton")

@@ -46,6 +46,12 @@ class Call:
     def to(self, dtype: torch.dtype) -> "Call":
         return self.map(lambda value: value.detach().to(dtype))
 
+    def on(self, device: str) -> "Call":
+        """The same call with its tensors on a device; batch_sizes belong on the CPU."""
+        moved = self.map(lambda value: value.to(device))
+        moved.lengths, moved.resets = (None if v is None else v.to(device) for v in (self.lengths, self.resets))
+        return moved
+
     def leaves(self) -> "Call":
         """The same call on fresh leaves that want gradients."""
         return self.map(lambda value: value.detach().clone().requires_grad_())
@@ -159,7 +165,7 @@ class Call:
         ends = torch.full((self.batch,), self.steps) if self.lengths is None else self.lengths
         if self.batch_sizes is not None:
             ends = (self.batch_sizes.unsqueeze(1) > torch.arange(self.batch)).sum(0)
-        return torch.arange(self.steps).unsqueeze(1) < ends
+        return torch.arange(self.steps, device=ends.device).unsqueeze(1) < ends
 
     def alive_rows(self) -> Tensor | None:
         """bool, (rows,), for dense rows with lengths; otherwise None."""
@@ -231,7 +237,7 @@ def random_grads(results: dict[str, Tensor], names: list[str] | None = None) -> 
     """Gradients for the results that have any, of a size that leaves the weights' gradients near 1."""
     rows = max(1, results["output"].shape[:-1].numel())
     return {
-        name: (torch.randn(value.shape, dtype=torch.float64) / math.sqrt(rows)).to(value.dtype)
+        name: (torch.randn(value.shape, dtype=torch.float64) / math.sqrt(rows)).to(value)
         for name, value in results.items()
         if name != "reserve" and value.shape != (0,) and (names is None or name in names)
     }

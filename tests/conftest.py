@@ -1,18 +1,50 @@
-"""Seeds, and the backend fixture.
+"""Seeds, and the fixtures `backend` and `device`.
 
 Tests marked `exhaustive` are deselected by default (pyproject.toml): `pytest -m exhaustive` runs them.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Switches Triton's interpreter on: before the others, which may import Triton.
+from triton_interpreter import triton_problem  # isort: skip
+from emulated_library import emulated_problem
 from rnnfast import backend as use_backend
 from rnnfast import ops
 
-# a backend, and for the C++ kernels the instruction set
-BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable"]
+# a backend, and for the C++ kernels the instruction set; Triton's kernels as they are chosen, and those of one step
+BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "emulated", "triton", "triton-step"]
+
+# The emulator and Triton's interpreter take some thousand times as long as a processor's kernels. By backend and file:
+# every how many of a test's cases are run by default, and in the exhaustive run.
+SHARE = {
+    "emulated": {"test_ops": (3, 1), "test_parity": (6, 1), "test_autograd": (15, 1)},
+    "triton": {"test_ops": (28, 4), "test_parity": (168, 24)},
+    "triton-step": {"test_ops": (28, 4)},
+}
+# What says nothing about such kernels, or would run for hours.
+TOO_SLOW = {"test_any_number_of_threads", "test_seventy_thousand_steps"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    kept, seen = [], Counter[tuple[str, str]]()
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if isinstance(item, pytest.Function) and parameters.get("backend") in SHARE:
+            share, name = SHARE[parameters["backend"]], item.originalname
+            if item.path.stem not in share or name in TOO_SLOW:
+                continue
+            usual, exhaustive = share[item.path.stem]
+            seen[parameters["backend"], name] += 1
+            if seen[parameters["backend"], name] % exhaustive != 1 % exhaustive:
+                continue
+            if seen[parameters["backend"], name] % usual != 1 % usual:
+                item.add_marker(pytest.mark.exhaustive)
+        kept.append(item)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +52,26 @@ def _seed() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture
+def device() -> str:
+    """Where the tensors of a test are; tests/gpu has its own."""
+    return "cpu"
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each backend that the machine has; its name."""
     name, _, isa = request.param.partition("-")
+    if name == "emulated" and (why := emulated_problem()) is not None:
+        pytest.skip(why)
+    if name == "triton":
+        if (why := triton_problem()) is not None:
+            pytest.skip(why)
+        from rnnfast.triton import plan
+
+        with use_backend(name), plan.only(isa or None):
+            yield request.param
+        return
     if not isa:
         with use_backend(name):
             yield request.param

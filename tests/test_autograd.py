@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnfast
 from cases import MODES, Call, make_call, random_grads
-from rnnfast import ops
+from emulated_library import emulated_problem
+from rnnfast import autograd, ops
 from rnnfast.autograd import place_weights, reference_layer
 from rnnfast.functional import run_layers
 from tolerances import check_equal
@@ -39,8 +40,14 @@ only_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 over_modes = pytest.mark.parametrize(("mode", "P"), PROJECTED, ids=PROJECTED_IDS)
 
 
-@pytest.fixture(params=["reference", "cpu"], autouse=True)
+@pytest.fixture(params=["reference", "cpu", "emulated"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "emulated":
+        if (why := emulated_problem()) is not None:
+            pytest.skip(why)
+        with rnnfast.backend("emulated"):
+            yield request.param
+        return
     available = rnnfast.backends()[request.param]
     if not available.available:
         pytest.skip(f"backend {request.param}: {available.reason}")
@@ -328,7 +335,7 @@ def test_backward_in_another_thread() -> None:
 
 def batch_of(call: Call, dims: list[int | None], samples: int) -> list[Tensor]:
     return [
-        value if dim is None else torch.randn(samples, *value.shape, dtype=value.dtype).movedim(0, dim)
+        value if dim is None else torch.randn(samples, *value.shape, dtype=value.dtype).to(value.device).movedim(0, dim)
         for value, dim in zip(call.tensors().values(), dims, strict=True)
     ]
 
@@ -574,3 +581,15 @@ def test_vmap_over_the_ops(layout: str, which: str) -> None:
     kept = [i for i, value in enumerate(actual) if value.numel()]
     expected = looped(function, values, dims, 3)
     compare([actual[i] for i in kept], [expected[i] for i in kept])
+
+
+@only_cpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("initial", [False, True])
+def test_states_that_entered_packed_rows_from_views(reverse: bool, initial: bool) -> None:
+    """The way without an index list, which CUDA tensors take, gives what the other one gives."""
+    for T, B in ((1, 1), (1, 4), (9, 1), (4, 2), (9, 6), (7, 13), (40, 5)):
+        call = make_call("GRU", T=T, B=B, layout="packed", initial=initial)
+        output, state = torch.randn(len(call.input), 3), torch.randn(B, 3) if initial else None
+        expected = autograd._previous_packed(output, state, call.batch_sizes, reverse)
+        assert torch.equal(autograd._previous_packed_views(output, state, call.batch_sizes, reverse), expected)

@@ -1,17 +1,27 @@
 """Choosing a backend: what is there, what is asked for, what is said."""
 
+import dataclasses
+import functools
+import re
 import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import rnnfast
-from rnnfast import functional, ops
+from cases import make_call, random_grads
+from rnnfast import cli, functional, libraries, ops
 from rnnfast.backends import select
+
+# The package's function of the same name hides it.
+backends_module = sys.modules["rnnfast.backends"]
 
 
 def cpu_is_built() -> bool:
@@ -20,7 +30,7 @@ def cpu_is_built() -> bool:
 
 def test_backends_lists_all_with_reasons() -> None:
     found = rnnfast.backends()
-    assert list(found) == ["cpu", "cuda", "triton", "reference"]
+    assert [name for name in found if name != "emulated"] == ["cpu", "cuda", "triton", "reference"]
     assert found["reference"].available
     assert all(isinstance(entry.reason, str) and entry.reason for entry in found.values())
     assert found["cpu"].available == (ops.library_error is None)
@@ -40,7 +50,7 @@ def test_asked_by_name_but_missing(name: str) -> None:
         with rnnfast.backend(name):
             return
     reason = rnnfast.backends()[name].reason
-    with pytest.raises(RuntimeError, match=f"'{name}' is not available: {reason}"), rnnfast.backend(name):
+    with pytest.raises(RuntimeError, match=re.escape(f"'{name}' is not available: {reason}")), rnnfast.backend(name):
         pass
 
 
@@ -73,12 +83,8 @@ def test_named_backend_refuses_a_device_it_cannot_run() -> None:
     if not cpu_is_built():
         pytest.skip(rnnfast.backends()["cpu"].reason)
 
-    class Elsewhere:
-        is_cpu = False
-        device = torch.device("cuda", 0)
-
     with rnnfast.backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was asked for by name, .* on cuda:0"):
-        select(Elsewhere())  # type: ignore[arg-type]
+        select(OnCuda())
 
 
 def test_meta_tensors_give_shapes() -> None:
@@ -99,6 +105,7 @@ import rnnfast
 glob.glob = found
 assert not rnnfast.backends()["cpu"].available
 assert "not built" in rnnfast.backends()["cpu"].reason
+assert "needs the C++ library" in rnnfast.backends()["cuda"].reason
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     lstm = rnnfast.LSTM(3, 5)
@@ -119,6 +126,205 @@ assert "fallback" in str(rnnfast.explain(lstm, torch.randn(4, 2, 3)))
 
 def test_without_the_library_it_works_and_warns_once() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], check=True)
+
+
+# ---- CUDA, with a stand-in for the library's answers ----------------------------------------------------------------
+
+
+class OnCuda:
+    """What `select` looks at of a tensor on a CUDA device."""
+
+    is_cpu = False
+    device = torch.device("cuda", 0)
+
+
+@dataclasses.dataclass
+class Library:
+    """What the CUDA library says of the machine, and what it was asked and told."""
+
+    problem: str = ""
+    asked: int = 0
+    told: list[bool] = dataclasses.field(default_factory=list)
+
+    def cuda_problem(self) -> str:
+        self.asked += 1
+        return self.problem
+
+    def cuda_archs(self) -> str:
+        return "8.0;9.0a"
+
+    def cuda_device_count(self) -> int:
+        return 0 if self.problem else 2
+
+    def cuda_allow_tf32(self, allowed: bool) -> bool:
+        before = self.told[-1] if self.told else False
+        self.told.append(allowed)
+        return before
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Every machine looks as if the CUDA library were built and loaded."""
+    if not cpu_is_built():
+        pytest.skip(rnnfast.backends()["cpu"].reason)
+    library = Library()
+    for name in ("cuda_problem", "cuda_archs", "cuda_device_count", "cuda_allow_tf32"):
+        stand_in = functools.partial(getattr(library, name))
+        # Whoever lists all ops asks each for its overloads.
+        stand_in.op_overloads = list  # type: ignore[attr-defined]
+        monkeypatch.setattr(torch.ops.rnnfast, name, stand_in, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(libraries, "cuda_error", None)
+    monkeypatch.setattr(libraries, "_machine_problem", None)
+    monkeypatch.setattr(libraries, "_tf32_allowed", None)
+    monkeypatch.setattr(libraries, "triton_problem", lambda: "Triton is not installed")
+    monkeypatch.setattr(libraries, "triton_interpreted", lambda: False)
+    monkeypatch.setitem(ops.kernels, "cuda", ops._cuda_kernels())
+    monkeypatch.setattr(backends_module, "_warned", set())
+    return library
+
+
+def test_cuda_tensors_go_to_the_cuda_kernels(library: Library) -> None:
+    assert select(OnCuda()) == "cuda"
+    assert select(torch.zeros(1)) == "cpu"
+    with rnnfast.backend("cuda"):
+        assert select(OnCuda()) == "cuda"
+        with pytest.raises(RuntimeError, match=r"'cuda' was asked for by name, but .* on cpu; .* CUDA device"):
+            rnnfast.LSTM(3, 5)(torch.randn(4, 2, 3))
+    assert library.asked == 1
+
+
+def test_cuda_tensors_fall_back_with_one_warning_that_says_why(library: Library) -> None:
+    library.problem = "no CUDA device"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [select(OnCuda()) for _ in range(3)] == ["reference"] * 3
+    assert [str(warning.message) for warning in caught] == [
+        "rnnfast runs its slow reference implementation on 'cuda' tensors: CUDA kernels: no CUDA device; Triton "
+        "kernels: Triton is not installed"
+    ]
+    assert rnnfast.backends()["cuda"] == (False, "no CUDA device")
+    with pytest.raises(RuntimeError, match="'cuda' is not available: no CUDA device"), rnnfast.backend("cuda"):
+        pass
+
+
+def test_cuda_tensors_go_to_triton_where_there_are_no_cuda_kernels(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "triton_problem", lambda: None)
+    assert select(OnCuda()) == "cuda"
+    library.problem = "the driver is too old"
+    monkeypatch.setattr(libraries, "_machine_problem", None)
+    assert select(OnCuda()) == "triton"
+    # what the interpreter could do is no reason to take it
+    monkeypatch.setattr(libraries, "triton_interpreted", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert select(OnCuda()) == "reference"
+
+
+def test_a_torch_without_cuda_cannot_use_the_library(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in rnnfast.backends()["cuda"].reason
+
+
+def test_the_driver_is_left_alone_until_somebody_needs_it(library: Library) -> None:
+    """A process that has initialised CUDA cannot fork."""
+    rnnfast.LSTM(3, 5)(torch.randn(4, 2, 3))[0].sum().backward()
+    with rnnfast.backend("cpu"):
+        rnnfast.explain(rnnfast.LSTM(3, 5), torch.randn(4, 2, 3))
+    assert library.asked == 0
+    rnnfast.backends()
+    assert library.asked == 1
+
+
+def test_explain_and_info_name_the_cuda_kernels(library: Library) -> None:
+    module, input = rnnfast.LSTM(3, 5, device="meta"), torch.empty(4, 2, 3, device="meta")
+    with rnnfast.backend("cuda"):
+        assert "one launch a step (CUDA), with reserve" in rnnfast.explain(module, input).kernel
+    assert "8.0;9.0a" in rnnfast.backends()["cuda"].reason
+    assert re.search(r"CUDA kernels +for 8.0;9.0a; 2 CUDA devices seen", cli.info())
+
+
+@pytest.fixture
+def tf32_flag() -> Iterator[None]:
+    before = torch.backends.cudnn.rnn.fp32_precision
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+def test_tf32_follows_torchs_flag(library: Library, tf32_flag: None) -> None:
+    call = make_call("GRU", dtype=torch.float32)
+    # float64 takes the same way; these ops run on the CPU, as the tensors are there
+    for precision in ("ieee", "ieee", "tf32", "tf32", "ieee"):
+        torch.backends.cudnn.rnn.fp32_precision = precision
+        call.forward(InBackend("cuda"))
+    assert library.told == [False, True, False]
+
+
+def test_tf32_follows_torchs_older_flag(library: Library) -> None:
+    call = make_call("RNN_TANH", dtype=torch.float32)
+    saved = call.forward(ops)
+    for allowed in (False, True):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            call.backward(InBackend("cuda"), random_grads(saved), saved)
+    assert library.told == [False, True]
+
+
+class InBackend:
+    """rnnfast.ops with a backend named in every call."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(getattr(ops, name), backend=self.backend)
+
+
+def test_cuda_calls_compile_in_one_graph(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher goes by the device, so the CUDA path can be traced with tensors of the CPU."""
+    module = rnnfast.LSTM(3, 5, num_layers=2, bidirectional=True)
+    input = torch.randn(4, 2, 3)
+    expected = module(input)[0]
+    monkeypatch.setattr(functional, "select", lambda tensor: "cuda" if libraries.cuda_ready() else "reference")
+    torch._dynamo.reset()
+    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(input)[0]
+    torch._dynamo.reset()
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(output.square().sum(), list(module.parameters())) for output in (actual, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.skipif(libraries.cuda_error is not None, reason=f"no CUDA library: {libraries.cuda_error}")
+def test_the_library_answers_without_a_card_too() -> None:
+    count, problem = torch.ops.rnnfast.cuda_device_count(), torch.ops.rnnfast.cuda_problem()
+    assert count >= 0
+    assert count > 0 or "no CUDA device" in problem
+    assert re.search(r"\d", torch.ops.rnnfast.cuda_archs())
+    before = torch.ops.rnnfast.cuda_allow_tf32(True)
+    assert torch.ops.rnnfast.cuda_allow_tf32(before) is True
+
+
+# ---- the emulated kernels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "why"), [("", "is not set"), ("/nowhere/_C_emulated.so", "does not exist")])
+def test_emulated_says_how_to_build_it(path: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "emulated_loaded", False)
+    monkeypatch.setenv("RNNFAST_EMULATED_LIBRARY", path)
+    message = rf"'emulated' is not available: .*{why}; build .* `python tests/build_emulated.py`"
+    with pytest.raises(RuntimeError, match=message), rnnfast.backend("emulated"):
+        pass
+    assert "emulated" not in rnnfast.backends()
+
+
+def test_a_broken_emulated_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "emulated_loaded", False)
+    broken = tmp_path / "_C_emulated.so"
+    broken.write_bytes(b"no library")
+    with pytest.raises(RuntimeError, match="does not load"):
+        ops.load_emulated(str(broken))
 
 
 # ---- explain --------------------------------------------------------------------------------------------------------

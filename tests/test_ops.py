@@ -1,6 +1,7 @@
 """Every op on every backend against the reference in float64: results, states and every gradient."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,11 +43,15 @@ CASES = [
 def valid(call: Call, name: str, value: Tensor) -> Tensor:
     """What is defined of a result: the reserve's rows within their length."""
     rows = call.alive_rows()
-    return value[rows] if name == "reserve" and rows is not None and value.numel() else value
+    return value[rows.to(value.device)] if name == "reserve" and rows is not None and value.numel() else value
 
 
 def family_call(mode: str, family: str, dtype: torch.dtype) -> Call:
     return make_call(mode, dtype=dtype, **{"D": 2, **FAMILIES[family]})
+
+
+def on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
 
 
 def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,24 +87,24 @@ def check_results(
     for name, value in actual.items():
         assert value.is_contiguous(), name
         assert value.shape == own[name].shape, f"{what}: {name}"
-        check(f"{what}: {name}", *(valid(call, name, v) for v in (value, expected[name], own[name])))
+        check(f"{what}: {name}", *(valid(call, name, v).cpu() for v in (value, expected[name], own[name])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mode", "family"), CASES)
-def test_against_float64(backend: str, mode: str, family: str, dtype: torch.dtype) -> None:
+def test_against_float64(backend: str, device: str, mode: str, family: str, dtype: torch.dtype) -> None:
     # the seed is that of every test, so truth() sees the same call whoever computes it first
     arguments, own, expected = truth(mode, family, dtype)
     torch.manual_seed(1234)
-    call = family_call(mode, family, dtype)
+    call = family_call(mode, family, dtype).on(device)
     check_results(call, {"gates": call.gates(ops)}, own["input_gates"], expected["input_gates"], "input_gates")
-    actual = call.forward(ops, own["input_gates"]["gates"])
+    actual = call.forward(ops, own["input_gates"]["gates"].to(device))
     check_results(call, actual, own["forward"], expected["forward"], "recurrence_forward")
     beyond = call.alive_rows()
     if beyond is not None:
         assert not actual["output"][~beyond].any()
         assert mode != "LSTM" or not actual["cells"][~beyond].any()
-    actual = call.backward(ops, arguments["grads"], own["forward"])
+    actual = call.backward(ops, on(device, arguments["grads"]), on(device, own["forward"]))
     check_results(call, actual, own["backward"], expected["backward"], "recurrence_backward")
     check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer_inference")
 
@@ -107,9 +112,9 @@ def test_against_float64(backend: str, mode: str, family: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "family"), [case for case in CASES if case[1] in ("lengths, resets", "packed")])
 def test_forward_of_one_backend_and_backward_of_another(
-    backend: str, mode: str, family: str, dtype: torch.dtype
+    backend: str, device: str, mode: str, family: str, dtype: torch.dtype
 ) -> None:
-    call = family_call(mode, family, dtype)
+    call = family_call(mode, family, dtype).on(device)
     gates = call.gates(reference)
     saved = {"ours": call.forward(ops, gates), "reference": call.forward(reference, gates)}
     grads = random_grads(saved["reference"])
@@ -123,8 +128,8 @@ def test_forward_of_one_backend_and_backward_of_another(
 @pytest.mark.parametrize("given", [[], ["output"], ["h_n"], ["c_n"], ["cells"], ["h_n", "c_n"]])
 @pytest.mark.parametrize("family", ["lengths, resets", "packed"])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_that_are_none(backend: str, mode: str, family: str, given: list[str]) -> None:
-    call = family_call(mode, family, torch.float64)
+def test_gradients_that_are_none(backend: str, device: str, mode: str, family: str, given: list[str]) -> None:
+    call = family_call(mode, family, torch.float64).on(device)
     saved = call.forward(reference)
     grads = random_grads(saved, given)
     expected = call.backward(reference, grads, saved)
@@ -143,10 +148,10 @@ def strided(value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["lengths, resets", "batch first, lengths, resets", "packed", "projection"])
 @pytest.mark.parametrize("mode", MODES)
-def test_strides_do_not_matter(backend: str, mode: str, family: str) -> None:
+def test_strides_do_not_matter(backend: str, device: str, mode: str, family: str) -> None:
     if mode != "LSTM" and "P" in FAMILIES[family]:
         family = "no initial states, no bias"
-    call = family_call(mode, family, torch.float32)
+    call = family_call(mode, family, torch.float32).on(device)
     other = call.map(strided)
     other.lengths, other.resets, other.batch_sizes = (
         None if v is None else strided(v) for v in (call.lengths, call.resets, call.batch_sizes)
@@ -169,14 +174,14 @@ def test_strides_do_not_matter(backend: str, mode: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_expanded_inputs(backend: str, mode: str) -> None:
-    call = make_call(mode, D=2, H=9)
+def test_expanded_inputs(backend: str, device: str, mode: str) -> None:
+    call = make_call(mode, D=2, H=9).on(device)
     for name in ["hx", "cx"] if mode == "LSTM" else ["hx"]:
         setattr(call, name, getattr(call, name)[:, :1].expand(-1, call.batch, -1))
     call.input = call.input[:1, :1].expand(5, 4, -1)
     gates = call.gates(ops)[:1, :1].expand(5, 4, -1)
     saved = call.forward(reference, gates)
-    grads = {name: torch.tensor(0.5, dtype=torch.float64).expand(value.shape) for name, value in saved.items()}
+    grads = {name: value.new_tensor(0.5).expand(value.shape) for name, value in saved.items()}
     for actual, expected in (
         ({"gates": call.gates(ops)}, {"gates": call.gates(reference)}),
         (call.forward(ops, gates), saved),
@@ -190,8 +195,10 @@ def test_expanded_inputs(backend: str, mode: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("family", ["lengths, resets", "packed", "H 33"])
 @pytest.mark.parametrize("mode", MODES)
-def test_nan_and_inf_stand_where_the_reference_has_them(backend: str, mode: str, family: str, value: float) -> None:
-    call = family_call(mode, family, torch.float64)
+def test_nan_and_inf_stand_where_the_reference_has_them(
+    backend: str, device: str, mode: str, family: str, value: float
+) -> None:
+    call = family_call(mode, family, torch.float64).on(device)
     gates = call.gates(reference)
     gates[(2, 3) if call.batch_sizes is None else (12,)] = value
     call.hx[:, 1, 0] = value
@@ -207,11 +214,11 @@ def test_nan_and_inf_stand_where_the_reference_has_them(backend: str, mode: str,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
-def test_gates_of_any_size_saturate(backend: str, mode: str, dtype: torch.dtype) -> None:
+def test_gates_of_any_size_saturate(backend: str, device: str, mode: str, dtype: torch.dtype) -> None:
     """One step from zero: what comes out is the activation functions alone, from subnormal to far beyond saturation."""
     sizes = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 1.0, 5.0, 9.0, 11.0, 20.0, 45.0, 88.0, 89.0, 104.0, 800.0, 6e4]
-    values = torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype)
-    call = make_call(mode, T=1, B=1, H=len(values), initial=False, bias=False, dtype=dtype)
+    values = torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
+    call = make_call(mode, T=1, B=1, H=len(values), initial=False, bias=False, dtype=dtype).on(device)
     gates = values.repeat(call.weight_ih[0].shape[0] // len(values)).reshape(1, 1, -1)
     own, expected = call.forward(reference, gates), call.to(torch.float64).forward(reference, gates.double())
     check_results(call, call.forward(ops, gates), own, expected, "recurrence_forward")
@@ -219,8 +226,8 @@ def test_gates_of_any_size_saturate(backend: str, mode: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_lies_beyond_a_row_is_never_read(backend: str, mode: str, dtype: torch.dtype) -> None:
-    call = family_call(mode, "batch first, lengths, resets", dtype)
+def test_what_lies_beyond_a_row_is_never_read(backend: str, device: str, mode: str, dtype: torch.dtype) -> None:
+    call = family_call(mode, "batch first, lengths, resets", dtype).on(device)
     gates = call.gates(ops)
     saved = call.forward(ops, gates)
     grads = random_grads(saved)
@@ -241,11 +248,11 @@ def test_what_lies_beyond_a_row_is_never_read(backend: str, mode: str, dtype: to
 @pytest.mark.parametrize("family", ["lengths, resets", "H 65", "projection", "packed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are(
-    backend: str, mode: str, family: str, dtype: torch.dtype
+    backend: str, device: str, mode: str, family: str, dtype: torch.dtype
 ) -> None:
     if mode != "LSTM" and "P" in FAMILIES[family]:
         family = "H 33"
-    call = family_call(mode, family, dtype)
+    call = family_call(mode, family, dtype).on(device)
     before = {name: value.clone() for name, value in call.tensors().items()}
     gates = call.gates(ops)
     saved = call.forward(ops, gates)
@@ -302,7 +309,7 @@ def long_truth(mode: str) -> tuple[dict[str, Tensor], ...]:
 
 
 @pytest.mark.parametrize("mode", ["LSTM", pytest.param("GRU", marks=pytest.mark.exhaustive)])
-def test_seventy_thousand_steps(backend: str, mode: str) -> None:
+def test_seventy_thousand_steps(backend: str, device: str, mode: str) -> None:
     """The kernels against the reference, the reference against torch.nn."""
     saved, grads, expected = long_truth(mode)
     torch.manual_seed(1234)
@@ -312,10 +319,17 @@ def test_seventy_thousand_steps(backend: str, mode: str) -> None:
             output, _ = torch_layer(call, [0])(call.input, (call.hx, call.cx) if mode == "LSTM" else call.hx)
         check_equal("output", saved["output"], output)
         return
+    call = call.on(device)
     for name, value in call.forward(ops).items():
-        check_equal(name, value, saved[name])
-    for name, value in call.backward(ops, grads, saved).items():
-        check_equal(name, value, expected[name])
+        check_equal(name, value.cpu(), saved[name])
+    for name, value in call.backward(ops, on(device, grads), on(device, saved)).items():
+        check_equal(name, value.cpu(), expected[name])
+
+
+def matmul_of(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if backend == "reference":
+        return reference.matmul
+    return torch.ops.rnnfast_emulated.matmul if backend == "emulated" else torch.ops.rnnfast.matmul
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -323,11 +337,11 @@ def test_seventy_thousand_steps(backend: str, mode: str) -> None:
     ("M", "K", "N"),
     [(1, 1, 1), (5, 7, 3), (1, 64, 33), (65, 1, 17), (130, 67, 50), (64, 256, 96), (0, 3, 4), (3, 0, 4)],
 )
-def test_matmul(backend: str, M: int, K: int, N: int, dtype: torch.dtype) -> None:
-    matmul = reference.matmul if backend == "reference" else torch.ops.rnnfast.matmul
+def test_matmul(backend: str, device: str, M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    matmul = matmul_of(backend)
     # the rule's floor is meant for values near 1
-    a = (torch.randn(M, K, dtype=torch.float64) / max(1, K) ** 0.5).to(dtype)
-    b = torch.randn(K, N, dtype=torch.float64).to(dtype)
+    a = (torch.randn(M, K, dtype=torch.float64) / max(1, K) ** 0.5).to(device, dtype)
+    b = torch.randn(K, N, dtype=torch.float64).to(device, dtype)
     # the leading dimension may be larger than a row
     layouts = {
         "row": lambda x: x,
@@ -344,9 +358,9 @@ def test_matmul(backend: str, M: int, K: int, N: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_matmul_keeps_nan_and_inf(backend: str, value: float) -> None:
-    matmul = reference.matmul if backend == "reference" else torch.ops.rnnfast.matmul
-    a, b = torch.randn(20, 30), torch.randn(30, 40)
+def test_matmul_keeps_nan_and_inf(backend: str, device: str, value: float) -> None:
+    matmul = matmul_of(backend)
+    a, b = torch.randn(20, 30).to(device), torch.randn(30, 40).to(device)
     a[3, 4] = b[7, 9] = value
     assert torch.equal(matmul(a, b).isfinite(), (a @ b).isfinite())
 

@@ -154,9 +154,13 @@ def make_state(case: Case, module: torch.nn.Module) -> list[Tensor]:
 def run(
     module: torch.nn.Module, input: Any, data: Tensor, state: list[Tensor], grads: list[Tensor]
 ) -> tuple[dict[str, Tensor], Any]:
-    """Results and the gradients of input, state and parameters; the output as it came. Fills grads when empty."""
-    dtype = next(module.parameters()).dtype
-    data, *state = (value.detach().to(dtype).requires_grad_() for value in (data, *state))
+    """Results and the gradients of input, state and parameters, on the CPU; the output as it came.
+
+    Fills grads when empty.
+    """
+    like = next(module.parameters())
+    input = input.to(like.device)
+    data, *state = (value.detach().to(like).requires_grad_() for value in (data, *state))
     hx = None if not state else tuple(state) if len(state) == 2 else state[0]
     # the seed of the dropout masks
     torch.manual_seed(99)
@@ -165,20 +169,24 @@ def run(
     results |= {"h_n": h_n} if isinstance(h_n, Tensor) else {"h_n": h_n[0], "c_n": h_n[1]}
     if not grads:
         # of a size that leaves the gradients of the weights near 1
-        grads += [torch.randn(value.shape, dtype=torch.float64).to(dtype).double() / 4 for value in results.values()]
+        grads += [
+            torch.randn(value.shape, dtype=torch.float64).to(like.dtype).double() / 4 for value in results.values()
+        ]
     inputs = {"input": data} | dict(zip(["hx", "cx"], state, strict=False)) | dict(module.named_parameters())
-    gradients = torch.autograd.grad(list(results.values()), list(inputs.values()), [grad.to(dtype) for grad in grads])
+    gradients = torch.autograd.grad(list(results.values()), list(inputs.values()), [grad.to(like) for grad in grads])
     results |= {f"gradient of {name}": value for name, value in zip(inputs, gradients, strict=True)}
-    return results, output
+    return {name: value.cpu() for name, value in results.items()}, output
 
 
-def compare(case: Case) -> None:
+def compare(case: Case, device: str = "cpu") -> None:
+    """Ours and torch.nn's, on the device, against torch.nn's in float64 on the CPU."""
     ours = case.module(rnnfast, case.dtype)
     if one_sided(case):
         make_one_sided(ours)
     theirs, exact = case.module(torch.nn, case.dtype), case.module(torch.nn, torch.float64)
     theirs.load_state_dict(ours.state_dict())
     exact.load_state_dict(ours.state_dict())
+    ours, theirs = ours.to(device), theirs.to(device)
     input, data = make_input(case)
     state = make_state(case, exact) if case.initial else []
     grads: list[Tensor] = []
@@ -207,25 +215,28 @@ def test_parity_whole_grid(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", COVERING[::4], ids=str)
-def test_parity_on_every_backend(backend: str, case: Case) -> None:
-    compare(case)
+def test_parity_on_every_backend(backend: str, device: str, case: Case) -> None:
+    compare(case, device)
 
 
 @pytest.mark.parametrize("padding", [0.0, float("nan")])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", SETTINGS["cell"])
-def test_lengths_are_packing_without_packing(backend: str, cell: str, batch_first: bool, padding: float) -> None:
+def test_lengths_are_packing_without_packing(
+    backend: str, device: str, cell: str, batch_first: bool, padding: float
+) -> None:
     """Stacked and bidirectional, against torch.nn on the packed rows; what the padding holds does not matter."""
     case = Case(cell, (3, 0.0), True, True, batch_first, "packed, unsorted", True, torch.float64, 13)
     ours, theirs = case.module(rnnfast, torch.float64), case.module(torch.nn, torch.float64)
     theirs.load_state_dict(ours.state_dict())
+    state = [value.to(device) for value in make_state(case, theirs)]
+    ours, theirs = ours.to(device), theirs.to(device)
     lengths = torch.tensor([4, 1, 6, 4])
-    input = torch.randn(4, 6, 6, dtype=torch.float64)
-    valid = torch.arange(6) < lengths.unsqueeze(1)
+    input = torch.randn(4, 6, 6, dtype=torch.float64).to(device)
+    valid = (torch.arange(6) < lengths.unsqueeze(1)).to(device)
     input[~valid] = padding
     input = (input if batch_first else input.transpose(0, 1).contiguous()).requires_grad_()
     valid = valid if batch_first else valid.T
-    state = make_state(case, theirs)
     hx = tuple(state) if len(state) == 2 else state[0]
     packed, packed_state = theirs(pack_padded_sequence(input, lengths, batch_first, enforce_sorted=False), hx)
     expected, _ = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first)

@@ -1,0 +1,158 @@
+"""Loads the compiled libraries that lie beside this file, and says why where one does not load.
+
+`_C_cpu.so` holds the schemas of all ops and the CPU kernels, `_C_cuda.so` their CUDA kernels. `_C_emulated.so`, for
+developers, is the CUDA kernels compiled for the processor: it is loaded only when asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+# Where `load_emulated` finds its library when it is given no path.
+EMULATED_VARIABLE = "RNNFAST_EMULATED_LIBRARY"
+
+
+def _load(pattern: str, advice: str) -> str | None:
+    """Loads the library of that name; the reason in words where that fails."""
+    found = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), pattern)))
+    if not found:
+        return f"library ({pattern}) is not built: {advice}"
+    try:
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        return f"library {os.path.basename(found[0])} does not load: {error}"
+    return None
+
+
+def _load_cpu() -> str | None:
+    why = _load("_C_cpu*.so", "run `pip install .` where a C++ compiler is found")
+    return None if why is None else f"the C++ {why}"
+
+
+def _load_cuda() -> str | None:
+    if cpu_error is not None:
+        return f"the CUDA library needs the C++ library: {cpu_error}"
+    advice = "nvcc was not found at install time, or RNNFAST_CUDA=0 was set; install it again with nvcc on PATH"
+    why = _load("_C_cuda*.so", advice)
+    return None if why is None else f"the CUDA {why}"
+
+
+# None where the library is loaded, else why it is not. The CUDA library refers to schemas of the other.
+cpu_error: str | None = _load_cpu()
+cuda_error: str | None = _load_cuda()
+
+# What the CUDA library said about this machine; None until it was asked.
+_machine_problem: str | None = None
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels cannot run here, None where they can.
+
+    The driver is asked once, and not before somebody has a CUDA tensor or names the backend: a process that has
+    initialised CUDA cannot fork into children that use it.
+    """
+    global _machine_problem
+    if cuda_error is not None:
+        return cuda_error
+    if _machine_problem is None:
+        _machine_problem = torch.ops.rnnfast.cuda_problem()
+        if not _machine_problem and torch.version.cuda is None:
+            _machine_problem = f"this PyTorch ({torch.__version__}) is built without CUDA"
+    return _machine_problem or None
+
+
+def cuda_ready() -> bool:
+    """Whether the CUDA kernels can run here."""
+    return cuda_problem() is None
+
+
+# None where Triton is installed, else why its kernels cannot be had. It is imported by the first call: that takes long.
+triton_error: str | None = None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET=1 before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes")
+
+
+def triton_problem() -> str | None:
+    """Why the Triton kernels cannot run here, None where they can."""
+    if triton_error is not None:
+        return triton_error
+    if triton_interpreted() or torch.cuda.is_available():
+        return None
+    built = (
+        "" if torch.version.cuda or torch.version.hip else f"; this PyTorch ({torch.__version__}) is built without CUDA"
+    )
+    return f"no CUDA device{built}"
+
+
+def triton_ready() -> bool:
+    """Whether the Triton kernels can run here."""
+    return triton_problem() is None
+
+
+# What the public property reads, at a twentieth of its price.
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+# The value that was handed to the CUDA library last.
+_tf32_allowed: bool | None = None
+
+
+def _public_precision() -> str:
+    flags: Any = torch.backends.cudnn.rnn
+    return str(flags.fp32_precision)
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 recurrences may use TF32: where torch's flag for cuDNN's RNNs says so.
+
+    The flag is `torch.backends.cudnn.rnn.fp32_precision`, which `torch.backends.cudnn.allow_tf32` sets too. (Reading
+    the latter is an error once a program has set the former.)
+    """
+    precision = _precision("cuda", "rnn") if _precision is not None else _public_precision()
+    return bool(precision == "tf32")
+
+
+def follow_tf32() -> bool:
+    """Tells the CUDA library whether it may use TF32.
+
+    Returns:
+        What is allowed now.
+    """
+    global _tf32_allowed
+    allowed = tf32_allowed()
+    if allowed != _tf32_allowed:
+        torch.ops.rnnfast.cuda_allow_tf32(allowed)
+        _tf32_allowed = allowed
+    return allowed
+
+
+# The effect of torch.compiler.assume_constant_result, which would import Dynamo: Dynamo calls these while it traces and
+# puts nothing into the graph. So a compiled graph has the TF32 setting of the last trace or eager call.
+cuda_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
+follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def load_emulated_library(path: str | None) -> None:
+    """Loads the emulated library at `path`, or at the path in the environment variable.
+
+    Raises:
+        RuntimeError: there is none, or it does not load; the message says how to build it.
+    """
+    path = path or os.environ.get(EMULATED_VARIABLE, "")
+    if not path or not os.path.exists(path):
+        where = f"{path} does not exist" if path else f"{EMULATED_VARIABLE} is not set"
+        raise RuntimeError(
+            f"rnnfast: backend 'emulated' is not available: {where}; build the library with "
+            f"`python tests/build_emulated.py` and set {EMULATED_VARIABLE} to its path (build/emulated/_C_emulated.so)"
+        )
+    try:
+        torch.ops.load_library(os.path.abspath(path))
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f"rnnfast: backend 'emulated' is not available: {path} does not load: {error}") from error

@@ -1,0 +1,48 @@
+"""compute-sanitizer over small calls of every kernel, and a check that the calls themselves run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_device import only_on_card
+
+SCRIPT = Path(__file__).parent / "sanitized.py"
+
+
+def sanitizer() -> str | None:
+    """The program: on PATH, or where the CUDA toolkit puts it."""
+    places = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def test_the_calls_run() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "120 calls" in done.stdout
+
+
+@only_on_card
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    program = sanitizer()
+    if program is None:
+        pytest.skip("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+    # Only our kernels (their names begin with step); without torch's cache every tensor is an allocation of its own,
+    # so that an access beyond its end is seen.
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "99",
+        "--kernel-regex",
+        "kns=step",
+        sys.executable,
+        str(SCRIPT),
+    ]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
