@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import rnnfast
-from timing import Ratio, environment, synchronize
+from rnnfast.benchmark.timing import Ratio, environment, synchronize
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,146 +1,268 @@
-"""Time rnnfast's layers against torch.nn's on named suites of shapes; print a table and write a result file per suite.
+"""Checks, then times rnnfast's layers against torch.nn's on named suites of shapes; a table and a result file for each.
 
-    python benchmarks/run.py bar small packed
+    python benchmarks/run.py --suite bar,small,packed
+    python benchmarks/run.py --suite grid --device cuda --dtype bfloat16,float32 --mode fwd,fwdbwd --limit 100
+    python benchmarks/run.py --suite models --peers all
 
-A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster. Exit status 1 says that a case's results
-were wrong.
+A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster. Where a result is wrong or a backend fails the row
+says so, is not timed, and the exit status is 1. Ctrl-C keeps what was measured by then, in OUT/interrupted: half a
+suite does not take the place of a whole one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import random
+import re
+import signal
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tqdm import tqdm
 
-from shapes import CELLS, SUITES
-from timing import MODES, environment, measure
-
-HERE = Path(__file__).parent
-
+from limits import Machine, at_least, better, describe, limit_us_per_step, this_machine
+from peers import PEERS
+from records import CELLS, MODES, RESULTS, Row, mean_ratio, rank, worst
+from rnnfast.benchmark import Case, Impossible, measure
+from rnnfast.benchmark.case import DTYPES
+from rnnfast.benchmark.command import add_measuring_options, listed
+from rnnfast.benchmark.timing import environment, short_name
+from shapes import SUITES
 
 # A packed batch's time over that of the same rows padded, and over that of a dense batch of as many tokens.
 PACKED_KEYS = ("torch_over_padded", "over_padded", "over_dense")
+# How long each of a processor's rates is measured, at most.
+PROBE_SECONDS = 0.4
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs))
+class Suite:
+    """One suite while it is measured.
+
+    Args:
+        name: in `SUITES`.
+        options: the command line.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name = name
+        self.options = options
+        dtypes = options.dtype or [None]
+        cases = [replace(case, dtype=dtype) if dtype else case for case in SUITES[name] for dtype in dtypes]
+        self.cases = [case for case in cases if re.search(options.cases, case.name)]
+        # What was measured: the place in the suite, the case, its rows.
+        self.measured: list[tuple[int, Case, list[Row]]] = []
+        self.skipped: list[str] = []
+        self.interrupted = self.out_of_time = False
+
+    @property
+    def rows(self) -> list[Row]:
+        """In the suite's order, in whichever they were measured."""
+        return [row for _, _, rows in sorted(self.measured, key=lambda item: item[0]) for row in rows]
+
+    def skip(self, what: str, why: str) -> None:
+        if f"{what}: {why}" not in self.skipped:
+            self.skipped.append(f"{what}: {why}")
+
+    def measure(self, end: float) -> None:
+        """Measures all cases in all modes, or until Ctrl-C, or until the clock (``time.monotonic``) reads ``end``."""
+        options = self.options
+        work = [(case, mode) for case in self.cases for mode in options.mode]
+        places = list(range(len(work)))
+        if end < float("inf"):
+            # If not all can be measured, then some of each kind.
+            random.Random(0).shuffle(places)
+        longest = 0.0
+        # A log does not need every step of the bar.
+        pace = 0.2 if sys.stderr.isatty() else 2.0
+        with tqdm(total=len(work), desc=self.name, unit="case", mininterval=pace, miniters=1) as bar:
+            try:
+                for place in places:
+                    case, mode = work[place]
+                    begin = time.monotonic()
+                    if begin + longest > end:
+                        self.out_of_time = True
+                        break
+                    bar.set_postfix_str(f"{case.name} {mode}")
+                    self.measured.append((place, case, self.measure_case(case, mode)))
+                    bar.update()
+                    longest = max(longest, time.monotonic() - begin)
+            except KeyboardInterrupt:
+                self.interrupted = True
+
+    def measure_case(self, case: Case, mode: str) -> list[Row]:
+        options = self.options
+        try:
+            return measure(
+                case,
+                mode,
+                options.seconds,
+                options.device,
+                backends=options.backends,
+                peers={name: PEERS[name] for name in options.peers},
+                tf32=not options.no_tf32,
+                skipped=self.skip,
+            )
+        except Impossible as reason:
+            self.skip(f"mode {mode}", str(reason))
+            return []
+
+    def fill_in_limits(self, machine: Machine) -> None:
+        for _, case, rows in self.measured:
+            for row in rows:
+                limit = limit_us_per_step(case, row["mode"], machine, not self.options.no_tf32)
+                if limit is not None:
+                    row["limit_us_per_step"] = round(limit, 4)
+                    if row["us_per_step"]:
+                        row["percent_of_limit"] = round(100 * limit / row["us_per_step"], 1)
+
+    def write(self, where: dict[str, Any]) -> Path | None:
+        """Writes the result file; its path, None where nothing was measured."""
+        if not self.rows:
+            return None
+        folder = self.options.out / "interrupted" if self.interrupted else self.options.out
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{short_name(self.options.device)}-{self.name}.json"
+        path.write_text(json.dumps({**where, "suite": self.name, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        return path
 
 
-def table(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> Table:
-    """Every row, and per cell and mode the geometric mean of the ratios and the worst case."""
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
+    """Every row."""
     result = Table(
-        title=f"{suite}: {environment['device']}, torch {environment['torch']}",
-        caption="ratio = torch.nn's time / rnnfast's time",
+        title=f"{suite}: {where['device']}, torch {where['torch']}", caption="ratio = torch.nn's time / rnnfast's time"
     )
+    for name in ("case", "mode", "backend"):
+        result.add_column(name, no_wrap=True)
+    heads = ["torch.nn\nus/step", "\nus/step", "\nratio", "\np20 to p80", "limit\nus/step", "% of\nlimit"]
+    heads += ["\nGflop/s", "\nGB/s", "\ntokens/s", "peak\nMB"]
     packed = any(PACKED_KEYS[0] in row for row in rows)
-    for name in ("case", "mode"):
-        result.add_column(name)
-    for name in ("torch.nn\nus/step", "rnnfast\nus/step", "ratio", "p20", "p80"):
-        result.add_column(name, justify="right")
     if packed:
-        for name in ("packed / padded\ntorch.nn", "packed / padded\nrnnfast", "packed / dense\nrnnfast"):
-            result.add_column(name, justify="right")
+        heads += ["packed / padded\ntorch.nn", "\nrnnfast", "packed / dense\nrnnfast"]
+    for name in heads:
+        result.add_column(name, justify="right", no_wrap=True)
     result.add_column("results")
     for row in rows:
-        cells = [row["case"], row["mode"], f"{row['torch_us_per_step']:.2f}", f"{row['us_per_step']:.2f}"]
-        cells += [f"{row[key]:.2f}" for key in ("ratio", "p20", "p80")]
-        if packed:
-            cells += [f"{row[key]:.2f}" if key in row else "" for key in PACKED_KEYS]
-        colour = "red" if row["ratio"] < 1 or not row["correct"] else None
-        result.add_row(*cells, "agree" if row["correct"] else "WRONG", style=colour)
-    result.add_section()
-    for cell in CELLS:
-        for mode in MODES:
-            group = [row for row in rows if row["cell"] == cell and row["mode"] == mode]
-            if group:
-                worst = min(group, key=lambda row: row["ratio"])
-                text = f"{cell}: geometric mean of {len(group)}; worst {worst['ratio']:.2f} at {worst['case']}"
-                result.add_row(text, mode, "", "", f"{geometric_mean(row['ratio'] for row in group):.2f}", style="bold")
+        peak = row["peak_memory_bytes"]
+        cells = [row["case"], row["mode"], row["backend"]]
+        cells += [number(row[key], ".2f") for key in ("torch_us_per_step", "us_per_step", "ratio")]
+        cells += [f"{row['p20']:.2f} to {row['p80']:.2f}" if row["p20"] is not None else ""]
+        cells += [number(row["limit_us_per_step"], ".2f"), number(row["percent_of_limit"], ".0f")]
+        cells += [
+            number(row["gflop_per_s"], ".0f"),
+            number(row["gbyte_per_s"], ".2f"),
+            number(row["tokens_per_s"], ","),
+        ]
+        cells += [number(None if peak is None else peak / 1e6, ".1f")]
+        cells += [number(row.get(key), ".2f") for key in PACKED_KEYS] if packed else []
+        good = row["correct"] and row["ratio"] is not None and row["ratio"] >= 1
+        result.add_row(*cells, "agree" if row["correct"] else "FAILED", style=None if good else "red")
     return result
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """For the README: of every suite, per cell, the geometric mean and the worst case of either mode."""
-    lines = [f"Ratio of torch.nn's time to rnnfast's: {records[0]['device']}, torch {records[0]['torch']}.", ""]
-    lines.append("| suite, cell | " + " | ".join(f"{mode}: mean | worst" for mode in MODES) + " |")
-    lines.append("| --- |" + " ---: | --- |" * len(MODES))
-    for record in records:
-        for cell in CELLS:
-            line = [f"{record['suite']}, {cell}"]
-            for mode in MODES:
-                group = [row for row in record["rows"] if row["cell"] == cell and row["mode"] == mode]
-                if group:
-                    worst = min(group, key=lambda row: row["ratio"])
-                    line += [f"{geometric_mean(row['ratio'] for row in group):.2f}"]
-                    line += [f"{worst['ratio']:.2f} (B={worst['B']}, H={worst['H']})"]
-                else:
-                    line += ["", ""]
-            if any(line[1:]):
-                lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+def summary(suite: str, rows: Sequence[Row]) -> Table:
+    """For each cell, type, mode and backend the geometric mean of the ratios and the worst case."""
+    result = Table(title=f"{suite}: torch.nn's time / rnnfast's time")
+    for name in ("cell", "type", "mode", "backend"):
+        result.add_column(name, no_wrap=True)
+    for name in ("cases", "geometric mean", "worst"):
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("worst case", no_wrap=True)
+    keys = ("cell", "dtype", "mode", "backend")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["correct"] and row["ratio"] is not None:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for key in sorted(groups, key=lambda key: (rank(CELLS, key[0]), rank(DTYPES, key[1]), rank(MODES, key[2]), key[3])):
+        low = worst(groups[key])
+        result.add_row(
+            *key, str(len(groups[key])), f"{mean_ratio(groups[key]):.2f}", f"{low['ratio']:.2f}", low["case"]
+        )
+    return result
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    suites = ", ".join(f"{name} ({len(cases)})" for name, cases in sorted(SUITES.items()))
+    parser.add_argument(
+        "--suite", required=True, type=listed(sorted(SUITES)), help=f"with commas, of (number of cases): {suites}"
+    )
+    add_measuring_options(parser)
+    parser.add_argument("--dtype", type=listed(DTYPES), help="instead of the cases' own type (float32)")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: list(PEERS) if text == "all" else listed(list(PEERS))(text),
+        default=[],
+        help=f"other libraries: all, or of {','.join(PEERS)}",
+    )
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only cases in whose name this is found")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end by then, with cases of all kinds measured")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default benchmarks/results)")
+    return parser.parse_args()
+
+
+def terminated(number: int, frame: FrameType | None) -> None:
+    """A time limit from outside is no reason to lose what was measured."""
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="+", choices=sorted(SUITES), metavar="suite", help=" ".join(sorted(SUITES)))
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "results", help="folder of the result files (default benchmarks/results)"
-    )
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print a summary of the result files")
-    options = parser.parse_args()
-    paths = {suite: options.out / f"{options.device.type}-{suite}.json" for suite in options.suites}
-    if options.markdown:
-        for path in paths.values():
-            if not path.exists():
-                parser.error(f"there is no {path}: run the suite first")
-        print(markdown([json.loads(path.read_text()) for path in paths.values()]))
-        return 0
-    torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    options = parse()
+    end = time.monotonic() + options.limit if options.limit else float("inf")
+    signal.signal(signal.SIGTERM, terminated)
+    # Two, unless told otherwise: numbers from different machines are then easier to compare.
+    torch.set_num_threads(options.threads or 2)
+    # Wide enough for the table where there is no terminal to ask.
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    dtypes = options.dtype or sorted({case.dtype for name in options.suite for case in SUITES[name]})
+    probe = min(PROBE_SECONDS, options.seconds)
+    machine = this_machine(options.device, dtypes, probe)
+    if machine is None:
+        console.print("no limit: benchmarks/limits.py has no data sheet of this device")
     status = 0
-    for suite in options.suites:
-        rows: list[dict[str, Any]] = []
-        interrupted = False
-        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(suite, total=len(SUITES[suite]) * len(options.modes))
-            try:
-                console.print(f"{suite}: {len(SUITES[suite]) * len(options.modes)} rows, {options.seconds} s each")
-                for case in SUITES[suite]:
-                    correct = None
-                    for mode in options.modes:
-                        progress.update(task, description=f"{suite}: {case.name} {mode}")
-                        rows.append(measure(case, mode, options.seconds, options.device, correct))
-                        correct = rows[-1]["correct"]
-                        progress.advance(task)
-            except KeyboardInterrupt:
-                interrupted = True
-        record = {**environment(options.device), "suite": suite, "rows": rows}
+    for name in options.suite:
+        suite = Suite(name, options)
+        print(f"{name}: {len(suite.cases) * len(options.mode)} cases, {options.seconds} s each", flush=True)
+        suite.measure(end)
+        if machine is not None:
+            if not suite.interrupted and options.device.type == "cpu":
+                again = this_machine(options.device, dtypes, probe)
+                machine = better(machine, again) if again else machine
+                reached = [(row["dtype"], 1e9 * row["gflop_per_s"]) for row in suite.rows if row["gflop_per_s"]]
+                machine = at_least(machine, reached)
+            suite.fill_in_limits(machine)
+        where = environment(options.device)
+        rows = suite.rows
+        path = suite.write(where)
         if rows:
-            console.print(table(suite, rows, record))
-        if interrupted:
-            # Half a suite must not take the place of a whole one's file.
-            console.print(f"Interrupted: {len(rows)} rows measured, no result file written.")
+            console.print(table(name, rows, where))
+            console.print(summary(name, rows))
+        failed = [row for row in rows if not row["correct"]]
+        for row in failed:
+            print(f"FAILED, not timed: {row['case']} {row['mode']} {row['backend']}: {row['failure']}")
+        for reason in suite.skipped:
+            print(f"skipped: {reason}")
+        if machine is not None:
+            print(describe(machine))
+        status = max(status, int(bool(failed)))
+        if suite.interrupted:
+            print(f"Interrupted: {len(rows)} rows measured" + (f", written: {path}" if path else ""))
             return 130
-        if not all(row["correct"] for row in rows):
-            status = 1
-        options.out.mkdir(parents=True, exist_ok=True)
-        paths[suite].write_text(json.dumps(record, indent=1) + "\n")
-        console.print(f"written: {paths[suite]}")
+        if suite.out_of_time:
+            print(f"The time is up: {len(suite.measured)} of {len(suite.cases) * len(options.mode)} cases measured.")
+        print(f"written: {path}" if path else "nothing was measured", flush=True)
     return status
 
 

@@ -1,64 +1,189 @@
-"""The shapes that are timed, by name: every benchmark, chart and table takes its cases from here and nowhere else."""
+"""The shapes that are timed, by name: every benchmark, chart and table takes its cases from here and nowhere else.
+
+`SUITES` has a list of cases for each name:
+
+* `bar`: what this project holds itself to on a CPU; `small`: one step a call; `packed`: rows of different lengths,
+  compared with the same rows padded and with dense ones.
+* `ragged`: packed rows, and padded ones with `lengths`.
+* `grid`: every cell over hidden sizes and batch sizes, for heat maps. `flashrnn` and `deepbench`: others' benchmarks.
+* `models`: layers of real models. Layer sizes are the source's; where it leaves batch or length open, they are a usual
+  choice that a processor can do in seconds.
+* `smoke`: as small as can be, for tests.
+"""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
 from itertools import product
 
-CELLS = ("LSTM", "GRU", "RNN")
+from rnnfast.benchmark.case import CELLS, Case
+
+DEEPBENCH = "DeepBench, code/kernels/rnn_problems.h (github.com/baidu-research/DeepBench)"
+FLASHRNN = "FlashRNN, speed experiments (github.com/NX-AI/flashrnn, arXiv 2412.07752)"
+OWN = "rnnfast: input size = H"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One layer on one shape. The names of the fields' short forms, T, B, I and H, are those of the result files.
+def deepbench() -> list[Case]:
+    """The training set and the server inference set; DeepBench's cells have as many inputs as hidden units."""
+    vanilla = [("RNN", hidden, batch, 50) for hidden, batch in product((1760, 2048, 2560), (16, 32, 64, 128))]
+    lstm = [("LSTM", hidden, batch, 25) for hidden, batch in product((512, 1024, 2048, 4096), (16, 32, 64, 128))]
+    lstm += [("LSTM", 1536, batch, 50) for batch in (8, 16, 32)] + [("LSTM", 256, batch, 150) for batch in (16, 32, 64)]
+    # The set leaves out H = 2816 at 1500 steps, which was too much memory for the cards of its time.
+    gru = [("GRU", 2816, 32, steps) for steps in (750, 375, 187)]
+    gru += [("GRU", hidden, 32, steps) for hidden, steps in product((2048, 1536, 2560), (1500, 750, 375, 187))]
+    gru += [("GRU", 512, 32, 1), ("GRU", 1024, 32, 1500), ("GRU", 1024, 64, 1500)]
+    few = (1, 2, 4)
+    inference = [("LSTM", hidden, batch, 25) for hidden, batch in product((512, 1024, 2048), few)]
+    inference += [("LSTM", 1536, batch, 50) for batch in few] + [("LSTM", 256, batch, 150) for batch in few]
+    long = (1500, 750, 375, 187)
+    inference += [
+        ("GRU", hidden, batch, steps) for hidden, batch, steps in product((2816, 2048, 1536, 2560), few, long)
+    ]
+    inference += [("GRU", 512, batch, 1) for batch in few] + [("GRU", 1024, batch, 1500) for batch in few]
+    return [
+        Case(cell, batch, hidden, steps=steps, source=f"{DEEPBENCH}: {part}")
+        for part, shapes in (("training_set", vanilla + lstm + gru), ("inference_server_set", inference))
+        for cell, hidden, batch, steps in shapes
+    ]
 
-    Args:
-        cell: "LSTM", "GRU" or "RNN".
-        batch: rows, B.
-        hidden_size: H.
-        steps: T; for a packed case the mean length of a row.
-        input_size: I; 0 means the hidden size.
-        packed: a ``PackedSequence`` of ``batch`` rows with lengths from T/2 to 3T/2: B * T tokens, as
-            many as the padded case has.
-    """
 
-    cell: str
-    batch: int
-    hidden_size: int
-    steps: int = 100
-    input_size: int = 0
-    layers: int = 1
-    directions: int = 1
-    dtype: str = "float32"
-    packed: bool = False
+def flashrnn() -> list[Case]:
+    """The headline shape, B = 16, T = 1024, H = 768, and sweeps of batch and length around it."""
+    shapes = [(16, 1024), *((batch, 1024) for batch in (1, 4, 64, 256)), *((16, steps) for steps in (128, 512, 2048))]
+    return [
+        Case(cell, batch, 768, steps=steps, source=FLASHRNN)
+        for cell, (batch, steps) in product(("LSTM", "GRU"), shapes)
+    ]
 
-    @property
-    def inputs(self) -> int:
-        return self.input_size or self.hidden_size
 
-    @property
-    def name(self) -> str:
-        parts = [self.cell, f"T{self.steps}", f"B{self.batch}", f"I{self.inputs}", f"H{self.hidden_size}"]
-        parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
-        parts += [self.dtype] * (self.dtype != "float32") + ["packed"] * self.packed
-        return "-".join(parts)
-
-    @property
-    def lengths(self) -> list[int]:
-        """The packed rows' lengths, in no order: spread evenly over T/2 .. 3T/2, their sum exactly B * T."""
-        low = self.steps // 2
-        spread = [low + 2 * (self.steps - low) * b // max(1, self.batch - 1) for b in range(self.batch)]
-        # What integer division left over goes to the shortest rows, one token each.
-        for b in range(self.steps * self.batch - sum(spread)):
-            spread[b % self.batch] += 1
-        random.Random(0).shuffle(spread)
-        return spread
+MODELS = [
+    Case(
+        "LSTM",
+        8,
+        1024,
+        steps=100,
+        directions=2,
+        model="DeepSpeech2",
+        source="github.com/SeanNaren/deepspeech.pytorch, configs/train_config.py: LSTM of 1024, both directions (their "
+        "sum goes on), one of 5 layers; 8 utterances of 2 s in 20 ms frames",
+    ),
+    Case(
+        "LSTM",
+        4,
+        2048,
+        steps=50,
+        input_size=640,
+        proj_size=640,
+        layers=2,
+        model="RNN-T predictor",
+        source="He et al. 2019, arXiv 1811.06621, section 2: two layers of 2048 with a projection to 640; 50 labels",
+    ),
+    Case(
+        "LSTM",
+        64,
+        256,
+        steps=26,
+        input_size=512,
+        directions=2,
+        model="CRNN OCR",
+        source="Shi et al. 2015, arXiv 1507.05717; github.com/meijieru/crnn.pytorch: BiLSTM of 256 on 512 channels, "
+        "26 columns of a 32 x 100 image, batch 64",
+    ),
+    Case(
+        "LSTM",
+        32,
+        256,
+        steps=16,
+        input_size=2148,
+        directions=2,
+        packed=True,
+        model="BiLSTM tagger",
+        source="flair/ner-english-fast (huggingface.co), training.log: LSTM(2148, 256), both directions, batch 32; "
+        "sentences of 16 words in the mean",
+    ),
+    Case(
+        "LSTM",
+        16,
+        512,
+        steps=75,
+        layers=2,
+        model="EnCodec",
+        source="github.com/facebookresearch/encodec, modules/lstm.py and seanet.py: two layers of 512 at 75 frames a "
+        "second; 16 clips of 1 s",
+    ),
+    Case(
+        "LSTM",
+        4,
+        768,
+        steps=250,
+        layers=2,
+        model="Demucs denoiser",
+        source="github.com/facebookresearch/denoiser, dns48: hidden 48, depth 5, so two layers of 768, causal, at 62.5 "
+        "frames a second; 4 clips of 4 s",
+    ),
+    Case(
+        "LSTM",
+        8,
+        128,
+        steps=128,
+        input_size=512,
+        resets=0.01,
+        model="PPO-LSTM",
+        source="github.com/vwxyzjn/cleanrl, ppo_atari_lstm.py: LSTM(512, 128), 8 environments of 128 steps; an episode "
+        "ends once in 100 steps",
+    ),
+    Case(
+        "GRU",
+        16,
+        512,
+        steps=64,
+        model="DreamerV3",
+        source="Hafner et al. 2023, arXiv 2301.04104 (first version), model size S: GRU of 512; batch 16 x 64",
+    ),
+    Case(
+        "LSTM",
+        1,
+        128,
+        steps=125,
+        input_size=257,
+        layers=2,
+        model="DTLN",
+        source="github.com/breizhn/DTLN, DTLN_model.py: two layers of 128 on 257 frequencies, a frame each 8 ms; 1 s",
+    ),
+    Case(
+        "LSTM",
+        50,
+        128,
+        steps=50,
+        layers=2,
+        model="char-LM",
+        source="github.com/karpathy/char-rnn, train.lua: two layers of 128, batch 50, 50 characters",
+    ),
+]
 
 
 SUITES: dict[str, list[Case]] = {
-    "bar": [Case(cell, batch, hidden) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))],
-    "small": [Case(cell, batch, hidden, steps=1) for cell, batch, hidden in product(CELLS, (1, 8), (64, 256))],
-    "packed": [Case(cell, 64, 256, packed=True) for cell in CELLS],
-    "smoke": [Case("LSTM", 2, 8, steps=3), Case("GRU", 3, 8, steps=4, packed=True)],
+    "bar": [
+        Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
+    ],
+    "small": [
+        Case(cell, batch, hidden, steps=1, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8), (64, 256))
+    ],
+    "packed": [Case(cell, 64, 256, packed=True, source=OWN) for cell in CELLS],
+    "ragged": [
+        Case(cell, batch, hidden, packed=not padded, padded=padded, source=OWN)
+        for cell, (batch, hidden), padded in product(CELLS, ((16, 128), (64, 256)), (False, True))
+    ],
+    "grid": [
+        Case(cell, batch, hidden, source=OWN)
+        for cell, hidden, batch in product(CELLS, (64, 128, 256, 512, 1024, 2048), (1, 4, 16, 64, 256))
+    ],
+    "flashrnn": flashrnn(),
+    "deepbench": deepbench(),
+    "models": MODELS,
+    "smoke": [
+        Case("LSTM", 2, 8, steps=3),
+        Case("GRU", 3, 8, steps=4, packed=True),
+        Case("RNN", 3, 8, steps=4, padded=True, directions=2),
+        Case("LSTM", 2, 8, steps=6, resets=0.3, proj_size=4, layers=2),
+    ],
 }

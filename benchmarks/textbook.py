@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 import rnnfast
-from timing import Ratio, environment, interleave
+from rnnfast.benchmark.timing import Ratio, environment, interleave
 
 
 class TextbookRNN(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""`python -m rnnfast info`: what is installed here, which backends run, and why the others do not."""
+"""`python -m rnnfast`: `info` says what is installed here, which backends run, and why the others do not; `bench` times
+a layer against torch.nn's."""
 
 from __future__ import annotations
 
@@ -9,33 +10,35 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, ops
+from . import __version__, libraries, ops
 from .backends import backends
+from .benchmark import command
+from .benchmark.timing import processor
 
 __all__ = ["info", "main"]
 
 
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+def _devices() -> str:
+    """What the CUDA library, with a runtime of its own, sees of devices."""
+    count = torch.ops.rnnfast.cuda_device_count()
+    return f"{count} CUDA device{'' if count == 1 else 's'} seen"
 
 
 def info() -> str:
-    """Versions, processor, instruction set in use and backends with reasons, as aligned lines of text."""
+    """Versions, processor, instruction set in use, CUDA kernels and backends with reasons, as aligned lines of text."""
     forced = os.environ.get("RNNFAST_CPU_ISA")
     isa = ops.cpu_isa() or "none: the C++ library is not loaded"
     rows = [
         ("rnnfast", f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}"),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("processor", f"{_processor()}, {torch.get_num_threads()} threads"),
+        ("processor", f"{processor()}, {torch.get_num_threads()} threads"),
         ("CPU kernels", isa + (f" (RNNFAST_CPU_ISA={forced})" if forced else "")),
     ]
+    if libraries.cuda_error is None:
+        rows.append(("CUDA kernels", f"for {torch.ops.rnnfast.cuda_archs()}; {_devices()}"))
+    else:
+        rows.append(("CUDA kernels", f"none: {libraries.cuda_error}"))
     if torch.cuda.is_available():
         rows.append(("GPU", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))))
     rows += [
@@ -58,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"rnnfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, instruction set, backends and why each can run or not")
-    parser.parse_args(arguments)
+    timing = commands.add_parser("bench", help="check a layer against torch.nn's, then time both in turn")
+    command.add_options(timing)
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return command.run(options)
     print(info())
     return 0

@@ -1,4 +1,4 @@
-"""The demos and the benchmark run as a user runs them, on tiny settings, and end cleanly on Ctrl-C."""
+"""The demos run as a user runs them, on tiny settings, and end cleanly on Ctrl-C."""
 
 import json
 import math
@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import shapes
-from run import markdown
 from textbook import by_steps
 
 pytest.importorskip("matplotlib", reason="the demos draw with matplotlib: pip install rnnfast[bench]")
@@ -98,40 +96,6 @@ def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
     assert 0 < record["steps"] < 1000000
 
 
-def test_run_writes_a_row_a_case_and_mode(tmp_path):
-    printed = run("run.py", "smoke", "--seconds", 0.05, "--threads", 1, "--out", tmp_path)
-    record = json.loads((tmp_path / "cpu-smoke.json").read_text())
-    assert set(record) == {"device", "torch", "cuda", "cudnn", "commit", "date", "suite", "rows"}
-    expected = [(case.name, mode) for case in shapes.SUITES["smoke"] for mode in ("fwd", "fwdbwd")]
-    assert [(row["case"], row["mode"]) for row in record["rows"]] == expected
-    keys = "case cell layers directions dtype T B I H mode backend us_per_step torch_us_per_step ratio p20 p80".split()
-    for row in record["rows"]:
-        assert set(keys) | {"limit_us_per_step", "plan", "correct"} <= set(row)
-        assert row["correct"]
-        assert row["p20"] <= row["ratio"] <= row["p80"]
-        assert ("over_padded" in row) == row["case"].endswith("packed")
-    assert "geometric mean" in printed
-    assert "| smoke, LSTM | " in run("run.py", "smoke", "--markdown", "--out", tmp_path)
-
-
-def test_interrupted_run_keeps_the_older_result_file(tmp_path):
-    older = tmp_path / "cpu-bar.json"
-    older.write_text("{}")
-    process = subprocess.Popen(
-        **command("run.py", "bar", "--seconds", 0.05, "--threads", 1, "--out", tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    # Printed when the measuring starts.
-    assert "rows" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Interrupted" in printed
-    assert older.read_text() == "{}"
-
-
 def run_examples(page):
     """Runs a page's code blocks in order; the names they define."""
     text = (BENCHMARKS.parent / page).read_text()
@@ -152,27 +116,3 @@ def test_readmes_examples_run():
     expected, actual = by_steps(textbook, x, h), space["FastTextbookRNN"](textbook, 3, 4)(x, h)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_readmes_speeds_are_those_of_the_result_files():
-    readme = (BENCHMARKS.parent / "README.md").read_text()
-    results = BENCHMARKS / "results"
-    records = [json.loads((results / f"cpu-{suite}.json").read_text()) for suite in ("bar", "small", "packed")]
-    assert markdown(records) in readme
-    textbook = json.loads((results / "cpu-textbook.json").read_text())
-    times = [f"{textbook[mode]['ratio']:.1f} times" for mode in ("inference", "training")]
-    assert all(text in readme for text in times)
-    charlm = json.loads((results / "charlm-lstm-cpu.json").read_text())
-    assert f"{charlm['ratio']:.2f} times as many tokens" in readme
-    assert charlm["agree"]
-
-
-def test_suites_cover_the_bar():
-    bar = {(case.cell, case.batch, case.hidden_size, case.steps) for case in shapes.SUITES["bar"]}
-    assert bar == {(c, b, h, 100) for c in ("LSTM", "GRU", "RNN") for b in (1, 8, 64) for h in (64, 256, 512)}
-    assert all(case.steps == 1 for case in shapes.SUITES["small"])
-    for cases in shapes.SUITES.values():
-        for case in cases:
-            # A packed case has exactly the tokens of the padded one that it is compared with.
-            assert sum(case.lengths) == case.steps * case.batch
-            assert min(case.lengths) >= case.steps // 2

@@ -1,0 +1,324 @@
+"""A case of a benchmark: a layer on a shape; both layers of it, its input, what is called, checked and timed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+from .. import modules
+
+CELLS = ("LSTM", "GRU", "RNN")
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# fwd: inference. fwdbwd: forward, then the gradients of input and weights. step: inference, one step a call, the state
+# handed from call to call, as a program does that streams.
+MODES = ("fwd", "fwdbwd", "step")
+# The calls of one step that are timed together: more say no more.
+STREAMED = 16
+
+# What is timed: gives its results, in an order that all implementations share.
+Call = Callable[[], list[Tensor]]
+
+
+class Impossible(Exception):
+    """A mode that a case does not have; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer on one shape. The names of the fields' short forms, T, B, I, H and P, are those of the result files.
+
+    Args:
+        cell: "LSTM", "GRU" or "RNN".
+        batch: rows, B.
+        hidden_size: H.
+        steps: T; for rows of different lengths the mean.
+        input_size: I; 0 means the hidden size.
+        layers: L.
+        directions: D, 1 or 2.
+        dtype: name of a torch dtype.
+        packed: a ``PackedSequence`` of ``batch`` rows with lengths from T/2 to 3T/2: B * T tokens, as
+            many as the dense case has.
+        padded: the same rows padded to the longest: rnnfast takes ``lengths``, torch.nn packs them and pads the result.
+        resets: how likely it is that the state is zeroed before a step of a row. torch.nn is called once for every
+            stretch of steps in which no row is reset.
+        proj_size: P, LSTM only; 0 means no projection.
+        model: the model that the shape is taken from.
+        source: where that can be read.
+    """
+
+    cell: str
+    batch: int
+    hidden_size: int
+    steps: int = 100
+    input_size: int = 0
+    layers: int = 1
+    directions: int = 1
+    dtype: str = "float32"
+    packed: bool = False
+    padded: bool = False
+    resets: float = 0.0
+    proj_size: int = 0
+    model: str = ""
+    source: str = ""
+
+    @property
+    def inputs(self) -> int:
+        return self.input_size or self.hidden_size
+
+    @property
+    def outputs(self) -> int:
+        """What one direction hands on: P with a projection, H otherwise."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def name(self) -> str:
+        parts = [self.cell, f"T{self.steps}", f"B{self.batch}", f"I{self.inputs}", f"H{self.hidden_size}"]
+        parts += [f"P{self.proj_size}"] * (self.proj_size > 0)
+        parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
+        parts += [self.dtype] * (self.dtype != "float32")
+        parts += ["packed"] * self.packed + ["lengths"] * self.padded + ["resets"] * (self.resets > 0)
+        return (f"{self.model} " if self.model else "") + "-".join(parts)
+
+    @property
+    def ragged(self) -> bool:
+        return self.packed or self.padded
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """The rows' lengths where they differ, in no order: spread evenly over T/2 .. 3T/2, their sum exactly B * T."""
+        low = self.steps // 2
+        spread = [low + 2 * (self.steps - low) * b // max(1, self.batch - 1) for b in range(self.batch)]
+        # What integer division left over goes to the shortest rows, one token each.
+        for b in range(self.steps * self.batch - sum(spread)):
+            spread[b % self.batch] += 1
+        random.Random(0).shuffle(spread)
+        return spread
+
+    @property
+    def layer_inputs(self) -> list[int]:
+        """The input size of each layer."""
+        return [self.inputs] + [self.directions * self.outputs] * (self.layers - 1)
+
+    def weights(self) -> int:
+        """Elements of all weight matrices."""
+        gates = GATES[self.cell] * self.hidden_size
+        projection = self.proj_size * self.hidden_size
+        return sum(self.directions * (gates * (i + self.outputs) + projection) for i in self.layer_inputs)
+
+    def flops(self, mode: str) -> float:
+        """Floating point operations of the matrix products for one step of all rows (mean over the steps).
+
+        Two for each weight and row; with gradients three times as many (the output, the gradients of the input and
+        the state, the gradients of the weights). What the cells compute between the products is not counted.
+        """
+        return 2.0 * self.batch * self.weights() * (3 if mode == "fwdbwd" else 1)
+
+    def bytes(self, mode: str) -> float:
+        """Bytes that every implementation has to move for one step of all rows (mean over the steps of a call).
+
+        Forward reads input and weights once a call and writes the output; with gradients, input and weights are read
+        again, their gradients written, and the output's gradient read. A streaming step reads the weights each time.
+        What an implementation keeps for its backward pass is its own affair.
+        """
+        size = getattr(torch, self.dtype).itemsize
+        weights = self.weights() / (1 if mode == "step" else self.steps)
+        rows_in, rows_out = self.batch * self.inputs, self.batch * self.directions * self.outputs
+        if mode == "fwdbwd":
+            return size * (3 * rows_in + 2 * rows_out + 3 * weights)
+        return size * (rows_in + rows_out + weights)
+
+
+class Data(NamedTuple):
+    """A case's input. Rows are (T, B, I), or packed; lengths (B,) and resets (T, B) where the case has them."""
+
+    rows: Tensor | PackedSequence
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        return self.rows.data if isinstance(self.rows, PackedSequence) else self.rows
+
+    def with_values(self, values: Tensor) -> Data:
+        """The same with other numbers in the rows."""
+        rows = self.rows._replace(data=values) if isinstance(self.rows, PackedSequence) else values
+        return self._replace(rows=rows)
+
+
+def is_ours(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, modules.LSTM | modules.GRU | modules.RNN)
+
+
+def make_layers(case: Case, device: torch.device) -> tuple[torch.nn.RNNBase, torch.nn.RNNBase]:
+    """torch.nn's layer and rnnfast's with the same weights."""
+    options: dict[str, Any] = {"bidirectional": case.directions == 2}
+    if case.proj_size:
+        options["proj_size"] = case.proj_size
+    pair: list[torch.nn.RNNBase] = []
+    for home in (torch.nn, modules):
+        layer = getattr(home, case.cell)(case.inputs, case.hidden_size, case.layers, **options)
+        pair.append(layer.to(device, getattr(torch, case.dtype)))
+        # cuDNN wants its weights in one piece: anything else would cost torch.nn a copy in every call.
+        pair[-1].flatten_parameters()
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair[0], pair[1]
+
+
+def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
+    """Random input of the case's shape."""
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, case.dtype)}
+    resets = None
+    if case.resets:
+        resets = (torch.rand(case.steps, case.batch, generator=generator) < case.resets).to(device)
+    if not case.ragged:
+        rows = torch.randn(case.steps, case.batch, case.inputs, generator=generator).to(**options)
+        return Data(rows, resets=resets)
+    sequences = [torch.randn(n, case.inputs, generator=generator).to(**options) for n in case.row_lengths]
+    if case.packed:
+        return Data(pack_sequence(sequences, enforce_sorted=False))
+    # torch.nn's packing wants the lengths on the CPU.
+    return Data(torch.nn.utils.rnn.pad_sequence(sequences), lengths=torch.tensor(case.row_lengths))
+
+
+def _stretches(resets: Tensor) -> list[int]:
+    """Where a call of torch.nn has to begin: the first step, and every step at which some row is reset."""
+    cuts = [0, *resets.any(1).nonzero().flatten().tolist(), len(resets)]
+    return sorted(set(cuts))
+
+
+def _run(layer: torch.nn.RNNBase, data: Data, cuts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Output (its data, if packed) and last states of either layer."""
+    if is_ours(layer):
+        options = {"lengths": data.lengths, "resets": data.resets}
+        # Not even an empty keyword is handed over where there is nothing to say: the call is what a user writes.
+        output, state = layer(data.rows, **{key: value for key, value in options.items() if value is not None})
+    elif data.lengths is not None:
+        assert isinstance(data.rows, Tensor)
+        packed, state = layer(pack_padded_sequence(data.rows, data.lengths, enforce_sorted=False))
+        output, _ = pad_packed_sequence(packed, total_length=data.rows.size(0))
+    elif data.resets is not None:
+        return _run_stretches(layer, data.values, data.resets, cuts)
+    else:
+        output, state = layer(data.rows)
+    output = output.data if isinstance(output, PackedSequence) else output
+    return output, list(state) if isinstance(state, tuple) else [state]
+
+
+def _run_stretches(
+    layer: torch.nn.RNNBase, rows: Tensor, resets: Tensor, cuts: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """torch.nn's layer with resets: one call a stretch, the states of the rows that begin anew zeroed before it."""
+    outputs: list[Tensor] = []
+    states: list[Tensor] = []
+    state: Any = None
+    for start, end in pairwise(cuts):
+        if states:
+            alive = ~resets[start].view(1, -1, 1)
+            states = [value * alive for value in states]
+            state = tuple(states) if len(states) > 1 else states[0]
+        output, state = layer(rows[start:end], state)
+        states = list(state) if isinstance(state, tuple) else [state]
+        outputs.append(output)
+    return torch.cat(outputs), states
+
+
+def make_call(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+    """What is timed.
+
+    Args:
+        layer: torch.nn's or rnnfast's.
+        case: the case.
+        mode: one of `MODES`.
+        data: its input.
+
+    Returns:
+        A function that gives, for "fwd" and "step", the output (of the last step) and the last states; for "fwdbwd" the
+        output and the gradients of input and weights, for one fixed gradient of the output.
+
+    Raises:
+        Impossible: "step" of rows with lengths or resets.
+    """
+    if mode == "step" and (case.ragged or case.resets):
+        raise Impossible("a streaming step has neither lengths nor resets")
+    cuts = _stretches(data.resets) if data.resets is not None and not is_ours(layer) else []
+    layer.train(mode == "fwdbwd")
+    if is_ours(layer) and data.lengths is not None:
+        data = data._replace(lengths=data.lengths.to(data.values.device))
+    if mode == "fwd":
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                output, states = _run(layer, data, cuts)
+            return [output, *states]
+
+        return forward
+    if mode == "step":
+        steps = [row.unsqueeze(0) for row in data.values[:STREAMED]]
+
+        def stream() -> list[Tensor]:
+            output, state = None, None
+            with torch.no_grad():
+                for row in steps:
+                    output, state = layer(row, state)
+            return [output, *(state if isinstance(state, tuple) else (state,))]
+
+        return stream
+    leaf = data.values.detach().requires_grad_()
+    data = data.with_values(leaf)
+    leaves = [leaf, *layer.parameters()]
+    with torch.no_grad():
+        shape = _run(layer, data, cuts)[0].shape
+    # Rounded to the case's type also where the truth is computed.
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, case.dtype)).to(leaf)
+
+    def forward_backward() -> list[Tensor]:
+        output, _ = _run(layer, data, cuts)
+        return [output, *torch.autograd.grad(output, leaves, grad)]
+
+    return forward_backward
+
+
+def timed_steps(case: Case, mode: str) -> int:
+    """How many steps one call takes."""
+    return min(case.steps, STREAMED) if mode == "step" else case.steps
+
+
+def exact(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> list[Tensor]:
+    """What the call should give: torch.nn's results in float64."""
+    truth = make_call(copy.deepcopy(layer).double(), case, mode, data.with_values(data.values.double()))
+    return [value.detach() for value in truth()]
+
+
+def compare(truth: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> str | None:
+    """Holds a call's results to the rule: error against float64 at most twice torch.nn's own, plus the type's rounding.
+
+    Args:
+        truth: from `exact`.
+        theirs: torch.nn's results.
+        ours: the first so many of the same.
+
+    Returns:
+        None where they pass, otherwise what is wrong.
+    """
+    for number, (right, them, us) in enumerate(zip(truth, theirs, ours, strict=False)):
+        if us.shape != right.shape:
+            return f"result {number}: shape {tuple(us.shape)}, expected {tuple(right.shape)}"
+        if not right.numel():
+            continue
+        floor = 1e-6 if us.dtype in (torch.float32, torch.float64) else torch.finfo(us.dtype).eps
+        allowed = 2 * (them.detach().double() - right).abs().max() + floor * right.abs().max().clamp(min=1)
+        error = (us.detach().double() - right).abs().max()
+        # Written so that a NaN on our side fails.
+        if not error <= allowed:
+            return f"result {number}: error {float(error):.2e}, allowed {float(allowed):.2e}"
+    return None

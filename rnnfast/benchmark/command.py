@@ -1,0 +1,143 @@
+"""`python -m rnnfast bench`: one case, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import Row, measure
+from .case import CELLS, DTYPES, MODES, Case, Impossible
+from .timing import environment
+
+EXAMPLE = "example: python -m rnnfast bench --cell lstm --hidden 512 --batch 16 --mode fwd,fwdbwd"
+
+
+def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: a list with commas, of these words."""
+
+    def parse(text: str) -> list[str]:
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        wrong = [word for word in words if word not in allowed]
+        if wrong or not words:
+            raise argparse.ArgumentTypeError(f"{', '.join(wrong) or 'nothing'}: choose from {', '.join(allowed)}")
+        return words
+
+    return parse
+
+
+def names(text: str) -> list[str]:
+    """For argparse: a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """What a single case and a suite share."""
+    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
+    parser.add_argument(
+        "--mode", type=listed(MODES), default=["fwd", "fwdbwd"], help="of fwd,fwdbwd,step (default fwd,fwdbwd)"
+    )
+    parser.add_argument(
+        "--backends", type=names, help="rnnfast's, such as cuda,cuda-graph,triton,torch-graph (default: all here)"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a case in a mode (default 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--no-tf32", action="store_true", help="CUDA: float32 without TF32, on both sides")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m rnnfast bench`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Checks rnnfast's layer against torch.nn's with the same weights, then times both in turn.\n"
+        "A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster.\n\n" + EXAMPLE
+    )
+    parser.add_argument("--cell", type=str.upper, choices=CELLS, default="LSTM", help="lstm (default), gru or rnn")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default 256)")
+    parser.add_argument("--input", type=int, default=0, help="input size (default: the hidden size)")
+    parser.add_argument("--proj", type=int, default=0, help="projection size, LSTM only")
+    parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
+    parser.add_argument("--steps", type=int, default=100, help="time steps (default 100)")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--packed", action="store_true", help="a PackedSequence, rows of half to 1.5 times --steps")
+    parser.add_argument("--lengths", action="store_true", help="the same rows padded, with lengths=")
+    parser.add_argument("--resets", type=float, default=0.0, help="how likely a row starts anew before a step")
+    add_measuring_options(parser)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The rows as an aligned table."""
+    head = ["mode", "backend", "torch.nn us/step", "us/step", "ratio", "p20", "p80", "tokens/s", "peak MB", "results"]
+    body = [head]
+    for row in rows:
+        if row["correct"]:
+            peak = row["peak_memory_bytes"]
+            numbers = [f"{row[key]:.2f}" for key in ("torch_us_per_step", "us_per_step", "ratio", "p20", "p80")]
+            numbers += [f"{row['tokens_per_s']:,}", f"{peak / 1e6:.1f}" if peak is not None else "", "agree"]
+        else:
+            numbers = [""] * 7 + [f"FAILED, not timed: {row['failure']}"]
+        body.append([row["mode"], row["backend"], *numbers])
+    widths = [max(len(line[column]) for line in body) for column in range(len(head))]
+    # Words to the left, numbers to the right.
+    return [
+        "  ".join(
+            text.ljust(width) if column in (0, 1, len(head) - 1) else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in body
+    ]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Args:
+        options: what `add_options` describes.
+
+    Returns:
+        The exit status: 0, 1 where results are wrong or a backend failed, 130 after Ctrl-C.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    case = Case(
+        options.cell,
+        options.batch,
+        options.hidden,
+        steps=options.steps,
+        input_size=options.input,
+        layers=options.layers,
+        directions=2 if options.bidirectional else 1,
+        dtype=options.dtype,
+        packed=options.packed,
+        padded=options.lengths,
+        resets=options.resets,
+        proj_size=options.proj,
+    )
+    where = environment(options.device)
+    print(f"{case.name}: {where['device']}, torch {where['torch']}", flush=True)
+    rows: list[Row] = []
+    status = 0
+    try:
+        for mode in options.mode:
+            rows += measure(
+                case, mode, options.seconds, options.device, backends=options.backends, tf32=not options.no_tf32
+            )
+    except (Impossible, ValueError) as error:
+        print(f"rnnfast bench: {error}")
+        status = 2
+    except KeyboardInterrupt:
+        print("Interrupted: this is what was measured so far.")
+        status = 130
+    if rows:
+        print("\n".join(lines(rows)))
+    if options.json and rows:
+        record: dict[str, Any] = {**where, "suite": "command line", "rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return status or int(not all(row["correct"] for row in rows))
