@@ -237,11 +237,14 @@ void run_both(const Shape& shape, const TypeCase& type, uint64_t seed) {
   run_backward(call, type);
 }
 
-// Shapes of one or two blocks a launch come first: the race detector pays half a millisecond for every thread, needs no
-// luck with the schedule, and so takes only those.
+// Shapes of one or two blocks a launch come first. The race detector takes only those: it pays half a millisecond for
+// every thread, and needs no luck with the schedule. Address errors do not hang on the schedule either.
 #if defined(__SANITIZE_THREAD__)
 constexpr uint64_t kSeeds = 2;
 constexpr bool kSmallOnly = true;
+#elif defined(__SANITIZE_ADDRESS__)
+constexpr uint64_t kSeeds = 0;
+constexpr bool kSmallOnly = false;
 #else
 constexpr uint64_t kSeeds = 20;
 constexpr bool kSmallOnly = false;

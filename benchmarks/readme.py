@@ -1,0 +1,283 @@
+"""Fills in what README.md and docs/performance.md say about speed, from the result files: all between its markers.
+
+    python benchmarks/readme.py            # rewrites them; `make readme-figures` draws the figures first
+    python benchmarks/readme.py --check    # changes nothing; exit status 1 where it would
+
+A block stands between `<!-- results: NAME -->` and `<!-- end of NAME -->`; `blocks` says what goes into each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import step_model
+from plot import figures_of
+from records import CELLS, DTYPES, MODE_NAMES, MODES, RESULTS, Record, Row, in_order, load_all, mean_ratio, worst
+
+README = RESULTS.parent.parent / "README.md"
+DOCUMENTS = (README, README.parent / "docs" / "performance.md")
+
+# The suites of shapes that few but us would look for stay out of the README's table.
+NOT_SHOWN = {"smoke"}
+# Rows that are named as slower than torch.nn; more are only counted.
+MOST_NAMED = 6
+
+
+def read(results: Path, name: str) -> dict[str, Any]:
+    """A demo's result file."""
+    data: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
+    return data
+
+
+def shape(row: Row) -> str:
+    """The row's shape in words short enough for a table."""
+    model = f"{row['model']}: " if row.get("model") else ""
+    dtype = f", {row['dtype']}" if row["dtype"] != "float32" else ""
+    return f"{model}B={row['B']}, H={row['H']}{dtype}"
+
+
+def speeds(records: Sequence[Record]) -> str:
+    """A table: of every suite and cell (and backend, where there are several) the mean and the worst of each mode."""
+    lines = []
+    for device in dict.fromkeys(record.device for record in records):
+        own = [record for record in records if record.device == device and record.suite not in NOT_SHOWN]
+        rows = [row for record in own for row in record.rows]
+        modes = in_order(MODES, [row["mode"] for row in rows])
+        several = len({row["backend"] for row in rows}) > 1
+        first = own[0].data
+        versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "cuda", "cudnn") if first.get(name))
+        lines += [f"Ratio of torch.nn's time to rnnfast's: {first['device']}, {versions}.", ""]
+        heads = ["suite, cell" + ", backend" * several]
+        for mode in modes:
+            heads += [f"{MODE_NAMES[mode]}: mean", "worst"]
+        lines += ["| " + " | ".join(heads) + " |", "| --- |" + " ---: | --- |" * len(modes)]
+        for record in own:
+            for cell in in_order(CELLS, [row["cell"] for row in record.rows]):
+                of_cell = [row for row in record.rows if row["cell"] == cell]
+                for backend in sorted({row["backend"] for row in of_cell}):
+                    line = [f"{record.suite}, {cell}" + f", {backend}" * several]
+                    for mode in modes:
+                        group = [row for row in of_cell if (row["mode"], row["backend"]) == (mode, backend)]
+                        low = worst(group) if group else None
+                        line += [f"{mean_ratio(group):.2f}" if group else ""]
+                        line += [f"{low['ratio']:.2f} ({shape(low)})" if low else ""]
+                    lines.append("| " + " | ".join(line) + " |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def slower(records: Sequence[Record]) -> str:
+    """The rows in which torch.nn is faster, the slowest first."""
+    shown = [record for record in records if record.suite not in NOT_SHOWN]
+    count = sum(len(record.rows) for record in shown)
+    behind = [(row, record.suite) for record in shown for row in record.rows if row["ratio"] < 1]
+    wrong = sum(len(record.failures) for record in shown)
+    text = f"Of {count} rows in these files torch.nn is faster in {len(behind)}"
+    if behind:
+        behind.sort(key=lambda pair: pair[0]["ratio"])
+        named = [
+            f"{row['cell']} {MODE_NAMES[row['mode']]}, T={row['T']}, {shape(row)}: {row['ratio']:.2f} "
+            f"({row['p20']:.2f} to {row['p80']:.2f})"
+            for row, _ in behind[:MOST_NAMED]
+        ]
+        more = len(behind) - len(named)
+        text += " (20th to 80th percentile in brackets): " + "; ".join(named) + (f"; and {more} more" if more else "")
+    text += "."
+    if wrong:
+        text += f" {wrong} rows gave wrong results or failed, and were not timed."
+    return text
+
+
+def packed(records: Sequence[Record]) -> str:
+    """What packing costs, against the same rows padded."""
+    rows = [row for record in records for row in record.rows if "over_padded" in row]
+
+    def span(key: str) -> str:
+        numbers = [row[key] for row in rows]
+        return f"{min(numbers):.2f} to {max(numbers):.2f}"
+
+    return (
+        f"A packed batch takes {span('over_padded')} of the time of the same rows padded "
+        f"(torch.nn: {span('torch_over_padded')}), and {span('over_dense')} of that of a dense batch of "
+        f"exactly as many tokens\n(torch.nn: {span('torch_over_dense')})."
+    )
+
+
+def character_model(results: Path) -> str:
+    data = read(results, "charlm-lstm-cpu.json")
+    losses = "the same losses" if data["agree"] else "losses that differ"
+    return (
+        "The demo, a character model of two LSTM layers (`make demo`): "
+        f"{losses}, {data['ratio']:.2f} times as many tokens a second.\n\n"
+        "![loss curves and throughput of the character model](benchmarks/results/charlm-lstm-cpu.png)"
+    )
+
+
+def textbook(results: Path) -> str:
+    data = read(results, "cpu-textbook.json")
+    steps, batch, hidden = (re.findall(rf"-?{letter}(\d+)", data["case"])[0] for letter in "TBH")
+    return (
+        f"The outputs and gradients are the same (`tests/test_textbook.py`); in one run (T = {steps}, B = {batch},\n"
+        f"H = {hidden}) it was {data['inference']['ratio']:.1f} times as fast in inference and "
+        f"{data['training']['ratio']:.1f} times in training."
+    )
+
+
+def figures(records: Sequence[Record], folder: str = "docs/figures") -> str:
+    """Links to the figures of each device's widest suite, and to the scaling over T or B; `folder` as the document sees
+    it."""
+    lines = []
+    for device in dict.fromkeys(record.device for record in records):
+        own = [record for record in records if record.device == device]
+        named = {record.suite: figures_of(record) for record in own}
+        maps = [name for names in named.values() for name in names if "-ratio-" in name]
+        chosen = [name for name in maps if name.startswith(f"{device}-{grid_suite(maps, device)}-")]
+        scaling = [name for names in named.values() for name in names if name.endswith("-scaling.png")]
+        lines += [f"![{describe(name)}]({folder}/{name})" for name in chosen + scaling[-1:]]
+    return "\n\n".join(lines)
+
+
+def grid_suite(names: Sequence[str], device: str) -> str:
+    """The suite whose heat maps are shown: the grid where it was run, else the first that has any."""
+    suites = [name.removeprefix(f"{device}-").partition("-ratio-")[0] for name in names]
+    return "grid" if "grid" in suites else next(iter(suites), "")
+
+
+def describe(name: str) -> str:
+    device, suite, kind = re.findall(r"^(.+?)-(\w+)-((?:ratio|scaling).*)\.png$", name)[0]
+    if kind == "scaling":
+        return f"time a step against T or B, suite {suite}, {device}"
+    mode = kind.split("-")[1]
+    return f"heat map of the ratios over H and B, {MODE_NAMES[mode]}, suite {suite}, {device}"
+
+
+def worst_cases(records: Sequence[Record], count: int = 10) -> str:
+    """A table of the rows with the lowest ratios: where to look first."""
+    shown = [(row, record) for record in records if record.suite not in NOT_SHOWN for row in record.rows]
+    if not shown:
+        return "There are no result files yet."
+    shown.sort(key=lambda pair: pair[0]["ratio"])
+    lines = ["| suite | case | mode | backend | us/step | torch.nn | ratio (20th to 80th percentile) | % of limit |"]
+    lines.append("| --- | --- | --- | --- | ---: | ---: | --- | ---: |")
+    for row, record in shown[:count]:
+        limit = f"{100 * row['limit_us_per_step'] / row['us_per_step']:.0f}" if row["limit_us_per_step"] else ""
+        spread = f"{row['ratio']:.2f} ({row['p20']:.2f} to {row['p80']:.2f})"
+        lines.append(
+            f"| {record.suite} | {row['case']} | {MODE_NAMES[row['mode']]} | {row['backend']} "
+            f"| {row['us_per_step']:.2f} | {row['torch_us_per_step']:.2f} | {spread} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+def way(row: Row) -> tuple[Any, ...]:
+    """What a measurement of `benchmarks/microbench` has besides sizes."""
+    return tuple(row.get(key) for key in ("what", "way", "ctas", "clusters", "error"))
+
+
+def by_way(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    result: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        result.setdefault(way(row), []).append(row)
+    return result
+
+
+def microbenchmarks(results: Path) -> str:
+    """The measured constants of a card, one table for each thing that was measured."""
+    texts = []
+    for path in sorted(results.glob("*microbench.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        device = next((row["name"] for row in rows if row["what"] == "device"), path.stem)
+        for what in dict.fromkeys(row["what"] for row in rows if row["what"] != "device"):
+            own = [row for row in rows if row["what"] == what]
+            # Of the sizes of a state the smallest and 32 KB (H = 1024, B = 16 in 16 bits) say enough.
+            least = {key: min(row.get("bytes", 0) for row in group) for key, group in by_way(own).items()}
+            own = [row for row in own if row.get("bytes", 0) in (least[way(row)], 32768)]
+            keys = list(dict.fromkeys(key for row in own for key in row if key not in ("what", "correct")))
+            lines = [f"{device}, {what}:", "", f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"]
+            lines += [f"| {' | '.join(str(row.get(key, '')) for key in keys)} |" for row in own]
+            texts.append("\n".join(lines))
+    return "\n\n".join(texts) or "None yet: there is no result file of `benchmarks/microbench`."
+
+
+def gpu(records: Sequence[Record]) -> str:
+    cards = [record for record in records if record.device != "cpu"]
+    if not cards:
+        return "There is no result file from a GPU yet, so no speed is claimed for one."
+    dtypes = ", ".join(in_order(DTYPES, [row["dtype"] for record in cards for row in record.rows]))
+    note = f"Types: {dtypes}. `-graph`: rnnfast and torch.nn both inside a CUDA graph."
+    return f"{speeds(cards)}\n\n{note}\n\n{slower(cards)}"
+
+
+def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
+    """What makes each block's text, by name."""
+    records = load_all(results)
+    cpu = [record for record in records if record.device == "cpu"]
+    cards = [record for record in records if record.device != "cpu"]
+    return {
+        "cpu speeds": lambda: speeds(cpu),
+        "cpu slower": lambda: slower(cpu),
+        "cpu packed": lambda: packed(cpu),
+        "cpu figures": lambda: figures(cpu),
+        "character model": lambda: character_model(results),
+        "textbook": lambda: textbook(results),
+        "gpu": lambda: gpu(records),
+        "gpu figures": lambda: figures(cards, "figures") or "There are no figures yet.",
+        "cpu worst": lambda: worst_cases(cpu),
+        "gpu worst": lambda: worst_cases(cards),
+        "gpu constants": lambda: microbenchmarks(results),
+        "step model": step_model.table,
+    }
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every block as the result files have it now.
+
+    Raises:
+        ValueError: a block that nobody makes, or that does not end.
+    """
+    makers = blocks(results)
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in makers:
+            raise ValueError(f"no block is called {name!r}; there are {', '.join(sorted(makers))}")
+        # Without the empty lines some renderers take the text for a part of the comment.
+        return f"<!-- results: {name} -->\n\n{makers[name]()}\n\n<!-- end of {name} -->"
+
+    result = re.sub(r"<!-- results: (.+?) -->\n.*?<!-- end of \1 -->", fill, text, flags=re.DOTALL)
+    opened = re.findall(r"<!-- results: (.+?) -->", text)
+    closed = re.findall(r"<!-- end of (.+?) -->", text)
+    if opened != closed:
+        raise ValueError(f"blocks begin as {opened} and end as {closed}")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; say whether all is as the result files are"
+    )
+    options = parser.parse_args()
+    status = 0
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if before == after:
+            print(f"{path.name}: up to date")
+        elif options.check:
+            print(f"{path.name} differs: run `make readme-figures`")
+            status = 1
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"{path.name}: rewritten")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The result files: where they are, what their rows have in common, and a short table of them.
+
+    python benchmarks/records.py [FOLDER or FILE ...]     # for each suite, mode and backend: how many, mean, worst
+    python benchmarks/records.py --worst 3 [...]          # the worst cases, as options of `python -m rnnfast bench`
+
+Needs nothing but Python: it also runs on machines that have a GPU and little else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# The order in which tables and figures show things; what is not listed comes behind, by name.
+SUITES = ("bar", "grid", "flashrnn", "deepbench", "models", "ragged", "packed", "small")
+CELLS = ("LSTM", "GRU", "RNN")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODES = ("fwd", "fwdbwd", "step")
+MODE_NAMES = {"fwd": "inference", "fwdbwd": "training", "step": "streaming"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result file.
+
+    Args:
+        path: where it lies.
+        data: all of it.
+        device: the device in the file's name: "cpu", "h200".
+    """
+
+    path: Path
+    data: dict[str, Any]
+    device: str
+
+    @property
+    def suite(self) -> str:
+        return str(self.data["suite"])
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that were timed; those of wrong or failed calls are not."""
+        return [row for row in self.data["rows"] if row["correct"] and row["ratio"] is not None]
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.data["rows"] if not row["correct"]]
+
+
+def rank(order: Sequence[str], value: str) -> tuple[int, str]:
+    """For sorting: the place in `order`, then the name."""
+    return (order.index(value) if value in order else len(order), value)
+
+
+def in_order(order: Sequence[str], values: Iterable[str]) -> list[str]:
+    """The different values, those of `order` first."""
+    return sorted(set(values), key=lambda value: rank(order, value))
+
+
+def load(path: Path) -> Record | None:
+    """The file's record; None where it is not a suite's (the demos write other files beside them)."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or "suite" not in data or "rows" not in data:
+        return None
+    return Record(path, data, path.stem.removesuffix(f"-{data['suite']}"))
+
+
+def load_all(folder: Path = RESULTS) -> list[Record]:
+    """Every suite's record in the folder: the CPU's first, then by device; suites in their order."""
+    found = [load(path) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in found if record is not None]
+    return sorted(records, key=lambda r: (r.device != "cpu", r.device, rank(SUITES, r.suite)))
+
+
+def worst(rows: Sequence[Row]) -> Row:
+    """The row with the lowest ratio."""
+    return min(rows, key=lambda row: row["ratio"])
+
+
+def mean_ratio(rows: Sequence[Row]) -> float:
+    """Geometric mean: torch.nn's time over ours, above 1 where we are faster."""
+    return statistics.geometric_mean(row["ratio"] for row in rows)
+
+
+def short_table(records: Sequence[Record]) -> str:
+    """Fixed-width text: a line for each suite, mode and backend."""
+    lines = [("device", "suite", "mode", "backend", "rows", "failed", "mean", "worst", "at")]
+    for record in records:
+        keys = {(row["mode"], row["backend"]) for row in record.data["rows"]}
+        for mode, backend in sorted(keys, key=lambda key: (rank(MODES, key[0]), key[1])):
+
+            def of_key(rows: Sequence[Row], key: tuple[str, str] = (mode, backend)) -> list[Row]:
+                return [row for row in rows if (row["mode"], row["backend"]) == key]
+
+            rows, failed = of_key(record.rows), of_key(record.failures)
+            low = worst(rows) if rows else None
+            lines.append(
+                (
+                    record.device,
+                    record.suite,
+                    mode,
+                    backend,
+                    str(len(rows)),
+                    str(len(failed)),
+                    f"{mean_ratio(rows):.2f}" if rows else "-",
+                    f"{low['ratio']:.2f}" if low else "-",
+                    low["case"] if low else "",
+                )
+            )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def bench_options(row: Row) -> str:
+    """The row's case as options of `python -m rnnfast bench`."""
+    options = [
+        f"--cell {row['cell'].lower()} --hidden {row['H']} --input {row['I']} --batch {row['B']} --steps {row['T']}",
+        f"--layers {row['layers']} --dtype {row['dtype']} --mode {row['mode']}",
+        f"--backends {row['backend'].removesuffix('-graph')}",
+    ]
+    options += ["--bidirectional"] * (row["directions"] == 2)
+    options += [f"--proj {row['P']}"] if row.get("P") else []
+    options += [f"--{word}" for word in ("packed", "lengths") if row["case"].endswith(word)]
+    # How likely a reset is does not stand in the row; the kernels take as long for many as for few.
+    options += ["--resets 0.01"] if row["case"].endswith("resets") else []
+    return " ".join(options)
+
+
+def worst_of(records: Sequence[Record], count: int) -> list[str]:
+    """The options of so many different cases with the lowest ratios."""
+    rows = sorted((row for record in records for row in record.rows), key=lambda row: row["ratio"])
+    return list(dict.fromkeys(bench_options(row) for row in rows))[:count]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("places", nargs="*", type=Path, default=[RESULTS], help="folders and files")
+    parser.add_argument("--worst", type=int, metavar="N", help="print the N worst cases, nothing else")
+    options = parser.parse_args()
+    records: list[Record] = []
+    for place in options.places:
+        if place.is_dir():
+            records += load_all(place)
+        elif (record := load(place)) is not None:
+            records.append(record)
+    if options.worst is not None:
+        print("\n".join(worst_of(records, options.worst)))
+    elif not records:
+        print(f"no result files in {', '.join(map(str, options.places))}")
+    else:
+        print("ratio = torch.nn's time / rnnfast's time (above 1: rnnfast is faster), geometric mean and worst case")
+        print(short_table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
