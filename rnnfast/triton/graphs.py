@@ -1,0 +1,108 @@
+"""The launches of a step loop, a stretch of them captured in a CUDA graph where there are many.
+
+A graph holds CHUNK turns and is replayed until all are done: its kernels find sizes, addresses and the number of turns
+already done in the table (table.py), which is filled anew for each call. So a graph serves every T and every tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import table as tb
+
+# A launch from Python takes some 20 us and one inside a graph little more than 1: at this many turns, the last replay's
+# turns past the end cost less than what the others gain.
+FEWEST_TURNS = 64
+CHUNK = 32
+# Graphs kept. Each takes about a kilobyte a launch.
+CAPACITY = 32
+# Launch options of the kernels that fill tables.
+_SMALL = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+class _Captured(NamedTuple):
+    graph: Any
+    table: Tensor
+    # Recorded behind the last replay: until then the table belongs to it.
+    done: Any
+
+
+_captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+_lock = threading.Lock()
+
+
+def new_table(device: torch.device) -> Tensor:
+    return torch.empty(tb.SIZE, dtype=torch.int64, device=device)
+
+
+def fill(table: Tensor, values: Sequence[int]) -> None:
+    """Writes up to SIZE values to the beginning of `table`, in the order of the stream."""
+    tb.fill[(1,)](table, *values, *[0] * (tb.SIZE - len(values)), **_SMALL)
+
+
+def advance(table: Tensor, turns: int) -> None:
+    """Notes in the table that so many turns are done."""
+    tb.advance[(1,)](table, turns, **_SMALL)
+
+
+def run(
+    key: Hashable, values: list[int], turns: int, device: torch.device, launch: Callable[[Tensor, int], None]
+) -> None:
+    """Launches every turn of a call.
+
+    Args:
+        key: everything that the launches depend on beside the table: kernels, their constants, grids and device.
+        values: the table's, with TURN 0.
+        turns: how many.
+        device: where.
+        launch: (table, turn), launches one turn.
+    """
+    table = new_table(device)
+    # Inside somebody else's capture the launches become part of that graph.
+    if device.type != "cuda" or turns < FEWEST_TURNS or torch.cuda.is_current_stream_capturing():
+        fill(table, values)
+        for turn in range(turns):
+            launch(table, turn)
+        return
+    done = 0
+    with _lock:
+        entry = _captured.get(key)
+        if entry is None:
+            # Kernels are compiled and loaded by their first launch, which no capture may contain.
+            fill(table, values)
+            for turn in range(CHUNK):
+                launch(table, turn)
+            done = CHUNK
+            entry = _capture(device, launch)
+            _captured[key] = entry
+            if len(_captured) > CAPACITY:
+                _captured.popitem(last=False)[1].done.synchronize()
+        _captured.move_to_end(key)
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(entry.done)
+        values[tb.TURN.value] = done
+        fill(entry.table, values)
+        for _ in range(done, turns, CHUNK):
+            entry.graph.replay()
+        entry.done.record(stream)
+
+
+def _capture(device: torch.device, launch: Callable[[Tensor, int], None]) -> _Captured:
+    table = new_table(device)
+    graph = torch.cuda.CUDAGraph()
+    advance(new_table(device), CHUNK)  # so that it is loaded
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for turn in range(CHUNK):
+                launch(table, turn)
+            advance(table, CHUNK)
+        finally:
+            graph.capture_end()
+    return _Captured(graph, table, torch.cuda.Event())

@@ -1,0 +1,384 @@
+"""One launch a step, any H: the kernels of a step's product and cell, forward and backward, all directions in one.
+
+A program takes BLOCK_N hidden units (all their gates) of BLOCK_B batch rows of one direction. State needs no buffers of
+its own: h_{t-1} is read from `output` (or hx), the later step's gradients from `grad_gates`; only c_t and what reaches
+the earlier step past the gates are carried, in the compute type, in a workspace. A row that has ended, is cut by a
+reset or has not begun is a matter of where it reads from. `turn` counts launches: a reversed direction starts at T - 1.
+Turns past the last one do nothing.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from . import cells
+from . import table as tb
+
+
+@triton.jit
+def _tile(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's direction, batch rows and units."""
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.program_id(2).to(tl.int64), b, n
+
+
+@triton.jit
+def _neighbours(table, d, turn, BACKWARD: tl.constexpr):
+    """The number of this turn, its step, and the steps before and after it in the order in which its direction goes."""
+    last = tl.load(table + tb.STEPS) - 1
+    turn += tl.load(table + tb.TURN)
+    forward_in_time = (d == 0) != BACKWARD
+    time = tl.where(forward_in_time, turn, last - turn)
+    towards_later = tl.where(d == 0, 1, -1)
+    return turn, time, time - towards_later, time + towards_later
+
+
+@triton.jit
+def _product(
+    a_row,
+    has_a,
+    size,
+    w,
+    w_row,
+    n,
+    width,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALONG_SUM: tl.constexpr,
+):
+    """a w: (BLOCK_B, BLOCK_N). a_row: pointers to rows of `size` elements, read where has_a.
+
+    w: with ALONG_SUM its rows belong to the results, n < width, and are w_row apart; else to the terms of the sum.
+    """
+    acc = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
+    # Without any row, no turn at all.
+    end = tl.where(tl.max(has_a.to(tl.int32), 0) > 0, size, 0)
+    for start in range(0, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(a_row[:, None] + k[None, :], mask=has_a[:, None] & (k < size)[None, :], other=0.0)
+        mask = (k < size)[:, None] & (n < width)[None, :]
+        if ALONG_SUM:
+            b = tl.load(w + n[None, :] * w_row + k[:, None], mask=mask, other=0.0)
+        else:
+            b = tl.load(w + tl.arange(0, BLOCK_K)[:, None] * w_row + n[None, :], mask=mask, other=0.0)
+            # The matrix may have more elements than 32 bits can count: a pointer that moves.
+            w += BLOCK_K * w_row
+        acc = tl.dot(a.to(PRODUCT), b.to(PRODUCT), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _gate_products(
+    h_row,
+    has_h,
+    size,
+    w,
+    H,
+    n,
+    G: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`W_hh h` of every gate, each (BLOCK_B, BLOCK_N), in one loop: h is read once. w: (G*H, size)."""
+    r0 = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
+    r1, r2, r3 = r0, r0, r0
+    end = tl.where(tl.max(has_h.to(tl.int32), 0) > 0, size, 0)
+    # cast, because Triton makes a constant of an H of 1
+    gate = tl.cast(H, tl.int64) * size
+    for start in range(0, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        h = tl.load(h_row[:, None] + k[None, :], mask=has_h[:, None] & (k < size)[None, :], other=0.0)
+        h = h.to(PRODUCT)
+        # Within one gate 32 bits do; layers.py sees to it.
+        at = n[None, :] * size + k[:, None]
+        mask = (k < size)[:, None] & (n < H)[None, :]
+        r0 = tl.dot(h, tl.load(w + at, mask=mask, other=0.0).to(PRODUCT), r0, input_precision=PRECISION)
+        if G > 1:
+            r1 = tl.dot(h, tl.load(w + gate + at, mask=mask, other=0.0).to(PRODUCT), r1, input_precision=PRECISION)
+            r2 = tl.dot(h, tl.load(w + 2 * gate + at, mask=mask, other=0.0).to(PRODUCT), r2, input_precision=PRECISION)
+        if G > 3:
+            r3 = tl.dot(h, tl.load(w + 3 * gate + at, mask=mask, other=0.0).to(PRODUCT), r3, input_precision=PRECISION)
+    return r0, r1, r2, r3
+
+
+@triton.jit(do_not_specialize=["turn"])
+def forward(
+    table,
+    turn,
+    H,
+    K,
+    MODE: tl.constexpr,
+    G: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gates and cell of one step. H hidden units, K = P or H elements of h."""
+    d, b, n = _tile(BLOCK_B, BLOCK_N)
+    D = tl.num_programs(2)
+    batch = tl.load(table + tb.BATCH)
+    turn, time, before_time, after_time = _neighbours(table, d, turn, False)
+    has_place, alive, row = tb.rows_at(table, time, b)
+    _, before, before_row = tb.rows_at(table, before_time, b)
+    _, after, _ = tb.rows_at(table, after_time, b)
+    # A boundary stands before its step in time: a reversed direction meets it on leaving that step.
+    cut = tb.resets_at(table, tl.where(d == 0, row, before_row), tl.where(d == 0, alive, before))
+    from_output = alive & before & (cut == 0)
+    from_initial = alive & (before == 0) & (cut == 0)
+
+    h_row = tl.where(
+        from_output,
+        tb.pointer(table, tb.OUTPUT, DTYPE) + (before_row * D + d) * K,
+        tb.pointer(table, tb.HX, DTYPE) + (d * batch + b) * K,
+    )
+    has_h = from_output | tb.if_there(table, tb.HX, from_initial)
+    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * G * H * K
+    r0, r1, r2, r3 = _gate_products(h_row, has_h, K, w, H, n, G, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+
+    unit = (n < H)[None, :]
+    runs = alive[:, None] & unit
+    # Rows without a state before: not even 0 * inf of the weights.
+    r0 = tl.where(has_h[:, None], r0, 0.0)
+    r1 = tl.where(has_h[:, None], r1, 0.0)
+    r2 = tl.where(has_h[:, None], r2, 0.0)
+    r3 = tl.where(has_h[:, None], r3, 0.0)
+    gates_at = ((row * D + d) * G * H)[:, None] + n[None, :]
+    x0 = tb.read(table, tb.GATES, gates_at, runs, DTYPE, COMPUTE)
+    x1, x2, x3 = x0, x0, x0
+    if G > 1:
+        x1 = tb.read(table, tb.GATES, gates_at + H, runs, DTYPE, COMPUTE)
+        x2 = tb.read(table, tb.GATES, gates_at + 2 * H, runs, DTYPE, COMPUTE)
+    if G > 3:
+        x3 = tb.read(table, tb.GATES, gates_at + 3 * H, runs, DTYPE, COMPUTE)
+    state_at = ((d * batch + b) * H)[:, None] + n[None, :]
+    h, c = r0, r0
+    if MODE == cells.GRU:
+        r2 += tb.read(table, tb.BIAS_N, d * H + n, n < H, DTYPE, COMPUTE)[None, :]
+        h = tl.load(h_row[:, None] + n[None, :], mask=has_h[:, None] & unit, other=0.0).to(COMPUTE)
+    if MODE == cells.LSTM:
+        c = tb.read(table, tb.CARRY, state_at, from_output[:, None] & unit, COMPUTE, COMPUTE)
+        c += tb.read(table, tb.CX, state_at, from_initial[:, None] & unit, DTYPE, COMPUTE)
+    h, c, s0, s1, s2, s3 = cells.forward(MODE, x0, x1, x2, x3, r0, r1, r2, r3, h, c)
+
+    # Where a row has ended, zero is written.
+    placed = has_place[:, None] & unit
+    row_at = ((row * D + d) * H)[:, None] + n[None, :]
+    # A row without any step hands its initial state through.
+    handed = tb.never_begins(table, b, turn == 0)[:, None] & unit
+    final = (runs & (after == 0)[:, None]) | handed
+    if PROJECTED:
+        tb.write(table, tb.HIDDEN, state_at, h, runs, DTYPE)
+    else:
+        tb.write(table, tb.OUTPUT, row_at, tl.where(runs, h, 0.0), placed, DTYPE)
+        hx = tb.read(table, tb.HX, state_at, handed, DTYPE, COMPUTE)
+        tb.write(table, tb.H_N, state_at, tl.where(handed, hx, h), final, DTYPE)
+    if MODE == cells.LSTM:
+        tb.write(table, tb.CARRY, state_at, c, runs, COMPUTE)
+        tb.write(table, tb.CELLS, row_at, tl.where(runs, c, 0.0), placed, DTYPE)
+        cx = tb.read(table, tb.CX, state_at, handed, DTYPE, COMPUTE)
+        tb.write(table, tb.C_N, state_at, tl.where(handed, cx, c), final, DTYPE)
+    if G > 1:
+        reserve_at = ((row * D + d) * 4 * H)[:, None] + n[None, :]
+        tb.write(table, tb.RESERVE, reserve_at, tl.where(runs, s0, 0.0), placed, DTYPE)
+        tb.write(table, tb.RESERVE, reserve_at + H, tl.where(runs, s1, 0.0), placed, DTYPE)
+        tb.write(table, tb.RESERVE, reserve_at + 2 * H, tl.where(runs, s2, 0.0), placed, DTYPE)
+        tb.write(table, tb.RESERVE, reserve_at + 3 * H, tl.where(runs, s3, 0.0), placed, DTYPE)
+
+
+@triton.jit(do_not_specialize=["turn"])
+def project_forward(
+    table,
+    turn,
+    H,
+    K,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h_t = W_hr (o tanh(c)), after `forward` of the same turn. A program's units are those of h."""
+    d, b, n = _tile(BLOCK_B, BLOCK_N)
+    D = tl.num_programs(2)
+    batch = tl.load(table + tb.BATCH)
+    turn, time, _, after_time = _neighbours(table, d, turn, False)
+    has_place, alive, row = tb.rows_at(table, time, b)
+    _, after, _ = tb.rows_at(table, after_time, b)
+    a_row = tb.pointer(table, tb.HIDDEN, DTYPE) + (d * batch + b) * H
+    w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * K * H
+    h = _product(a_row, alive, H, w, H, n, K, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, True)
+    unit = (n < K)[None, :]
+    runs = alive[:, None] & unit
+    state_at = ((d * batch + b) * K)[:, None] + n[None, :]
+    row_at = ((row * D + d) * K)[:, None] + n[None, :]
+    handed = tb.never_begins(table, b, turn == 0)[:, None] & unit
+    hx = tb.read(table, tb.HX, state_at, handed, DTYPE, COMPUTE)
+    tb.write(table, tb.OUTPUT, row_at, tl.where(runs, h, 0.0), has_place[:, None] & unit, DTYPE)
+    tb.write(table, tb.H_N, state_at, tl.where(handed, hx, h), (runs & (after == 0)[:, None]) | handed, DTYPE)
+
+
+@triton.jit(do_not_specialize=["turn"])
+def backward(
+    table,
+    turn,
+    H,
+    K,
+    MODE: tl.constexpr,
+    G: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gates' gradients of one step; one turn after the last, those of hx and cx."""
+    d, b, n = _tile(BLOCK_B, BLOCK_N)
+    D = tl.num_programs(2)
+    batch = tl.load(table + tb.BATCH)
+    steps = tl.load(table + tb.STEPS)
+    turn, time, before_time, after_time = _neighbours(table, d, turn, True)
+    has_place, alive, row = tb.rows_at(table, time, b)
+    _, before, before_row = tb.rows_at(table, before_time, b)
+    _, after, after_row = tb.rows_at(table, after_time, b)
+    cut = tb.resets_at(table, tl.where(d == 0, row, before_row), tl.where(d == 0, alive, before & alive))
+    # A reversed direction's boundary between this step and the later one belongs to this step.
+    cut_after = tb.resets_at(table, tl.where(d == 0, after_row, row), tl.where(d == 0, after, alive))
+    comes_back = after & (cut_after == 0)
+
+    if PROJECTED:
+        has_a = alive
+        a_row = tb.pointer(table, tb.GRAD_PROJECTED, DTYPE) + (row * D + d) * K
+        w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * K * H
+        dh = _product(a_row, has_a, K, w, H, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+    else:
+        has_a = comes_back
+        a_row = _later_gradients(table, (after_row * D + d) * G * H, MODE, DTYPE)
+        w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * G * H * K
+        dh = _product(a_row, has_a, G * H, w, K, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+    dh = tl.where(has_a[:, None], dh, 0.0)
+
+    unit = (n < H)[None, :]
+    runs = alive[:, None] & unit
+    first = runs & (after == 0)[:, None]  # the first step of the backward pass
+    state_at = ((d * batch + b) * H)[:, None] + n[None, :]
+    row_at = ((row * D + d) * H)[:, None] + n[None, :]
+    before_at = ((before_row * D + d) * H)[:, None] + n[None, :]
+    from_step = runs & (before & (cut == 0))[:, None]
+    from_initial = runs & ((before == 0) & (cut == 0))[:, None]
+    if PROJECTED == 0:
+        dh += tb.read(table, tb.GRAD_OUTPUT, row_at, runs, DTYPE, COMPUTE)
+        dh += tb.read(table, tb.GRAD_H_N, state_at, first, DTYPE, COMPUTE)
+    carry, dc, h, c, h_new, c_new, s0 = dh, dh, dh, dh, dh, dh, dh
+    s1, s2, s3 = s0, s0, s0
+    if G > 1:
+        carry = tb.read(table, tb.CARRY, state_at, comes_back[:, None] & unit, COMPUTE, COMPUTE)
+        reserve_at = ((row * D + d) * 4 * H)[:, None] + n[None, :]
+        s0 = tb.read(table, tb.RESERVE, reserve_at, runs, DTYPE, COMPUTE)
+        s1 = tb.read(table, tb.RESERVE, reserve_at + H, runs, DTYPE, COMPUTE)
+        s2 = tb.read(table, tb.RESERVE, reserve_at + 2 * H, runs, DTYPE, COMPUTE)
+        s3 = tb.read(table, tb.RESERVE, reserve_at + 3 * H, runs, DTYPE, COMPUTE)
+    if MODE == cells.LSTM:
+        c_new = tb.read(table, tb.CELLS, row_at, runs, DTYPE, COMPUTE)
+        c = tb.read(table, tb.CELLS, before_at, from_step, DTYPE, COMPUTE)
+        c += tb.read(table, tb.CX, state_at, from_initial, DTYPE, COMPUTE)
+        dc = carry + tb.read(table, tb.GRAD_CELLS, row_at, runs, DTYPE, COMPUTE)
+        dc += tb.read(table, tb.GRAD_C_N, state_at, first, DTYPE, COMPUTE)
+    elif MODE == cells.GRU:
+        dh += carry
+        h = tb.read(table, tb.OUTPUT, before_at, from_step, DTYPE, COMPUTE)
+        h += tb.read(table, tb.HX, state_at, from_initial, DTYPE, COMPUTE)
+    else:
+        h_new = tb.read(table, tb.OUTPUT, row_at, runs, DTYPE, COMPUTE)
+    d0, d1, d2, d3, d_rec_n, carried = cells.backward(MODE, s0, s1, s2, s3, h, c, h_new, c_new, dh, dc)
+
+    placed = has_place[:, None] & unit
+    gates_at = ((row * D + d) * G * H)[:, None] + n[None, :]
+    tb.write(table, tb.GRAD_GATES, gates_at, tl.where(runs, d0, 0.0), placed, DTYPE)
+    if G > 1:
+        tb.write(table, tb.CARRY, state_at, carried, runs, COMPUTE)
+        tb.write(table, tb.GRAD_GATES, gates_at + H, tl.where(runs, d1, 0.0), placed, DTYPE)
+        tb.write(table, tb.GRAD_GATES, gates_at + 2 * H, tl.where(runs, d2, 0.0), placed, DTYPE)
+    if G > 3:
+        tb.write(table, tb.GRAD_GATES, gates_at + 3 * H, tl.where(runs, d3, 0.0), placed, DTYPE)
+    if MODE == cells.GRU:
+        tb.write(table, tb.GRAD_GATES_HH, gates_at, tl.where(runs, d0, 0.0), placed, DTYPE)
+        tb.write(table, tb.GRAD_GATES_HH, gates_at + H, tl.where(runs, d1, 0.0), placed, DTYPE)
+        tb.write(table, tb.GRAD_GATES_HH, gates_at + 2 * H, tl.where(runs, d_rec_n, 0.0), placed, DTYPE)
+    # Rows whose last step is done hand on what came back; those without any step, what they were given.
+    ends = ((alive == 0) & after)[:, None] & unit
+    handed = tb.never_begins(table, b, turn == steps)[:, None] & unit
+    if PROJECTED == 0:
+        given = tb.read(table, tb.GRAD_H_N, state_at, handed, DTYPE, COMPUTE)
+        back = tl.where(comes_back[:, None], dh, 0.0)
+        tb.write(table, tb.GRAD_HX, state_at, tl.where(handed, given, back), ends | handed, DTYPE)
+    if MODE == cells.LSTM:
+        given = tb.read(table, tb.GRAD_C_N, state_at, handed, DTYPE, COMPUTE)
+        tb.write(table, tb.GRAD_CX, state_at, tl.where(handed, given, carry), ends | handed, DTYPE)
+
+
+@triton.jit
+def _later_gradients(table, index, MODE: tl.constexpr, DTYPE: tl.constexpr):
+    """Pointers to the gradients of `W_hh h`."""
+    if MODE == cells.GRU:
+        return tb.pointer(table, tb.GRAD_GATES_HH, DTYPE) + index
+    else:
+        return tb.pointer(table, tb.GRAD_GATES, DTYPE) + index
+
+
+@triton.jit(do_not_specialize=["turn"])
+def project_backward(
+    table,
+    turn,
+    H,
+    K,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradient of h_t, and of hx, before `backward` of the same turn. A program's units are those of h."""
+    d, b, n = _tile(BLOCK_B, BLOCK_N)
+    D = tl.num_programs(2)
+    batch = tl.load(table + tb.BATCH)
+    turn, time, _, after_time = _neighbours(table, d, turn, True)
+    has_place, alive, row = tb.rows_at(table, time, b)
+    _, after, after_row = tb.rows_at(table, after_time, b)
+    cut_after = tb.resets_at(table, tl.where(d == 0, after_row, row), tl.where(d == 0, after, alive))
+    comes_back = after & (cut_after == 0)
+    a_row = _later_gradients(table, (after_row * D + d) * 4 * H, cells.LSTM, DTYPE)
+    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * 4 * H * K
+    dh = _product(a_row, comes_back, 4 * H, w, K, n, K, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+    dh = tl.where(comes_back[:, None], dh, 0.0)
+    unit = (n < K)[None, :]
+    runs = alive[:, None] & unit
+    state_at = ((d * batch + b) * K)[:, None] + n[None, :]
+    row_at = ((row * D + d) * K)[:, None] + n[None, :]
+    ends = ((alive == 0) & after)[:, None] & unit
+    handed = tb.never_begins(table, b, turn == tl.load(table + tb.STEPS))[:, None] & unit
+    given = tb.read(table, tb.GRAD_H_N, state_at, (runs & (after == 0)[:, None]) | handed, DTYPE, COMPUTE)
+    tb.write(table, tb.GRAD_HX, state_at, tl.where(handed, given, dh), ends | handed, DTYPE)
+    dh += tb.read(table, tb.GRAD_OUTPUT, row_at, runs, DTYPE, COMPUTE) + given
+    tb.write(table, tb.GRAD_PROJECTED, row_at, tl.where(runs, dh, 0.0), has_place[:, None] & unit, DTYPE)

@@ -1,0 +1,160 @@
+"""What a launch is given: a small table in device memory with every size and address of a call.
+
+Kernels take the table, not pointers and sizes. So T and B are never part of what Triton specialises on, a tensor that
+is absent is an address of zero behind a mask and not another compiled kernel, and a captured graph of launches serves
+every later call of its shape: only the table is filled anew.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+# The places in the table. Sizes and strides; strides count rows.
+STEPS = tl.constexpr(0)
+BATCH = tl.constexpr(1)
+STEP_STRIDE = tl.constexpr(2)  # 0 for packed rows
+BATCH_STRIDE = tl.constexpr(3)
+TURN = tl.constexpr(4)  # the turns that earlier launches of a captured graph have done
+# Addresses; 0 where there is no such tensor.
+OFFSETS = tl.constexpr(5)  # (T + 1,) int64, packed rows: where each step's rows begin
+LENGTHS = tl.constexpr(6)  # (B,) int64
+RESETS = tl.constexpr(7)  # bool, one a row
+HX = tl.constexpr(8)
+CX = tl.constexpr(9)
+WEIGHT_HH = tl.constexpr(10)  # (D, G*H, P or H)
+WEIGHT_HR = tl.constexpr(11)  # (D, P, H)
+BIAS_N = tl.constexpr(12)  # (D, H), GRU: b_hn
+CARRY = tl.constexpr(13)  # (D, B, H) in the compute type: c_t; backward: what reaches the earlier step past the gates
+HIDDEN = tl.constexpr(14)  # (D, B, H), projected forward: o tanh(c)
+OUTPUT = tl.constexpr(15)
+CELLS = tl.constexpr(16)
+RESERVE = tl.constexpr(17)
+GATES = tl.constexpr(18)
+H_N = tl.constexpr(19)
+C_N = tl.constexpr(20)
+GRAD_OUTPUT = tl.constexpr(21)
+GRAD_H_N = tl.constexpr(22)
+GRAD_C_N = tl.constexpr(23)
+GRAD_CELLS = tl.constexpr(24)
+GRAD_GATES = tl.constexpr(25)
+GRAD_GATES_HH = tl.constexpr(26)
+GRAD_HX = tl.constexpr(27)
+GRAD_CX = tl.constexpr(28)
+GRAD_PROJECTED = tl.constexpr(29)
+SIZE = 32
+
+
+@triton.jit
+def advance(table, turns):
+    """The last launch of a captured graph: its next replay goes on where this one ends."""
+    tl.store(table + TURN, tl.load(table + TURN) + turns)
+
+
+@triton.jit(do_not_specialize=[f"a{i}" for i in range(SIZE)])
+def fill(
+    table, a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64,
+    a7: tl.int64, a8: tl.int64, a9: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64,
+    a14: tl.int64, a15: tl.int64, a16: tl.int64, a17: tl.int64, a18: tl.int64, a19: tl.int64, a20: tl.int64,
+    a21: tl.int64, a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64,
+    a28: tl.int64, a29: tl.int64, a30: tl.int64, a31: tl.int64,
+):  # fmt: skip
+    """table[i] = a_i. A launch, because a copy from the host could not be captured in a graph."""
+    tl.store(table + 0, a0)
+    tl.store(table + 1, a1)
+    tl.store(table + 2, a2)
+    tl.store(table + 3, a3)
+    tl.store(table + 4, a4)
+    tl.store(table + 5, a5)
+    tl.store(table + 6, a6)
+    tl.store(table + 7, a7)
+    tl.store(table + 8, a8)
+    tl.store(table + 9, a9)
+    tl.store(table + 10, a10)
+    tl.store(table + 11, a11)
+    tl.store(table + 12, a12)
+    tl.store(table + 13, a13)
+    tl.store(table + 14, a14)
+    tl.store(table + 15, a15)
+    tl.store(table + 16, a16)
+    tl.store(table + 17, a17)
+    tl.store(table + 18, a18)
+    tl.store(table + 19, a19)
+    tl.store(table + 20, a20)
+    tl.store(table + 21, a21)
+    tl.store(table + 22, a22)
+    tl.store(table + 23, a23)
+    tl.store(table + 24, a24)
+    tl.store(table + 25, a25)
+    tl.store(table + 26, a26)
+    tl.store(table + 27, a27)
+    tl.store(table + 28, a28)
+    tl.store(table + 29, a29)
+    tl.store(table + 30, a30)
+    tl.store(table + 31, a31)
+
+
+@triton.jit
+def pointer(table, SLOT: tl.constexpr, DTYPE: tl.constexpr):
+    """The address in a place of the table. Tensors begin at multiples of 16 bytes: that allows wide loads."""
+    return tl.multiple_of(tl.load(table + SLOT).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def if_there(table, SLOT: tl.constexpr, mask):
+    """The mask where there is such a tensor. (Not `mask & ...`: the interpreter makes integers of a scalar's truth.)"""
+    return tl.where(mask, tl.load(table + SLOT), 0) != 0
+
+
+@triton.jit
+def read(table, SLOT: tl.constexpr, index, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Elements at 64-bit indices, in the compute type; zero where the mask does not hold or there is no tensor."""
+    value = tl.load(pointer(table, SLOT, DTYPE) + index, mask=if_there(table, SLOT, mask), other=0.0)
+    return value.to(COMPUTE)
+
+
+@triton.jit
+def write(table, SLOT: tl.constexpr, index, value, mask, DTYPE: tl.constexpr):
+    """Nothing where the mask does not hold or there is no tensor."""
+    tl.store(pointer(table, SLOT, DTYPE) + index, value.to(DTYPE), mask=if_there(table, SLOT, mask))
+
+
+@triton.jit
+def rows_at(table, time, b):
+    """The batch rows b, int64, at a step: whether each has a place there, whether it is alive, its row.
+
+    A dense row beyond its length has a place, to be written zero; a packed one has none.
+    """
+    steps = tl.load(table + STEPS)
+    batch = tl.load(table + BATCH)
+    inside = (time >= 0) & (time < steps)
+    packed = tl.load(table + OFFSETS) != 0
+    offsets = pointer(table, OFFSETS, tl.int64)
+    first = tl.load(offsets + time, mask=inside & packed, other=0)
+    end = tl.load(offsets + time + 1, mask=inside & packed, other=0)
+    count = tl.where(packed, end - first, tl.where(inside, batch, 0))
+    has_place = b < count
+    alive = has_place & (time < lengths_of(table, b))
+    row = first + time * tl.load(table + STEP_STRIDE) + b * tl.load(table + BATCH_STRIDE)
+    return has_place, alive, row
+
+
+@triton.jit
+def lengths_of(table, b):
+    """Rows' lengths. Values beyond T do no harm; T where there are none given, also for packed rows."""
+    mask = if_there(table, LENGTHS, b < tl.load(table + BATCH))
+    return tl.load(pointer(table, LENGTHS, tl.int64) + b, mask=mask, other=tl.load(table + STEPS))
+
+
+@triton.jit
+def resets_at(table, row, mask):
+    """Whether a segment begins at a row."""
+    return tl.load(pointer(table, RESETS, tl.int8) + row, mask=if_there(table, RESETS, mask), other=0) != 0
+
+
+@triton.jit
+def never_begins(table, b, now):
+    """Whether a batch row has no step at all, so that its initial state is its final one; False but for `now`."""
+    return (b < tl.where(now, tl.load(table + BATCH), 0)) & (
+        tl.minimum(lengths_of(table, b), tl.load(table + STEPS)) <= 0
+    )

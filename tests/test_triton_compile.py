@@ -1,0 +1,136 @@
+"""The Triton kernels compiled ahead of time, without a GPU: what each configuration takes, and what makes Triton
+compile anew. Compilations run in processes of their own, where TRITON_INTERPRET is not set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnnfast import libraries
+
+if libraries.triton_error is not None:
+    pytest.skip(libraries.triton_error, allow_module_level=True)
+
+# What a program may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for
+# gfx942 the CDNA3 ISA guide.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TESTS = Path(__file__).parent
+
+
+def python(*arguments: str) -> str:
+    """The output of a Python process that compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def measured(target: str, pattern: str) -> list[dict[str, Any]]:
+    lines = python(str(TESTS / "triton_aot.py"), "--targets", target, "--only", pattern).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert found, f"no configuration matches {pattern}"
+    return found
+
+
+def check_resources(found: list[dict[str, Any]]) -> None:
+    for kernel in found:
+        name = f"{kernel['configuration']} for {kernel['target']}"
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], f"{name}: {kernel['shared']} bytes of shared memory"
+        if kernel["family"] == "persistent" and kernel["target"] != "gfx942":
+            assert kernel["stack"] == kernel["local"] == 0, f"{name}: spills"
+
+
+# The largest of the persistent kernels, and step kernels of each kind of product.
+USUAL = "persistent .* (LSTM|GRU) bfloat16 ieee 16x128|step forward GRU (bfloat16|float64)"
+
+
+@pytest.mark.parametrize(
+    ("target", "pattern"),
+    [
+        ("sm_90", USUAL),
+        *(
+            pytest.param(target, family, marks=pytest.mark.exhaustive)
+            for target in ("sm_80", "sm_90", "sm_100")
+            for family in ("persistent", "step")
+        ),
+    ],
+)
+def test_shared_memory_and_spills(target: str, pattern: str) -> None:
+    check_resources(measured(target, pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["step forward LSTM bfloat16 ieee 16", pytest.param("step .* bfloat16", marks=pytest.mark.exhaustive)]
+)
+def test_amd(pattern: str) -> None:
+    """Nothing in the kernels is CUDA's own. The step kernels: AMD's 64 KiB hold other sizes than the table's."""
+    check_resources(measured("gfx942", pattern))
+
+
+COUNT = """
+import itertools, sys
+import torch
+from triton.runtime.jit import JITFunction
+from rnnfast.triton import graphs, layers, persistent, plan, step, table
+
+# Instead of a launch: what Triton would look its compiled kernel up by.
+keys = set()
+
+def run(self, *arguments, grid, warmup, **options):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+    binder = create_function_from_signature(self.signature, self.params, make_backend(GPUTarget("cuda", 90, 32)))
+    bound, specialization, rest = binder(*arguments, **options)
+    keys.add((self.fn.__name__, self.fn.__module__, str(specialization), str(rest)))
+
+JITFunction.run = run
+
+def call(T, B, H, dtype, packed=False, **given):
+    weight = [torch.zeros(4 * H, H, dtype=dtype)]
+    rows = (T * B,) if packed else (T, B)
+    sizes = torch.full((T,), B) if packed else None
+    tensor = lambda *shape: torch.zeros(shape, dtype=dtype)
+    state = {name: tensor(1, B, H) if given.get("initial") else None for name in ("hx", "cx")}
+    lengths = torch.full((B,), T) if given.get("lengths") else None
+    results = layers.recurrence_forward("LSTM", tensor(*rows, 4 * H), weight, [], [], *state.values(), sizes, lengths,
+                                        None, False, bool(given.get("save")))
+    layers.recurrence_backward("LSTM", tensor(*rows, H), None, None, None, tensor(*rows, H), tensor(*rows, H),
+                               tensor(*rows, 4 * H), weight, [], *state.values(), sizes, lengths, None, False)
+
+counts = {}
+for family, H, dtype in (("persistent", 64, torch.bfloat16), ("step", 160, torch.bfloat16)):
+    keys.clear()
+    for T, B in itertools.product((1, 2, 7, 16, 33), (1, 3, 16, 32)):
+        for options in ({}, {"initial": True}, {"lengths": True, "save": True}, {"packed": True}):
+            call(T, B, H, dtype, **options)
+    small = len(keys)
+    call(3, 100, H, dtype)
+    call(5, 4096, H, dtype)
+    call(2, 33, H, dtype)
+    counts[family] = [small, len(keys)]
+import json
+print(json.dumps(counts))
+"""
+
+
+def test_no_compilation_for_another_length_or_batch() -> None:
+    """One for forward, one for backward, one for the table; a large batch has tiles of its own, the same for all."""
+    assert json.loads(python("-c", COUNT)) == {"persistent": [3, 3], "step": [3, 5]}
+
+
+def test_a_hidden_size_of_one() -> None:
+    """Triton makes a constant of it."""
+    code = """
+import triton_aot as t
+c = next(c for c in t.configurations() if c.family == "step" and c.mode == "LSTM" and not c.divisible)
+for kernel in ("forward", "backward"):
+    t.compile_for("sm_90", c._replace(kernel=kernel), ones=("H", "K"))
+"""
+    python("-c", code)

@@ -1,0 +1,144 @@
+"""Compiles every configuration of the Triton kernels for GPUs that are not here, and reads what each takes.
+
+python tests/triton_aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--only PATTERN]: one line of JSON a kernel.
+test_triton_compile.py runs it in a process of its own, where TRITON_INTERPRET is not set.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+# Before Triton is imported. FP_FUSION: what it does by default in all versions that we know; later ones ask for a word.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rnnfast.reference import GATES
+from rnnfast.triton import layers, persistent, plan, step
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# One type of 16 bits stands for both, and one RNN for all: they differ in single instructions.
+MODES = ["LSTM", "GRU", "RNN_TANH"]
+ARITHMETICS = [
+    (torch.bfloat16, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "ieee"),
+    (torch.float64, "ieee"),
+]
+
+
+class Configuration(NamedTuple):
+    """A kernel with its constants, and whether hidden sizes are multiples of 16, which allows wide loads."""
+
+    family: str
+    kernel: str
+    mode: str
+    dtype: torch.dtype
+    precision: str
+    tiles: plan.Tiles
+    projected: bool
+    divisible: bool
+
+    def __str__(self) -> str:
+        words = [self.family, self.kernel, self.mode, str(self.dtype).removeprefix("torch."), self.precision]
+        words += [f"{self.tiles.batch}x{self.tiles.units}"]
+        words += (["projected"] if self.projected else []) + (["H % 16"] if not self.divisible else [])
+        return " ".join(words)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Everything that plan.py can choose."""
+    for mode, (dtype, precision), divisible in itertools.product(MODES, ARITHMETICS, (True, False)):
+        gates = GATES[mode]
+        for size in (16, 32, 64, 128, 256):
+            tiles = plan.persistent_tiles(gates, dtype, precision, size if divisible else size - 1)
+            if tiles is not None:
+                for kernel in ("forward", "backward"):
+                    yield Configuration("persistent", kernel, mode, dtype, precision, tiles, False, divisible)
+        if not divisible and dtype != torch.bfloat16:
+            continue
+        for batch, projected in itertools.product((16, 4096), (False, True) if mode == "LSTM" else (False,)):
+            for kernel in ("forward", "backward"):
+                # as layers.py has it: products with one accumulator have the other tiles
+                single = plan.step_tiles(gates, dtype, precision, batch, kernel == "backward" or gates == 1)
+                yield Configuration("step", kernel, mode, dtype, precision, single, projected, divisible)
+                if projected:
+                    tiles = plan.step_tiles(1, dtype, precision, batch, True)
+                    yield Configuration("step", f"project_{kernel}", mode, dtype, precision, tiles, True, divisible)
+
+
+def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...] = ()) -> Any:
+    """The compiled kernel. ones: arguments that are 1, of which Triton makes constants."""
+    c = configuration
+    kernel = getattr(persistent if c.family == "persistent" else step, c.kernel)
+    every = layers.constants(c.mode, c.dtype, c.precision) | {
+        "PROJECTED": c.projected,
+        "BLOCK_B": c.tiles.batch,
+        "BLOCK_N": c.tiles.units,
+        "BLOCK_K": c.tiles.terms,
+        **dict.fromkeys(ones, 1),
+    }
+    names = kernel.arg_names
+    signature = {name: "constexpr" if (name.isupper() and len(name) > 1) or name == "G" else "i32" for name in names}
+    signature |= {"table": "*i64"} | dict.fromkeys(ones, "constexpr")
+    divisible = ["table", *(["H", "K"] if c.divisible else [])]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible}
+    constants = {(i,): every[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = plan.options(c.tiles, c.family == "persistent", TARGETS[target].backend)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory of the one kernel in a cubin, as cuobjdump says."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True).stdout
+    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.decode())}
+
+
+def measure(work: tuple[str, Configuration]) -> dict[str, Any]:
+    target, configuration = work
+    compiled = compile_for(target, configuration)
+    found: dict[str, Any] = {
+        "target": target,
+        "configuration": str(configuration),
+        "family": configuration.family,
+        "shared": compiled.metadata.shared,
+    }
+    return found | (resources(compiled.asm["cubin"]) if "cubin" in compiled.asm else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--only", default="", help="only configurations whose name matches this regular expression")
+    arguments = parser.parse_args()
+    distinct = [c for c in dict.fromkeys(configurations()) if re.search(arguments.only, str(c))]
+    work = [(target, c) for target in arguments.targets for c in distinct]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(measure, work):
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
