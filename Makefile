@@ -4,24 +4,30 @@ TORCH  ?= torch
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= out
+# CUDA code of a development build: two generations compile in a third of the time that setup.py's whole list takes, which
+# is what `make wheel` and pip build. `make cuda RNNFAST_CUDA_ARCHS=8.6` changes what is built here.
+ARCHS  := $(or $(RNNFAST_CUDA_ARCHS),8.0;9.0a)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 PY      := $(VENV)/bin/python
 # One stamp per requirement: asking for another torch makes a new stamp and removes the old one.
 TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
 BUILT   := $(VENV)/.built
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-FORMAT  := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*')
+FORMAT  := $(shell find csrc tests/cpp benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: wheel-check help build demo test test-exhaustive test-all test-gpu lint format bench wheel clean
+.PHONY: wheel-check help build cuda emulated demo test test-exhaustive test-all test-gpu lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo             train a character model with torch.nn and with rnnfast side by side (4 minutes)'
 	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
-	@echo 'make bench            time the layers against torch.nn; result in benchmarks/results/'
+	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
+	@echo 'make test-gpu         the tests that need a CUDA device'
+	@echo 'make bench            time the layers against torch.nn (10 minutes); results in benchmarks/results/'
+	@echo 'make readme-figures   the README'"'"'s figures and tables anew from the result files'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
-	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python'
+	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python, RNNFAST_CUDA_ARCHS=8.6 what make cuda builds for'
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo '$(PYTHON) is older than 3.10: set PYTHON='; exit 1; }
@@ -34,21 +40,30 @@ $(TORCHED): | $(PY)
 
 # The extension is built against the torch in .venv, and runs with every other one: a new torch needs no new build.
 $(BUILT): $(SOURCES) | $(TORCHED)
-	$(PY) -m pip install -q --no-build-isolation -e '.[bench,dev]'
+	RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -q --no-build-isolation -e '.[bench,dev]'
 	@touch $@
 
 # The order-only stamp above would not be looked at again once $(BUILT) exists, hence both here.
 build: $(TORCHED) $(BUILT)
 
+cuda: build
+	RNNFAST_CUDA=1 RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py -q build_ext --inplace
+	$(PY) benchmarks/cuda_resources.py
+
+# The CUDA kernels for the host, and the C++ test programs.
+emulated: build
+	$(PY) tests/build_emulated.py --quiet
+
 demo: build
 	$(PY) benchmarks/train_charlm.py --out $(OUT)
 	$(PY) benchmarks/train_digits.py --out $(OUT)
 
-test: build
-	$(PY) -m pytest
+# Two processes, whatever the machine: a test's own threads need room too.
+test: emulated
+	$(PY) -m pytest -n 2 --dist worksteal
 
-test-exhaustive: build
-	$(PY) -m pytest -m 'exhaustive and not gpu'
+test-exhaustive: emulated
+	$(PY) -m pytest -n 2 --dist worksteal -m 'exhaustive and not gpu'
 
 test-all: test test-exhaustive
 
@@ -67,7 +82,13 @@ format: build
 	$(if $(FORMAT),$(VENV)/bin/clang-format -i $(FORMAT))
 
 bench: build
-	$(PY) benchmarks/run.py bar small packed
+	$(PY) benchmarks/run.py --suite bar,small,packed,ragged,models --seconds 2
+	$(PY) benchmarks/plot.py
+
+# The README's figures and tables, from the result files alone.
+readme-figures: build
+	$(PY) benchmarks/plot.py
+	$(PY) benchmarks/readme.py
 
 wheel: build
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

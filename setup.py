@@ -1,17 +1,22 @@
-"""Builds rnnfast's C++ library: one shared object without a Python symbol, for torch >= 2.10 and CPython >= 3.10.
+"""Builds rnnfast's C++ libraries without a Python symbol, for torch >= 2.10 and CPython >= 3.10: `_C_cpu.so`, and where
+nvcc is found `_C_cuda.so`, whether or not this machine has a GPU or its torch knows CUDA.
 
-The compiler is driven through a small ninja file: the kernels are compiled once for each instruction set, with
-dependency tracking.
-Environment: CXX (compiler), CXXFLAGS (added), MAX_JOBS (compilations at once).
+The compilers are driven through small ninja files, with dependency tracking.
+Environment: CXX (compiler), CXXFLAGS (added), MAX_JOBS (compilations at once); RNNFAST_CUDA (0: no CUDA library, 1: an
+error where there can be none), RNNFAST_CUDA_ARCHS (as in "8.0;9.0a"), CUDA_HOME (another nvcc than the one on PATH),
+NVCC_THREADS (architectures of one file compiled at once), NVCC_CCBIN (nvcc's host compiler).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,11 +24,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_LIBRARY = "_C_cpu.so"
+CSRC = ROOT / "csrc"
+CPU = "rnnfast._C_cpu"
+CUDA = "rnnfast._C_cuda"
+CPU_BUILD = ROOT / "build" / f"cpu-{platform.machine()}"
+CUDA_BUILD = ROOT / "build" / f"cuda-{platform.machine()}"
 
-COMMON_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020a000000000000".split()
-)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+COMMON_FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror {STABLE_ABI}".split()
 # The kernels throw nothing and include no torch header. -Wno-psabi: vectors are passed only inside one compile unit.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -Wno-psabi".split()
 # (name in RNNFAST_CPU_ISA, table in kernels.h, flags)
@@ -37,83 +45,233 @@ ISAS = {
     "other": [("portable", "kKernelsPortable", [])],
 }
 
-
-def ninja_program() -> str:
-    try:
-        import ninja  # the PyPI package carries the program
-
-        program = str(Path(ninja.BIN_DIR) / "ninja")
-        if Path(program).exists():
-            return program
-    except ImportError:
-        pass
-    program = shutil.which("ninja")
-    if program is None:
-        raise SystemExit("rnnfast needs ninja to build: pip install ninja")
-    return program
+# nvcc 12.8 is the first that knows them all. 80 runs on 86 to 89 too, but 90a and 100a serve one generation each.
+CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0"
+# No fast-math: exp, tanh and division keep the precision that the tolerances of the tests count on.
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall,-Wextra,-fPIC,-fvisibility=hidden".split()
+# Compressed machine code: a third of the size.
+NVCC_FLAGS += ["-Xfatbin", "-compress-all", "-I", str(CSRC)]
 
 
-def quoted(words: list[str]) -> str:
-    return " ".join(word.replace("$", "$$") for word in words)
+def without_cuda(reason: str) -> SystemExit:
+    return SystemExit(f"rnnfast: {reason}\nRNNFAST_CUDA=0 builds without the CUDA kernels.")
 
 
-def ninja_path(path: Path | str) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+class Ninja:
+    """The ninja file of one build folder."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
 
-class BuildLibrary(build_ext):
-    """Compiles and links the CPU library with ninja, in place of setuptools' own compiler calls."""
+    @staticmethod
+    def path(path: Path | str) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def build_extension(self, ext: Extension) -> None:
-        import torch  # only its headers and libraries are used
+    @staticmethod
+    def words(words: Iterable[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
 
-        torch_root = Path(torch.__file__).parent
-        cxx = os.environ.get("CXX", "c++")
-        if shutil.which(cxx.split()[0]) is None:
-            raise SystemExit(f"rnnfast needs a C++ compiler to build: {cxx!r} was not found (set CXX, or install g++)")
-        build_dir = ROOT / "build" / f"cpu-{platform.machine()}"
-        build_dir.mkdir(parents=True, exist_ok=True)
-        library = build_dir / CPU_LIBRARY
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"] if depfile else []
 
-        # As a system directory: warnings in torch's own headers are not ours to mend.
-        includes = ["-isystem", str(torch_root / "include")]
-        extra = os.environ.get("CXXFLAGS", "").split()
-        lines = [
-            "rule compile",
-            f"  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
-            "rule link",
-            f"  command = {cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu -ltorch -lc10 -pthread",
-            "  description = link $out",
-        ]
-        objects = []
+    def edge(self, rule: str, out: Path | str, inputs: Iterable[Path | str], flags: Iterable[str] = ()) -> Path:
+        out = self.folder / out
+        self.lines.append(f"build {self.path(out)}: {rule} {' '.join(self.path(path) for path in inputs)}")
+        self.lines.append(f"  flags = {self.words(flags)}")
+        return out
 
-        def compile_unit(source: str, name: str, flags: list[str]) -> None:
-            out = build_dir / f"{name}.o"
-            objects.append(ninja_path(out))
-            lines.append(f"build {ninja_path(out)}: compile {ninja_path(ROOT / 'csrc' / source)}")
-            lines.append(f"  flags = {quoted(COMMON_FLAGS + flags + extra)}")
+    def phony(self, name: str, inputs: Iterable[Path | str]) -> None:
+        self.lines.append(f"build {name}: phony {' '.join(self.path(path) for path in inputs)}")
 
-        compile_unit("ops.cpp", "ops", includes)
-        compile_unit("cpu/ops_cpu.cpp", "ops_cpu", includes)
-        compile_unit("cpu/isa.cpp", "isa", [])
-        for isa, table, flags in ISAS.get(platform.machine(), ISAS["other"]):
-            defines = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_KERNELS={table}"]
-            compile_unit("cpu/kernels.cpp", f"kernels_{isa}", KERNEL_FLAGS + flags + defines)
-        lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
-        ninja_file = build_dir / "build.ninja"
-        text = "\n".join(lines) + "\n"
-        if not ninja_file.exists() or ninja_file.read_text() != text:
-            ninja_file.write_text(text)
-        command = [ninja_program(), "-C", str(build_dir)]
+    def run(self, targets: Iterable[Path | str] = (), quiet: bool = False) -> bool:
+        import fcntl  # Unix only, as this build is
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "build.ninja"
+        text = "\n".join(self.lines) + "\n"
+        command = [self.program(), "-C", str(self.folder)] + ["--quiet"] * quiet
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise SystemExit("rnnfast: the C++ library did not compile; the compiler's message is above")
+        with (self.folder / "lock").open("w") as lock:
+            # Two builds at once would spoil ninja's log.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+            return subprocess.run(command + [str(target) for target in targets], check=False).returncode == 0
 
-        target = Path(self.get_ext_fullpath(ext.name)).parent / CPU_LIBRARY
+    @staticmethod
+    def program() -> str:
+        try:
+            import ninja  # the PyPI package carries the program
+
+            program = str(Path(ninja.BIN_DIR) / "ninja")
+            if Path(program).exists():
+                return program
+        except ImportError:
+            pass
+        program = shutil.which("ninja")
+        if program is None:
+            raise SystemExit("rnnfast needs ninja to build: pip install ninja")
+        return program
+
+
+def cxx_compiler() -> str:
+    cxx = os.environ.get("CXX", "c++")
+    if shutil.which(cxx.split()[0]) is None:
+        raise SystemExit(f"rnnfast needs a C++ compiler to build: {cxx!r} was not found (set CXX, or install g++)")
+    return cxx
+
+
+def torch_root() -> Path:
+    import torch  # only its headers and libraries are used
+
+    return Path(torch.__file__).parent
+
+
+def torch_includes() -> list[str]:
+    # As a system directory: warnings in torch's own headers are not ours to mend.
+    return ["-isystem", str(torch_root() / "include")]
+
+
+def build_cpu() -> Path:
+    cxx = cxx_compiler()
+    extra = os.environ.get("CXXFLAGS", "").split()
+    ninja = Ninja(CPU_BUILD)
+    ninja.rule("compile", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
+    ninja.rule("link", f"{cxx} -shared -o $out $in $flags", depfile=False)
+
+    def unit(source: str, name: str, flags: list[str]) -> Path:
+        return ninja.edge("compile", f"{name}.o", [CSRC / source], COMMON_FLAGS + flags + extra)
+
+    objects = [
+        unit("ops.cpp", "ops", torch_includes()),
+        unit("cpu/ops_cpu.cpp", "ops_cpu", torch_includes()),
+        unit("cpu/isa.cpp", "isa", []),
+    ]
+    for isa, table, flags in ISAS.get(platform.machine(), ISAS["other"]):
+        defines = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_KERNELS={table}"]
+        objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}", KERNEL_FLAGS + flags + defines))
+    libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-pthread"]
+    library = ninja.edge("link", "_C_cpu.so", objects, libraries)
+    if not ninja.run():
+        raise SystemExit("rnnfast: the C++ library did not compile; the compiler's message is above")
+    return library
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else of PATH, else of the usual place; None where there is none, or RNNFAST_CUDA=0."""
+    wanted = os.environ.get("RNNFAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"rnnfast: RNNFAST_CUDA={wanted}: expected 0 (no CUDA library) or 1 (it must be built)")
+    if wanted == "0" or sys.platform != "linux":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        if nvcc is None:
+            raise without_cuda(f"CUDA_HOME is {home}, where there is no bin/nvcc")
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None and wanted == "1":
+        raise SystemExit("rnnfast: RNNFAST_CUDA=1, but no nvcc was found: put it on PATH or set CUDA_HOME")
+    return nvcc
+
+
+def host_compiler() -> list[str]:
+    """nvcc's flags for its host compiler: NVCC_CCBIN, else CXX where that is one program, else nvcc's own choice."""
+    cxx = os.environ.get("CXX", "")
+    chosen = os.environ.get("NVCC_CCBIN") or (cxx if len(cxx.split()) == 1 else "")
+    name = chosen or "g++"
+    if shutil.which(name) is None and not (Path(name) / "g++").exists():
+        raise without_cuda(f"nvcc's host compiler {name!r} was not found: install g++, or set NVCC_CCBIN or CXX")
+    return ["-ccbin", chosen] if chosen else []
+
+
+def nvcc_answer(nvcc: str, question: str) -> str:
+    done = subprocess.run([nvcc, question], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise without_cuda(f"`{nvcc} {question}` fails: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The compute capabilities to build for, as in "9.0a"; an error where this nvcc does not know one."""
+    listed = os.environ.get("RNNFAST_CUDA_ARCHS", "").strip("; ") or CUDA_ARCHS
+    archs = list(dict.fromkeys(re.split(r"[;,\s]+", listed)))
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?", arch):
+            raise SystemExit(f"rnnfast: RNNFAST_CUDA_ARCHS: {arch!r} is no compute capability, as those in '8.0;9.0a'")
+        if float(arch.rstrip("af")) < 8:
+            raise SystemExit(f"rnnfast: RNNFAST_CUDA_ARCHS: {arch}: the kernels need compute capability 8.0 or later")
+    found = re.search(r"release (\d+)\.(\d+)", nvcc_answer(nvcc, "--version"))
+    release = ".".join(found.groups()) if found else "of unknown version"
+    if found and int(found[1]) < 12:
+        raise without_cuda(f"nvcc {release} ({nvcc}) is too old: C++20 needs 12.0, and the default architectures 12.8")
+    # nvcc lists 90a and 100f without their letters.
+    known = re.findall(r"sm_(\d+)", nvcc_answer(nvcc, "--list-gpu-code"))
+    unknown = [arch for arch in archs if arch.rstrip("af").replace(".", "") not in known]
+    if unknown:
+        usable = ";".join(arch for arch in archs if arch not in unknown) or "8.0"
+        raise without_cuda(
+            f"nvcc {release} ({nvcc}) does not compile for {', '.join(unknown)}: "
+            f"set RNNFAST_CUDA_ARCHS='{usable}', or take nvcc 12.8 or later for the default list"
+        )
+    return archs
+
+
+def code_flags(archs: list[str]) -> list[str]:
+    """Machine code for each, and PTX of the last without a letter, for later cards (PTX of 90a runs on 9.0 alone)."""
+    flags = []
+    numbers = [arch.replace(".", "") for arch in archs]
+    for number in numbers:
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    for number in [number for number in numbers if number.isdigit()][-1:]:
+        flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def cuda_sources() -> list[Path]:
+    return sorted(CSRC.glob("cuda/*.cu")) + sorted(CSRC.glob("cuda/instances/*.cu"))
+
+
+def build_cuda(nvcc: str) -> Path:
+    common = NVCC_FLAGS + host_compiler()
+    archs = cuda_archs(nvcc)
+    flags = common + code_flags(archs) + ["--threads", os.environ.get("NVCC_THREADS", "1")]
+    ninja = Ninja(CUDA_BUILD)
+    # What ptxas says of registers and spills goes to a file beside the object: benchmarks/cuda_resources.py reads it.
+    run = f"{shlex.quote(nvcc)} $flags -c $in -o $out"
+    ninja.rule("nvcc", f"{run} -MD -MF $out.d -Xptxas -v > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
+    ninja.rule("compile", f"{run} -MD -MF $out.d")
+    ninja.rule("link", f"{shlex.quote(nvcc)} -shared -cudart static -nodlink -o $out $in $flags", depfile=False)
+    objects = [ninja.edge("nvcc", f"{source.stem}.o", [source], flags) for source in cuda_sources()]
+    # gcc 12 takes the tensor of an empty std::optional for one that is read.
+    host = common + ["-Xcompiler", "-Wno-maybe-uninitialized"] + torch_includes()
+    names = [STABLE_ABI, "-DUSE_CUDA", f'-DRNNFAST_CUDA_ARCH_LIST="{";".join(archs)}"']
+    objects.append(ninja.edge("compile", "ops_cuda.o", [CSRC / "cuda/ops_cuda.cpp"], host + names))
+    # --no-undefined: a symbol of libtorch_cuda would keep the library from loading in a torch for the CPU.
+    libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries += host_compiler() + ["-Xlinker", "--no-undefined,--exclude-libs,ALL"]
+    library = ninja.edge("link", "_C_cuda.so", objects, libraries)
+    if not ninja.run():
+        raise without_cuda("the CUDA library did not compile; nvcc's message is above")
+    return library
+
+
+class BuildLibraries(build_ext):
+    """Compiles and links with ninja, in place of setuptools' own compiler calls."""
+
+    def run(self) -> None:
+        super().run()
+        # A library that this build leaves out must not stay behind from an earlier one, nor travel in the wheel.
+        for name in {CPU, CUDA} - {ext.name for ext in self.extensions}:
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+
+    def build_extension(self, ext: Extension) -> None:
+        library = build_cpu() if ext.name == CPU else build_cuda(find_nvcc() or "nvcc")
+        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Through a temporary name: a process that has the old library mapped keeps it.
         temporary = target.with_suffix(".tmp")
@@ -121,20 +279,29 @@ class BuildLibrary(build_ext):
         temporary.replace(target)
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")[:-1], CPU_LIBRARY)
+        return os.path.join(*fullname.split(".")) + ".so"
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library has no Python symbol: one wheel a platform serves every CPython."""
+    """The libraries have no Python symbol: one wheel a platform serves every CPython."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-if sys.platform != "linux":
-    print(f"rnnfast: the C++ library is built on Linux only; on {sys.platform} the reference backend serves")
+def libraries() -> list[str]:
+    if sys.platform != "linux":
+        print(f"rnnfast: the C++ library is built on Linux only; on {sys.platform} the reference backend serves")
+        return []
+    if find_nvcc() is None:
+        print("rnnfast: no nvcc, or RNNFAST_CUDA=0: the CUDA library is not built")
+        return [CPU]
+    return [CPU, CUDA]
 
-setup(
-    ext_modules=[Extension("rnnfast._C_cpu", sources=[])] if sys.platform == "linux" else [],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
-)
+
+# tests/build_emulated.py imports this file for what stands above.
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(name, sources=[]) for name in libraries()],
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
+    )

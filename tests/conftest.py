@@ -18,10 +18,12 @@ from rnnfast import ops
 # a backend, and for the C++ kernels the instruction set; Triton's kernels as they are chosen, and those of one step
 BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "emulated", "triton", "triton-step"]
 
+# Every instruction set has the same source: by default the widest runs all cases, the others every third.
+SAME_SOURCE = {"cpu-avx2": (3, 1), "cpu-portable": (3, 1)}
 # The emulator and Triton's interpreter take some thousand times as long as a processor's kernels. By backend and file:
 # every how many of a test's cases are run by default, and in the exhaustive run.
 SHARE = {
-    "emulated": {"test_ops": (3, 1), "test_parity": (6, 1), "test_autograd": (15, 1)},
+    "emulated": {"test_ops": (6, 1), "test_parity": (12, 2), "test_autograd": (30, 2)},
     "triton": {"test_ops": (28, 4), "test_parity": (168, 24)},
     "triton-step": {"test_ops": (28, 4)},
 }
@@ -33,15 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     kept, seen = [], Counter[tuple[str, str]]()
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if isinstance(item, pytest.Function) and parameters.get("backend") in SHARE:
-            share, name = SHARE[parameters["backend"]], item.originalname
-            if item.path.stem not in share or name in TOO_SLOW:
+        backend = parameters.get("backend")
+        if isinstance(item, pytest.Function) and (backend in SHARE or backend in SAME_SOURCE):
+            name = item.originalname
+            if backend in SHARE and (item.path.stem not in SHARE[backend] or name in TOO_SLOW):
                 continue
-            usual, exhaustive = share[item.path.stem]
-            seen[parameters["backend"], name] += 1
-            if seen[parameters["backend"], name] % exhaustive != 1 % exhaustive:
+            usual, exhaustive = SAME_SOURCE.get(backend) or SHARE[backend][item.path.stem]
+            seen[backend, name] += 1
+            if seen[backend, name] % exhaustive != 1 % exhaustive:
                 continue
-            if seen[parameters["backend"], name] % usual != 1 % usual:
+            if seen[backend, name] % usual != 1 % usual:
                 item.add_marker(pytest.mark.exhaustive)
         kept.append(item)
     items[:] = kept

@@ -1,0 +1,242 @@
+"""What the CUDA build promises without a card: machine code for the architectures asked for, in registers and on tensor
+cores where meant; a library that every torch loads; and errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import cuda_resources
+import setup as build
+
+LIBRARY = Path(__file__).resolve().parent.parent / "rnnfast" / "_C_cuda.so"
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built in this tree: make cuda")
+needs_cuobjdump = pytest.mark.skipif(
+    cuda_resources.cuda_tool("cuobjdump") is None or cuda_resources.cuda_tool("nvdisasm") is None,
+    reason="no cuobjdump or nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+)
+needs_objects = pytest.mark.skipif(
+    not (cuda_resources.BUILD / "build.ninja").exists(),
+    reason="no object files of a CUDA build in this tree: make cuda",
+)
+
+# The step kernels with a matrix product, by the type named in their template arguments.
+TENSOR_CORE_TYPES = {"Float16": "HMMA.16816.F32", "BFloat16": "HMMA.16816.F32.BF16", "Tf32": "HMMA.1688.F32.TF32"}
+SCALAR_TYPES = {"Float32": "FFMA", "Float64": "DFMA"}
+
+
+@cache
+def machine_code() -> dict[tuple[str, str], Counter[str]]:
+    """By (kernel, architecture): how often each opcode stands in the code."""
+    code: dict[tuple[str, str], Counter[str]] = {}
+    arch, counts = "", Counter[str]()
+    for line in cuda_resources.run_tool("cuobjdump", "-sass", str(LIBRARY)).splitlines():
+        if found := re.search(r"^arch = (\w+)|code for (sm_\w+)", line):
+            arch = found[1] or found[2]
+        elif found := re.search(r"Function : (\w+)", line):
+            counts = code.setdefault((found[1], arch), Counter())
+        elif found := re.search(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            counts[found[1]] += 1
+    names = cuda_resources.readable([symbol for symbol, _ in code])
+    return {(names[symbol], arch): counts for (symbol, arch), counts in code.items()}
+
+
+def of_type(name: str, kernel: str) -> bool:
+    return re.search(rf"\b{name}\b", kernel) is not None
+
+
+@needs_library
+@needs_cuobjdump
+def test_the_library_has_code_for_every_architecture_asked_for() -> None:
+    listed = cuda_resources.run_tool("cuobjdump", "-lelf", str(LIBRARY))
+    built = set(re.findall(r"\.(sm_\w+)\.cubin", listed))
+    asked = os.environ.get("RNNFAST_CUDA_ARCHS")
+    if asked:
+        assert {f"sm_{arch.replace('.', '')}" for arch in re.split(r"[;,\s]+", asked)} <= built
+    assert built
+    assert ".ptx" in cuda_resources.run_tool("cuobjdump", "-lptx", str(LIBRARY)), "later cards need PTX"
+    kernels = {arch: {kernel for kernel, of in machine_code() if of == arch} for arch in built}
+    assert len(set(map(frozenset, kernels.values()))) == 1, "an architecture lacks kernels"
+
+
+@needs_objects
+@needs_cuobjdump
+def test_kernels_do_not_spill() -> None:
+    kernels = cuda_resources.resources()
+    assert kernels
+    spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    assert not spilling
+
+
+@needs_library
+@needs_cuobjdump
+def test_kernels_use_no_local_memory() -> None:
+    local = {
+        where: [opcode for opcode in counts if re.match(r"(LDL|STL)\b", opcode)]
+        for where, counts in machine_code().items()
+    }
+    assert not {where: opcodes for where, opcodes in local.items() if opcodes}
+
+
+@needs_library
+@needs_cuobjdump
+@pytest.mark.parametrize("name", [*TENSOR_CORE_TYPES, *SCALAR_TYPES])
+def test_products_run_where_they_should(name: str) -> None:
+    """16-bit and TF32 kernels on tensor cores; float32 and float64 kernels nowhere near them: they round."""
+    kernels = {where: counts for where, counts in machine_code().items() if of_type(name, where[0])}
+    assert kernels
+    for where, counts in kernels.items():
+        matrix = {opcode for opcode in counts if re.match(r"(UTC)?[A-Z]G?MMA\b", opcode)}
+        if name in TENSOR_CORE_TYPES:
+            assert any(opcode.startswith(TENSOR_CORE_TYPES[name]) for opcode in matrix), (where, matrix)
+            assert name != "Float16" or not any("BF16" in opcode for opcode in matrix), (where, matrix)
+        else:
+            assert not matrix, where
+            assert any(opcode.startswith(SCALAR_TYPES[name]) for opcode in counts), where
+
+
+@needs_library
+def test_the_library_needs_nothing_of_cuda_to_load() -> None:
+    """Static runtime, and no symbol of libtorch_cuda: a torch for the CPU has neither."""
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    listed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listed)
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if re.search(r"cuda|cudart|python", name)]
+
+
+@needs_library
+def test_without_a_card_the_library_loads_and_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code = """
+import torch, rnnfast
+from rnnfast import libraries
+assert libraries.cuda_error is None, libraries.cuda_error
+cuda = rnnfast.backends()["cuda"]
+assert not cuda.available
+print(cuda.reason)
+try:
+    with rnnfast.backend("cuda"):
+        rnnfast.LSTM(3, 4)(torch.zeros(2, 1, 3))
+except RuntimeError as error:
+    print(error)
+rnnfast.LSTM(3, 4)(torch.zeros(2, 1, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA device" in done.stdout
+    assert "rnnfast.backend: 'cuda' is not available: no CUDA device" in done.stdout
+
+
+# ---- setup.py: what it does with the nvcc that it finds --------------------------------------------------------------
+
+
+def fake_nvcc(folder: Path, release: str = "13.0", codes: str = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120") -> str:
+    """An nvcc that answers questions and fails to compile."""
+    nvcc = folder / "nvcc"
+    listed = codes.replace(" ", "\n")
+    nvcc.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;\n"
+        f"--list-gpu-code) echo '{listed}' ;;\n*) echo 'error: broken kernel' >&2; exit 2 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment in which no variable that setup.py reads is set."""
+    for name in "RNNFAST_CUDA RNNFAST_CUDA_ARCHS CUDA_HOME CUDA_PATH NVCC_CCBIN NVCC_THREADS CXX MAX_JOBS".split():
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_default_architectures_and_those_asked_for(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    nvcc = fake_nvcc(tmp_path)
+    assert build.cuda_archs(nvcc) == ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"]
+    for asked in ["8.0;9.0a", "8.0 9.0a", "8.0, 9.0a;", "8.0;9.0a;8.0"]:
+        environment.setenv("RNNFAST_CUDA_ARCHS", asked)
+        assert build.cuda_archs(nvcc) == ["8.0", "9.0a"]
+
+
+def test_code_for_each_architecture_and_ptx_that_later_cards_run() -> None:
+    flags = build.code_flags(["8.0", "9.0a"])
+    assert flags[1::2] == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90a,code=sm_90a",
+        "arch=compute_80,code=compute_80",
+    ]
+    assert build.code_flags(["9.0a"])[1::2] == ["arch=compute_90a,code=sm_90a"]
+
+
+@pytest.mark.parametrize("asked", ["80", "sm_80", "8.0;ninety", "7.5"])
+def test_an_architecture_that_makes_no_sense(asked: str, tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RNNFAST_CUDA_ARCHS", asked)
+    with pytest.raises(SystemExit, match=r"RNNFAST_CUDA_ARCHS: '?(80|sm_80|ninety|7\.5)"):
+        build.cuda_archs(fake_nvcc(tmp_path))
+
+
+def test_an_nvcc_that_does_not_know_an_architecture(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    nvcc = fake_nvcc(tmp_path, "12.4", "sm_80 sm_86 sm_89 sm_90")
+    with pytest.raises(SystemExit, match=r"12\.4.*10\.0a, 12\.0: set RNNFAST_CUDA_ARCHS='8\.0;8\.6;8\.9;9\.0a'"):
+        build.cuda_archs(nvcc)
+    with pytest.raises(SystemExit, match=r"nvcc 11\.8 .* is too old"):
+        build.cuda_archs(fake_nvcc(tmp_path, "11.8"))
+
+
+def test_an_nvcc_that_does_not_run(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'no libcudafe' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"fails: no libcudafe\nRNNFAST_CUDA=0 builds without"):
+        build.cuda_archs(str(nvcc))
+
+
+def test_a_missing_host_compiler(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("NVCC_CCBIN", "/nowhere/g++")
+    with pytest.raises(SystemExit, match=r"host compiler '/nowhere/g\+\+' was not found.*NVCC_CCBIN"):
+        build.host_compiler()
+
+
+def test_a_compile_error_stops_the_build(
+    tmp_path: Path, environment: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for source in ["instances/kernel.cu", "ops_cuda.cpp"]:
+        (tmp_path / "cuda" / source).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cuda" / source).touch()
+    environment.setattr(build, "CSRC", tmp_path)
+    environment.setattr(build, "CUDA_BUILD", tmp_path / "build")
+    with pytest.raises(SystemExit, match="did not compile; nvcc's message is above"):
+        build.build_cuda(fake_nvcc(tmp_path))
+    assert "error: broken kernel" in capfd.readouterr().out
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    nvcc = fake_nvcc(tmp_path / "bin")
+    environment.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == nvcc
+    assert build.libraries() == ["rnnfast._C_cpu", "rnnfast._C_cuda"]
+    environment.setenv("RNNFAST_CUDA", "0")
+    assert build.find_nvcc() is None
+    assert build.libraries() == ["rnnfast._C_cpu"]
+    environment.setenv("RNNFAST_CUDA", "maybe")
+    with pytest.raises(SystemExit, match="RNNFAST_CUDA=maybe: expected 0"):
+        build.find_nvcc()
+    environment.delenv("RNNFAST_CUDA")
+    environment.setenv("CUDA_HOME", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="no bin/nvcc"):
+        build.find_nvcc()

@@ -1,0 +1,137 @@
+"""The C++ test programs of tests/cpp, each case as one test, plain, under ASan + UBSan and under TSan; and mutations: a
+kernel with one synchronisation left out must be noticed. build_emulated.py builds the programs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+import build_emulated
+
+SECONDS = 600
+# What the sanitizers exit with. One report is enough.
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "exitcode=65",
+    "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=65",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+}
+# The exit code and the words with which a sanitizer reports what a case does wrong on purpose.
+FINDINGS = {"asan": (65, "ERROR: AddressSanitizer"), "tsan": (66, "WARNING: ThreadSanitizer: data race")}
+# By the beginning of such a case's name: the variant that must report it.
+ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
+
+# The programs whose cases are not those of check.h.
+OWN_CASES = {"test_exchange": ["block", "cluster", "grid"]}
+# (program, case): its kernels are run once for each of their synchronisations, with that one left out.
+MUTATED = [("test_exchange", case) for case in OWN_CASES["test_exchange"]]
+MUTATED += [("test_step", case) for case in ["lstm-float16", "lstm-float32"]]
+# Only an earlier start of the next grid: without it everything is as right, and later.
+HARMLESS = {"allow_next_grid"}
+
+
+@cache
+def fixed_addresses() -> list[str]:
+    """What stands before a program: gcc's sanitizers do not bear with every place where a newer kernel puts things."""
+    prefix = ["setarch", "-R"]
+    if (
+        shutil.which("setarch") is None
+        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
+    ):
+        return []
+    return prefix
+
+
+def run(variant: str, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*fixed_addresses(), str(build_emulated.BUILD / variant / program), *arguments],
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def report(done: subprocess.CompletedProcess[str]) -> str:
+    text = done.stdout + done.stderr
+    return f"exit code {done.returncode}\n" + (text if len(text) < 12_000 else f"{text[:8_000]}\n...\n{text[-4_000:]}")
+
+
+@pytest.fixture(scope="module")
+def programs() -> None:
+    """Brings everything up to date; after `make test` has built it there is nothing to do."""
+    try:
+        built = build_emulated.build(list(build_emulated.VARIANTS), quiet=True)
+    except SystemExit as error:  # no compiler, or no ninja
+        pytest.skip(str(error))
+    if not built:
+        pytest.fail("a C++ test program does not compile: see `python tests/build_emulated.py`")
+
+
+def listed_cases() -> tuple[list[object], list[object]]:
+    """(variant, program, case) of the cases that must pass, and of those that a sanitizer must report. Where a program
+    is not built yet, the case "" stands for all that must pass.
+    """
+    passing, reported = [], []
+    for variant in build_emulated.VARIANTS:
+        for program in build_emulated.programs():
+            names = OWN_CASES.get(program, [""])
+            if program not in OWN_CASES and (build_emulated.BUILD / variant / program).exists():
+                names = run(variant, program, "--list").stdout.splitlines() or [""]
+            for name in names:
+                case, _, by_name_only = name.partition(" ")
+                entry = pytest.param(variant, program, case, id=f"{variant}-{program}-{case or 'all'}")
+                if not by_name_only:
+                    passing.append(entry)
+                elif any(case.startswith(prefix) and variant == of for prefix, of in ON_PURPOSE.items()):
+                    reported.append(entry)
+    return passing, reported
+
+
+PASSING, REPORTED = listed_cases()
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("variant", "program", "case"), PASSING)
+def test_passes_without_a_report(variant: str, program: str, case: str) -> None:
+    done = run(variant, program, *([case] if case else []))
+    assert done.returncode == 0, report(done)
+    assert "Sanitizer" not in done.stderr, report(done)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("variant", "program", "case"), REPORTED)
+def test_wrong_on_purpose_is_reported(variant: str, program: str, case: str) -> None:
+    done = run(variant, program, case)
+    code, words = FINDINGS[variant]
+    assert done.returncode == code, report(done)
+    assert words in done.stderr, report(done)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("program", "case"), MUTATED)
+def test_a_synchronisation_left_out_is_noticed(program: str, case: str) -> None:
+    """By TSan, by the emulator itself or by a wrong result."""
+    listing = run("plain", program, case, RNNFAST_EMULATOR_LIST_SITES="1")
+    assert listing.returncode == 0, report(listing)
+    sites = re.findall(r"^site (\S+:\d+) (\w+)$", listing.stderr, re.MULTILINE)
+    assert sites
+    unnoticed = []
+    for site, what in sites:
+        if what in HARMLESS:
+            continue
+        done = run("tsan", program, case, RNNFAST_EMULATOR_SKIP=site)
+        # The plain program runs the larger shapes, and more schedules.
+        if done.returncode == 0:
+            done = run("plain", program, case, RNNFAST_EMULATOR_SKIP=site)
+        assert done.returncode >= 0, f"{what} at {site}: {report(done)}"
+        if done.returncode == 0:
+            unnoticed.append(f"{what} at {site}")
+    assert not unnoticed
