@@ -9,6 +9,7 @@ NVCC_THREADS (architectures of one file compiled at once), NVCC_CCBIN (nvcc's ho
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -125,9 +126,11 @@ def cxx_compiler() -> str:
 
 
 def torch_root() -> Path:
-    import torch  # only its headers and libraries are used
-
-    return Path(torch.__file__).parent
+    # Only its headers and libraries are used: not imported, which takes seconds.
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise SystemExit("rnnfast needs torch to build: pip install torch")
+    return Path(found.origin).parent
 
 
 def torch_includes() -> list[str]:

@@ -1,4 +1,4 @@
-"""The emulated library for the tests that run on it, built where it is missing."""
+"""The emulated library for the tests that run on it, brought up to date first."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ from rnnfast import libraries, ops
 
 @functools.cache
 def emulated_problem() -> str | None:
-    """Loads the library, built first where it is missing; why that is impossible, None where it went well."""
+    """Loads the library, built first; why that is impossible, None where it went well."""
     path = os.environ.get(libraries.EMULATED_VARIABLE)
     if not path:
         try:
@@ -16,8 +16,12 @@ def emulated_problem() -> str | None:
         except ImportError as error:
             return f"tests/build_emulated.py cannot be imported: {error}"
         path = str(build_emulated.LIBRARY)
-        if not os.path.exists(path) and not build_emulated.build(["library"], quiet=True):
-            return "the emulated library does not build: see `python tests/build_emulated.py library`"
+        try:
+            built = build_emulated.build(["library"], quiet=True)
+        except SystemExit as error:  # no compiler, or no ninja
+            return str(error)
+        if not built:
+            raise RuntimeError("the emulated library does not compile: see `python tests/build_emulated.py library`")
     try:
         ops.load_emulated(path)
     except RuntimeError as error:

@@ -29,8 +29,11 @@ ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
 # The programs whose cases are not those of check.h.
 OWN_CASES = {"test_exchange": ["block", "cluster", "grid"]}
 # (program, case): its kernels are run once for each of their synchronisations, with that one left out.
-MUTATED = [("test_exchange", case) for case in OWN_CASES["test_exchange"]]
-MUTATED += [("test_step", case) for case in ["lstm-float16", "lstm-float32"]]
+MUTATED = [pytest.param("test_exchange", case) for case in OWN_CASES["test_exchange"]]
+MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for case in ["lstm-float16", "lstm-float32"]]
+# What `make test` runs of these under a sanitizer; the rest, and their mutations, belong to the exhaustive
+# run. The plain program runs every case by default.
+SANITIZED_BY_DEFAULT = {"test_step": {"lstm-float32", "lstm-bfloat16", "gru-float32", "rnn-tanh-bfloat16"}}
 # Only an earlier start of the next grid: without it everything is as right, and later.
 HARMLESS = {"allow_next_grid"}
 
@@ -87,7 +90,9 @@ def listed_cases() -> tuple[list[object], list[object]]:
                 names = run(variant, program, "--list").stdout.splitlines() or [""]
             for name in names:
                 case, _, by_name_only = name.partition(" ")
-                entry = pytest.param(variant, program, case, id=f"{variant}-{program}-{case or 'all'}")
+                usual = variant == "plain" or case in SANITIZED_BY_DEFAULT.get(program, {case})
+                marks = [] if usual else [pytest.mark.exhaustive]
+                entry = pytest.param(variant, program, case, id=f"{variant}-{program}-{case or 'all'}", marks=marks)
                 if not by_name_only:
                     passing.append(entry)
                 elif any(case.startswith(prefix) and variant == of for prefix, of in ON_PURPOSE.items()):
