@@ -263,7 +263,8 @@ class Gpu:
     clusters: bool
 
 
-# NVIDIA's data sheets and architecture white papers. The longest name that is part of the device's name counts.
+# After NVIDIA's data sheets and white papers, from memory and not yet held to them line by line: one more reason why
+# limits on a GPU are predictions. The longest name that is part of the device's name counts.
 GPUS = {
     "B200": Gpu(148, 2250, 1125, 75, 37, 8000, 126, 227, 1.96, True),
     "GH200": Gpu(132, 989, 494, 67, 34, 4000, 50, 227, 1.98, True),

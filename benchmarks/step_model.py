@@ -1,6 +1,6 @@
 """What a step of the step kernels (csrc/cuda/step.cuh) should cost at least on a Hopper card. A prediction: its machine
 constants are from data sheets and others' measurements, not from this project's own; benchmarks/microbench measures
-them.
+them. Here they are what a kernel may hope for; those of limits.py are what nothing can beat.
 
     python benchmarks/step_model.py            # the table of docs/performance.md
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from rnnfast.benchmark.case import GATES
 
 SMS, CLOCK = 132, 1.755e9
 # Seconds from one launch to the next, dependent launches inside a CUDA graph.
@@ -27,7 +29,6 @@ SM_FLOPS = {
     "float32": 256 * CLOCK,
 }
 SIZES = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 # From step.cuh and arithmetic.cuh: hidden units a block, and batch rows of a block for small and large batches.
 UNITS, SMALL_BATCH = 16, 8
 LARGE_BATCH = {"bfloat16": 32, "float16": 32, "tf32": 32, "float32": 16}

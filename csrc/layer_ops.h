@@ -70,23 +70,25 @@ template <class Backend> struct LayerOps {
     static_cast<Recurrence&>(p) = context.r;
     STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == p.directions, op, ": weight_ih: expected ", p.directions,
                     " tensors, got ", weight_ih.size());
-    if constexpr (!Backend::kMakesGates) {
-      p.gates = context.hold(Backend::input_gates(mode, input, weight_ih, bias_ih, bias_hh));
-      if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
-      return forward(op, p, context, input, save_reserve);
-    }
     p.input_size = input.size(input.dim() - 1);
-    p.from_input = true;
-    p.input = context.hold(input);
     for (int64_t d = 0; d < p.directions; ++d) {
       check_shape(op, "weight_ih", weight_ih[d], {gates_of(p.mode) * p.hidden_size, p.input_size});
       check_like(op, "weight_ih", weight_ih[d], input);
-      const Matrix ih = row_major(weight_ih[d], context.keep);
-      p.weight_ih[d] = ih.data;
-      p.weight_ih_stride[d] = ih.stride;
     }
-    fill_biases(op, "bias_ih", bias_ih, input, context, p.bias_ih);
-    fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+    if constexpr (Backend::kMakesGates) {
+      p.from_input = true;
+      p.input = context.hold(input);
+      for (int64_t d = 0; d < p.directions; ++d) {
+        const Matrix ih = row_major(weight_ih[d], context.keep);
+        p.weight_ih[d] = ih.data;
+        p.weight_ih_stride[d] = ih.stride;
+      }
+      fill_biases(op, "bias_ih", bias_ih, input, context, p.bias_ih);
+      fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+    } else {
+      p.gates = context.hold(Backend::input_gates(mode, input, weight_ih, bias_ih, bias_hh));
+      if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
+    }
     return forward(op, p, context, input, save_reserve);
   }
 

@@ -125,3 +125,12 @@ def test_vmap_and_tracing_know_the_ops() -> None:
     fast(inputs[0]).sum().backward()
     torch._dynamo.reset()
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_gates_of_another_width_are_refused() -> None:
+    """The kernels would read beyond them."""
+    call = make_call("GRU", H=9)
+    call.weight_ih = [call.weight_ih[0][:-3]]
+    call.bias_ih, call.bias_hh = [], []
+    with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \(27, 3\), got \(24, 3\)"):
+        call.inference(ops)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from .. import modules
+from .. import modules, reference
 
 CELLS = ("LSTM", "GRU", "RNN")
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+GATES = {cell: reference.GATES[mode] for cell, mode in zip(CELLS, ("LSTM", "GRU", "RNN_TANH"), strict=True)}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # fwd: inference. fwdbwd: forward, then the gradients of input and weights. step: inference, one step a call, the state
 # handed from call to call, as a program does that streams.

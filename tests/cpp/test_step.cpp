@@ -16,13 +16,13 @@ using gpu::Arithmetic;
 struct TypeCase {
   const char* name;
   Arithmetic arithmetic;
-  double tolerance;  // of values near 1, through a few steps
+  double tolerance;  // two to four times the largest error of all cases here
 };
-constexpr TypeCase kTypes[] = {{"float64", Arithmetic::float64, 1e-12},
-                               {"float32", Arithmetic::float32, 1e-5},
-                               {"tf32", Arithmetic::tf32, 5e-3},
-                               {"bfloat16", Arithmetic::bfloat16, 6e-2},
-                               {"float16", Arithmetic::float16, 1e-2}};
+constexpr TypeCase kTypes[] = {{"float64", Arithmetic::float64, 2e-14},
+                               {"float32", Arithmetic::float32, 4e-6},
+                               {"tf32", Arithmetic::tf32, 3e-3},
+                               {"bfloat16", Arithmetic::bfloat16, 2e-2},
+                               {"float16", Arithmetic::float16, 2.5e-3}};
 
 DType dtype_of(Arithmetic arithmetic) {
   switch (arithmetic) {
