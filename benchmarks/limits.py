@@ -14,8 +14,8 @@ A step cannot be faster than the slowest of three things that may all go on at o
 On top comes the cost of being called, spread over the steps. Gate functions, and what an implementation keeps for its
 backward pass, are left out: the floor is to be below every implementation, and near a good one.
 
-A CPU's numbers are measured, in some seconds (`measure_cpu`), before a suite and after it: the better counts, as others
-on the machine can only take away; and no peak is below what a case of the suite reached. A GPU's are those of its
+A CPU's numbers are measured, in some seconds (`measure_cpu`), before the suites and after them: the better counts, as
+others on the machine can only take away; and no peak is below what a case of a suite reached. A GPU's are those of its
 maker's data sheets (`GPUS`) and, where these are silent (caches, latencies), estimates: limits on a GPU are therefore
 predictions, not measurements.
 """
@@ -34,9 +34,7 @@ from pathlib import Path
 import torch
 
 from rnnfast.benchmark.case import GATES, Case, timed_steps
-
-# From one core to another and back to it: two cache lines on the move. An estimate, below what barriers take.
-CPU_HANDOVER = 0.1e-6
+from rnnfast.benchmark.cores import core_to_core_ns
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,8 @@ def better(one: Machine, other: Machine) -> Machine:
     levels = tuple(
         replace(a, bandwidth=max(a.bandwidth, b.bandwidth)) for a, b in zip(one.levels, other.levels, strict=True)
     )
-    return replace(one, flops=flops, levels=levels, call=min(one.call, other.call))
+    handovers = tuple((most, min(a, b)) for (most, a), (_, b) in zip(one.handovers, other.handovers, strict=True))
+    return replace(one, flops=flops, levels=levels, handovers=handovers, call=min(one.call, other.call))
 
 
 def at_least(machine: Machine, reached: Iterable[tuple[str, float]]) -> Machine:
@@ -232,8 +231,10 @@ def measure_cpu(dtypes: Iterable[str] = ("float32",), seconds: float = 0.4) -> M
         Level("L3", common, max(middle, far), shared=True),
         Level("memory", math.inf, far, shared=True),
     )
-    source = "measured: products, sums over arrays, an empty call; handover estimated"
-    return Machine("CPU", threads, flops, levels, ((math.inf, CPU_HANDOVER),), call, False, source)
+    # None where there is one thread: then nothing is handed over.
+    handover = 1e-9 * min(core_to_core_ns() or 0.0 for _ in range(20))
+    source = "measured: products, sums over arrays, an empty call, a word from core to core"
+    return Machine("CPU", threads, flops, levels, ((math.inf, handover),), call, False, source)
 
 
 @dataclass(frozen=True)

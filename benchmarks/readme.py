@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,21 @@ from typing import Any
 
 import step_model
 from plot import figures_of
-from records import CELLS, DTYPES, MODE_NAMES, MODES, RESULTS, Record, Row, in_order, load_all, mean_ratio, worst
+from records import (
+    CELLS,
+    DTYPES,
+    MODE_NAMES,
+    MODES,
+    REPEAT,
+    RESULTS,
+    Record,
+    Row,
+    changes,
+    in_order,
+    load_all,
+    mean_ratio,
+    worst,
+)
 
 README = RESULTS.parent.parent / "README.md"
 DOCUMENTS = (README, README.parent / "docs" / "performance.md")
@@ -175,6 +190,24 @@ def worst_cases(records: Sequence[Record], count: int = 10) -> str:
     return "\n".join(lines)
 
 
+def repeated(results: Path) -> str:
+    """How far two runs of the CPU's suites agree: each suite's means, and the largest change of a part of it."""
+    before, now = ([r for r in load_all(folder) if r.device == "cpu"] for folder in (results / REPEAT, results))
+    parts = changes(before, now)
+    lines = ["| suite | cases | first run | second run | change | largest of a cell and mode | largest of a case |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
+    for whole in [part for part in parts if part.cell == "all"]:
+        own = [part for part in parts if part.suite == whole.suite and part.cell != "all"]
+        most = max(own, key=lambda part: abs(math.log(part.now / part.before)))
+        means = f"{whole.before:.2f} | {whole.now:.2f} | {whole.now / whole.before - 1:+.1%}"
+        lines.append(
+            f"| {whole.suite} | {whole.cases} | {means} "
+            f"| {most.now / most.before - 1:+.1%} ({most.cell}, {MODE_NAMES[most.mode]}) "
+            f"| {whole.factor - 1:+.1%} ({whole.most}) |"
+        )
+    return "\n".join(lines)
+
+
 def way(row: Row) -> tuple[Any, ...]:
     """What a measurement of `benchmarks/microbench` has besides sizes."""
     return tuple(row.get(key) for key in ("what", "way", "ctas", "clusters", "error"))
@@ -229,6 +262,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "gpu": lambda: gpu(records),
         "gpu figures": lambda: figures(cards, "figures") or "There are no figures yet.",
         "cpu worst": lambda: worst_cases(cpu),
+        "cpu repeat": lambda: repeated(results),
         "gpu worst": lambda: worst_cases(cards),
         "gpu constants": lambda: microbenchmarks(results),
         "step model": step_model.table,

@@ -2,6 +2,7 @@
 
     python benchmarks/records.py [FOLDER or FILE ...]     # for each suite, mode and backend: how many, mean, worst
     python benchmarks/records.py --worst 3 [...]          # the worst cases, as options of `python -m rnnfast bench`
+    python benchmarks/records.py --before FOLDER [...]    # how the ratios have changed since the files in FOLDER
 
 Needs nothing but Python: it also runs on machines that have a GPU and little else.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Folder inside it with the files of an earlier run: how well the numbers repeat.
+REPEAT = "repeat"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
 SUITES = ("bar", "grid", "flashrnn", "deepbench", "models", "ragged", "packed", "small")
@@ -92,6 +96,14 @@ def mean_ratio(rows: Sequence[Row]) -> float:
     return statistics.geometric_mean(row["ratio"] for row in rows)
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Fixed-width text: columns as wide as their widest cell."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 def short_table(records: Sequence[Record]) -> str:
     """Fixed-width text: a line for each suite, mode and backend."""
     lines = [("device", "suite", "mode", "backend", "rows", "failed", "mean", "worst", "at")]
@@ -117,10 +129,7 @@ def short_table(records: Sequence[Record]) -> str:
                     low["case"] if low else "",
                 )
             )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
 def bench_options(row: Row) -> str:
@@ -144,19 +153,88 @@ def worst_of(records: Sequence[Record], count: int) -> list[str]:
     return list(dict.fromkeys(bench_options(row) for row in rows))[:count]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("places", nargs="*", type=Path, default=[RESULTS], help="folders and files")
-    parser.add_argument("--worst", type=int, metavar="N", help="print the N worst cases, nothing else")
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Change:
+    """Two runs of the same cases of one suite, cell, mode and backend; of the whole suite where `cell` is "all".
+
+    Args:
+        device, suite, cell, mode, backend: of which.
+        cases: how many both have.
+        before, now: geometric means of the ratios.
+        most: the case that changed most, with its mode.
+        factor: its ratio now over that before.
+    """
+
+    device: str
+    suite: str
+    cell: str
+    mode: str
+    backend: str
+    cases: int
+    before: float
+    now: float
+    most: str
+    factor: float
+
+
+def changes(before: Sequence[Record], now: Sequence[Record]) -> list[Change]:
+    """How the ratios changed: of each cell, mode and backend of each suite that both have, then of the whole suite."""
+    keys = ("case", "dtype", "mode", "backend")
+    result = []
+    for record in now:
+        others = [other for other in before if (other.device, other.suite) == (record.device, record.suite)]
+        then = {tuple(row[key] for key in keys): row for other in others for row in other.rows}
+        groups: dict[tuple[str, str, str], list[tuple[Row, Row]]] = {}
+        for row in record.rows:
+            if (old := then.get(tuple(row[key] for key in keys))) is not None:
+                for group in ((row["cell"], row["mode"], row["backend"]), ("all", "", "")):
+                    groups.setdefault(group, []).append((old, row))
+        for group in sorted(groups, key=lambda key: (rank(CELLS, key[0]), rank(MODES, key[1]), key[2])):
+            pairs = groups[group]
+            old, new = max(pairs, key=lambda pair: abs(math.log(pair[1]["ratio"] / pair[0]["ratio"])))
+            means = [mean_ratio([pair[side] for pair in pairs]) for side in (0, 1)]
+            most = f"{new['case']} {new['mode']}"
+            factor = new["ratio"] / old["ratio"]
+            result.append(Change(record.device, record.suite, *group, len(pairs), *means, most, factor))
+    return result
+
+
+def change_table(before: Sequence[Record], now: Sequence[Record]) -> str:
+    """Fixed-width text: a line for each of the `changes`."""
+    lines = [("device", "suite", "cell", "mode", "backend", "cases", "before", "now", "change", "most", "at")]
+    for c in changes(before, now):
+        means = (f"{c.before:.2f}", f"{c.now:.2f}", f"{c.now / c.before - 1:+.1%}")
+        lines.append(
+            (c.device, c.suite, c.cell, c.mode, c.backend, str(c.cases), *means, f"{c.factor - 1:+.1%}", c.most)
+        )
+    return aligned(lines)
+
+
+def records_in(places: Iterable[Path]) -> list[Record]:
+    """The records of folders and files."""
     records: list[Record] = []
-    for place in options.places:
+    for place in places:
         if place.is_dir():
             records += load_all(place)
         elif (record := load(place)) is not None:
             records.append(record)
+    return records
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("places", nargs="*", type=Path, default=[RESULTS], help="folders and files")
+    parser.add_argument("--worst", type=int, metavar="N", help="print the N worst cases, nothing else")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="compare with the result files there")
+    options = parser.parse_args()
+    records = records_in(options.places)
     if options.worst is not None:
         print("\n".join(worst_of(records, options.worst)))
+    elif options.before is not None:
+        print(
+            "ratio = torch.nn's time / rnnfast's time; geometric means before and now, and the case that changed most"
+        )
+        print(change_table(records_in([options.before]), records))
     elif not records:
         print(f"no result files in {', '.join(map(str, options.places))}")
     else:

@@ -4,4 +4,5 @@
 STABLE_TORCH_LIBRARY(rnnfast, library) {
   rnnfast::define_layer_ops(library);
   library.def("use_cpu_isa(str name) -> str");
+  library.def("core_latency(int rounds) -> float");
 }

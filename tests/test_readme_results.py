@@ -173,6 +173,35 @@ def test_short_table(card: Path):
     assert re.fullmatch(r"h200 +flashrnn +fwdbwd +cuda +3 +1 +4\.00 +4\.00 +\S+", lines[3])
 
 
+def test_changes_between_two_runs(card: Path, tmp_path: Path):
+    """A second run in which the CUDA rows of one cell are faster by half, and one case is missing."""
+    later = tmp_path / "later"
+    later.mkdir()
+    for path in card.glob("*.json"):
+        data = json.loads(path.read_text())
+        for each in data["rows"]:
+            if (each["cell"], each["backend"], data["suite"]) == ("GRU", "cuda", "grid"):
+                each["ratio"] *= 1.5
+        data["rows"] = [each for each in data["rows"] if each["case"] != "GRU-T100-B1-I64-H64-bfloat16"]
+        (later / path.name).write_text(json.dumps(data))
+    before, now = records.load_all(card), records.load_all(later)
+    found = {(c.suite, c.cell, c.mode, c.backend): c for c in records.changes(before, now)}
+    changed = found["grid", "GRU", "fwd", "cuda"]
+    assert (changed.cases, changed.before, changed.now) == (11, pytest.approx(2.0), pytest.approx(3.0))
+    same = found["grid", "LSTM", "fwd", "cuda"]
+    assert (same.cases, same.before, same.now, same.factor) == (12, pytest.approx(2.0), pytest.approx(2.0), 1.0)
+    whole = found["grid", "all", "", ""]
+    assert whole.now / whole.before == pytest.approx(1.5 ** (11 / 46))
+    assert whole.factor == pytest.approx(1.5)
+    assert "GRU" in whole.most
+    # The wrong row of the sweep has no ratio.
+    assert found["flashrnn", "all", "", ""].cases == 3
+    lines = records.change_table(before, now).splitlines()
+    assert re.fullmatch(
+        r"h200 +grid +GRU +fwd +cuda +11 +2\.00 +3\.00 +\+50\.0% +\+50\.0% +GRU-T100-\S+ fwd", lines[3]
+    ), lines
+
+
 @needs_matplotlib
 def test_figures_of_a_card(card: Path, tmp_path: Path):
     grid, flashrnn = records.load_all(card)

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "../layer_ops.h"
+#include "core_latency.h"
 #include "isa.h"
 #include "memory.h"
 
@@ -134,6 +135,12 @@ std::string use_cpu_isa(std::string name) {
   return used;
 }
 
+double core_latency(int64_t rounds) {
+  STD_TORCH_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
+  if (forked.load(std::memory_order_relaxed)) return 0;
+  return core_to_core_seconds(static_cast<int>(torch::stable::get_num_threads()), rounds);
+}
+
 }  // namespace
 }  // namespace rnnfast::cpu
 
@@ -141,4 +148,5 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) { rnnfast::register_layer_ops<r
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("use_cpu_isa", TORCH_BOX(&rnnfast::cpu::use_cpu_isa));
+  library.impl("core_latency", TORCH_BOX(&rnnfast::cpu::core_latency));
 }

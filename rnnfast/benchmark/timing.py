@@ -1,10 +1,10 @@
 """How things are timed: several candidates in turn, and what the numbers of the turns say.
 
-Single numbers mean little on a shared machine, so nothing is timed alone: the candidates run in rounds, each once a
-round, the order turning round every time, and what is reported is the median over the rounds of the ratio within a
-round, with its 20th and 80th percentile.
+Single numbers mean little on a shared machine, so nothing is timed alone: the candidates run in rounds, each twice a
+round, once in turn and once in turn backwards, so that what one leaves in the caches for the next falls on all alike.
+What is reported is the median over the rounds of the ratio within a round, with its 20th and 80th percentile.
 
-On the CPU a sample is as many calls as last 2 ms, by the clock. On a CUDA device it is one call between two events,
+On the CPU a sample is as many calls as last 4 ms, by the clock. On a CUDA device it is one call between two events,
 after the L2 cache was filled with something else; the inputs change from call to call (a candidate has one call for
 each of its inputs). Writing over the cache takes the device some ten microseconds: so long the host is ahead.
 """
@@ -28,7 +28,9 @@ from torch import Tensor
 
 Calls = Sequence[Callable[[], object]]
 
-MOST_ROUNDS, LEAST_ROUNDS = 500, 5
+MOST_ROUNDS, LEAST_ROUNDS = 500, 3
+# Seconds of a sample on the CPU.
+SAMPLE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def interleave(
     seconds: float,
     device: torch.device,
     contexts: Sequence[Callable[[], contextlib.AbstractContextManager[object]]] = (),
+    each_round: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
     """Times the candidates in turn.
 
@@ -67,9 +70,10 @@ def interleave(
         seconds: about how long to measure, all together.
         device: where they run.
         contexts: for each candidate (or none) what makes the context manager in which its samples are taken.
+        each_round: called between the rounds.
 
     Returns:
-        For each candidate its seconds a call, one number a round.
+        For each candidate its seconds a call, one number a round: the mean of its two samples.
     """
     many: list[Calls] = [[c] if callable(c) else c for c in candidates]
     surround = list(contexts) or [contextlib.nullcontext] * len(many)
@@ -90,17 +94,19 @@ def interleave(
         first = sample(number, 1)
         # A call of half a second need not be tried thrice to know that it is long.
         estimate.append(first if first > 0.5 else statistics.median([first, sample(number, 1), sample(number, 1)]))
-    # Samples of at least 2 ms by the clock: its resolution and the wake-up of the threads should not be what is
-    # measured. But no longer than leaves time for ten rounds.
+    # Samples so long that the clock's resolution and the wake-up of the threads are not what is measured. But no longer
+    # than leaves time for ten rounds.
     repeats = 1
     if device.type != "cuda":
-        repeats = max(1, round(min(2e-3 / min(estimate), seconds / 10 / sum(estimate))))
+        repeats = max(1, round(min(SAMPLE / min(estimate), seconds / 20 / sum(estimate))))
     samples: list[list[float]] = [[] for _ in many]
     end = time.perf_counter() + seconds
     while len(samples[0]) < LEAST_ROUNDS or (time.perf_counter() < end and len(samples[0]) < MOST_ROUNDS):
-        order = range(len(many)) if len(samples[0]) % 2 else reversed(range(len(many)))
-        for number in order:
-            samples[number].append(sample(number, repeats))
+        there = [sample(number, repeats) for number in range(len(many))]
+        back = [sample(number, repeats) for number in reversed(range(len(many)))]
+        for number, taken in enumerate(samples):
+            taken.append((there[number] + back[-1 - number]) / 2)
+        each_round()
     return samples
 
 
