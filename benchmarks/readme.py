@@ -22,10 +22,12 @@ from plot import figures_of
 from records import (
     CELLS,
     DTYPES,
+    KEPT,
     MODE_NAMES,
     MODES,
     REPEAT,
     RESULTS,
+    Change,
     Record,
     Row,
     changes,
@@ -192,8 +194,7 @@ def worst_cases(records: Sequence[Record], count: int = 10) -> str:
 
 def repeated(results: Path) -> str:
     """How far two runs of the CPU's suites agree: each suite's means, and the largest change of a part of it."""
-    before, now = ([r for r in load_all(folder) if r.device == "cpu"] for folder in (results / REPEAT, results))
-    parts = changes(before, now)
+    parts = changes_on_cpu(results / REPEAT, results)
     lines = ["| suite | cases | first run | second run | change | largest of a cell and mode | largest of a case |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for whole in [part for part in parts if part.cell == "all"]:
@@ -206,6 +207,24 @@ def repeated(results: Path) -> str:
             f"| {whole.factor - 1:+.1%} ({whole.most}) |"
         )
     return "\n".join(lines)
+
+
+def kept(results: Path) -> str:
+    """What the ratios are when the allocator keeps freed memory."""
+    lines = ["| suite, cell | mode | default allocator | it keeps freed memory | what changed most |"]
+    lines.append("| --- | --- | ---: | ---: | --- |")
+    for part in changes_on_cpu(results, results / KEPT):
+        if part.cell != "all":
+            lines.append(
+                f"| {part.suite}, {part.cell} | {MODE_NAMES[part.mode]} | {part.before:.2f} | {part.now:.2f} "
+                f"| {part.factor - 1:+.0%} ({part.most}) |"
+            )
+    return "\n".join(lines)
+
+
+def changes_on_cpu(before: Path, now: Path) -> list[Change]:
+    old, new = ([record for record in load_all(folder) if record.device == "cpu"] for folder in (before, now))
+    return changes(old, new)
 
 
 def way(row: Row) -> tuple[Any, ...]:
@@ -263,6 +282,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "gpu figures": lambda: figures(cards, "figures") or "There are no figures yet.",
         "cpu worst": lambda: worst_cases(cpu),
         "cpu repeat": lambda: repeated(results),
+        "cpu kept": lambda: kept(results),
         "gpu worst": lambda: worst_cases(cards),
         "gpu constants": lambda: microbenchmarks(results),
         "step model": step_model.table,

@@ -22,6 +22,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 # Folder inside it with the files of an earlier run: how well the numbers repeat.
 REPEAT = "repeat"
+# Folder with the files of a run with --keep-memory.
+KEPT = "keep-memory"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
 SUITES = ("bar", "grid", "flashrnn", "deepbench", "models", "ragged", "packed", "small")

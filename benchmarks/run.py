@@ -22,7 +22,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from isolation import Processes, Settings, Skipped, measure_here
 from limits import Machine, at_least, better, describe, limit_us_per_step, this_machine
 from peers import PEERS
 from records import CELLS, MODES, RESULTS, Row, mean_ratio, rank, worst
-from rnnfast.benchmark import Case, Impossible, measure
+from rnnfast.benchmark import Case
 from rnnfast.benchmark.case import DTYPES
 from rnnfast.benchmark.command import add_measuring_options, listed
 from rnnfast.benchmark.cores import Nearness
@@ -54,18 +55,23 @@ def progress(name: str, total: int) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=name, unit="case", mininterval=0.2 if sys.stderr.isatty() else 2.0, miniters=1)
 
 
+Measurer = Callable[[Case, str, Settings, Skipped], list[Row]]
+
+
 class Suite:
     """One suite while it is measured.
 
     Args:
         name: in `SUITES`.
         options: the command line.
+        measurer: measures a case in a mode.
         nearness: of the cores; the same for all suites.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace, nearness: Nearness) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, measurer: Measurer, nearness: Nearness) -> None:
         self.name = name
         self.options = options
+        self.measurer = measurer
         self.nearness = nearness
         dtypes = options.dtype or [None]
         cases = [replace(case, dtype=dtype) if dtype else case for case in SUITES[name] for dtype in dtypes]
@@ -115,20 +121,16 @@ class Suite:
 
     def measure_case(self, case: Case, mode: str) -> list[Row]:
         options = self.options
-        try:
-            return measure(
-                case,
-                mode,
-                options.seconds,
-                options.device,
-                backends=options.backends,
-                peers={name: PEERS[name] for name in options.peers},
-                tf32=not options.no_tf32,
-                skipped=self.skip,
-            )
-        except Impossible as reason:
-            self.skip(f"mode {mode}", str(reason))
-            return []
+        settings = Settings(
+            seconds=options.seconds,
+            device=options.device,
+            backends=options.backends,
+            peers=options.peers,
+            tf32=not options.no_tf32,
+            threads=options.threads,
+            keep_memory=options.keep_memory,
+        )
+        return self.measurer(case, mode, settings, self.skip)
 
     def fill_in_limits(self, machine: Machine) -> None:
         for place, rows in self.measured.items():
@@ -257,6 +259,11 @@ def parse() -> argparse.Namespace:
         help="CPU: how long at most to wait for near cores, and to measure again what was timed with far ones "
         "(default 60, all suites together)",
     )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="all cases in this process, for a debugger; on a CPU each has one of its own otherwise (Linux)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default benchmarks/results)")
     return parser.parse_args()
 
@@ -271,7 +278,8 @@ def main() -> int:
     end = time.monotonic() + options.limit if options.limit else float("inf")
     signal.signal(signal.SIGTERM, terminated)
     # Two, unless told otherwise: numbers from different machines are then easier to compare.
-    torch.set_num_threads(options.threads or 2)
+    options.threads = options.threads or 2
+    torch.set_num_threads(options.threads)
     # Wide enough for the table where there is no terminal to ask.
     console = Console(width=None if sys.stdout.isatty() else 240)
     dtypes = options.dtype or sorted({case.dtype for name in options.suite for case in SUITES[name]})
@@ -281,9 +289,12 @@ def main() -> int:
         console.print("no limit: benchmarks/limits.py has no data sheet of this device")
     # On a GPU the threads of the processor have nothing to hand over.
     nearness = Nearness(options.patience) if options.device.type == "cpu" else Nearness(0.0, lambda: None)
+    # On a GPU each process would first have to initialise the device, for seconds.
+    in_process = options.in_process or options.device.type != "cpu" or not sys.platform.startswith("linux")
+    measurer: Measurer = measure_here if in_process else Processes().measure
     suites: list[Suite] = []
     for name in options.suite:
-        suite = Suite(name, options, nearness)
+        suite = Suite(name, options, measurer, nearness)
         suites.append(suite)
         print(f"{name}: {len(suite.work)} cases, {options.seconds} s each", flush=True)
         suite.measure(end)

@@ -156,7 +156,7 @@ def test_suite_with_a_wrong_kernel(wrong_kernel, tmp_path, monkeypatch, capsys):
     import run as script
 
     arguments = ["run.py", "--suite", "smoke", "--seconds", "0.01", "--mode", "fwd", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1", "--in-process"])
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert script.main() == 1
@@ -257,6 +257,29 @@ def test_candidates_take_turns():
 def test_ratio_is_of_the_rounds():
     ratio = timing.Ratio.of([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 1.0, 2.0, 2.0, 2.0])
     assert (ratio.p20, ratio.median, ratio.p80) == (3.0, 4.0, 4.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_kept_memory_takes_no_page_faults():
+    """Against the same program without it: a buffer beyond glibc's largest threshold, again and again."""
+    program = """if True:
+        import resource, sys, torch
+        from rnnfast.benchmark.timing import keep_freed_memory
+        if sys.argv[1] == "keep" and not keep_freed_memory():
+            sys.exit("no mallopt")
+        for turn in range(16):
+            if turn == 6:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.zeros(48 << 20, dtype=torch.uint8)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+        """
+    faults = {}
+    for word in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", program, word], capture_output=True, text=True, check=True)
+        faults[word] = float(done.stdout)
+    assert faults["keep"] < 10, faults
+    # A page each, be it a huge one.
+    assert faults["default"] >= 24, faults
 
 
 def test_peak_memory_is_the_highest_not_the_sum():

@@ -187,16 +187,16 @@ def test_interrupt_while_measuring_again_keeps_all_results(clock):
 def test_a_suite_on_far_cores_says_so(capsys, monkeypatch, tmp_path):
     """The whole command, the distance being what it never was before: near once, then far."""
     distances = itertools.chain([25.0], itertools.repeat(250.0))
-    real = run.measure
+    real = run.measure_here
 
-    def far(*arguments, **options):
-        rows = real(*arguments, **options)
+    def far(*arguments):
+        rows = real(*arguments)
         distance = next(distances)
         return [{**row, "core_to_core_ns": distance} for row in rows]
 
-    monkeypatch.setattr(run, "measure", far)
+    monkeypatch.setattr(run, "measure_here", far)
     monkeypatch.setattr(run, "this_machine", lambda *arguments: None)
-    arguments = f"run.py --suite smoke --seconds 0.01 --mode fwd --threads 1 --patience 0 --out {tmp_path}"
+    arguments = f"run.py --suite smoke --seconds 0.01 --mode fwd --threads 1 --in-process --patience 0 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", arguments.split())
     before = torch.get_num_threads()
     try:

@@ -21,7 +21,7 @@ from .case import Call, Case, Data, Impossible, compare, exact, make_call, make_
 from .cores import core_to_core_ns
 from .timing import Ratio, capture, interleave, peak_memory, settings
 
-__all__ = ["Case", "Impossible", "Peer", "Row", "default_backends", "measure"]
+__all__ = ["Case", "Impossible", "Peer", "Row", "default_backends", "failed_rows", "measure"]
 
 # A row of the result file.
 Row = dict[str, Any]
@@ -142,8 +142,7 @@ def measure(
 
         torch_nn = _attempt("torch", baseline)
         if torch_nn.failure is not None:
-            failed = [_Candidate(name, failure=f"torch.nn: {torch_nn.failure}") for name in names]
-            return [_row(case, mode, candidate, None) for candidate in failed]
+            return failed_rows(case, mode, names, device, f"torch.nn: {torch_nn.failure}")
         candidates = _candidates(case, mode, theirs, ours, data, names, torch_nn, peers or {}, skipped, device)
         graph = next((candidate for candidate in candidates if candidate.name == "torch" + GRAPH), None)
         candidates = [
@@ -175,6 +174,17 @@ def measure(
             candidate.calls = []
         torch.cuda.empty_cache()
     return rows
+
+
+def failed_rows(case: Case, mode: str, backends: Sequence[str] | None, device: torch.device, why: str) -> list[Row]:
+    """The rows of a case that could not be measured at all.
+
+    Args:
+        case, mode, backends, device: as for `measure`.
+        why: becomes each row's ``failure``.
+    """
+    names = default_backends(device) if backends is None else backends
+    return [_row(case, mode, _Candidate(name, failure=why), None) for name in names]
 
 
 def _candidates(

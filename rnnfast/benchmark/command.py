@@ -12,7 +12,7 @@ import torch
 
 from . import Row, measure
 from .case import CELLS, DTYPES, MODES, Case, Impossible
-from .timing import environment
+from .timing import environment, keep_freed_memory
 
 EXAMPLE = "example: python -m rnnfast bench --cell lstm --hidden 512 --batch 16 --mode fwd,fwdbwd"
 
@@ -46,6 +46,11 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a case in a mode (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="glibc: freed memory is kept, not given back to the system: no page faults, on either side",
+    )
     parser.add_argument("--no-tf32", action="store_true", help="CUDA: float32 without TF32, on both sides")
 
 
@@ -104,6 +109,9 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, 1 where results are wrong or a backend failed, 130 after Ctrl-C.
     """
+    if options.keep_memory and not keep_freed_memory():
+        print("rnnfast bench: --keep-memory needs glibc")
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     case = Case(

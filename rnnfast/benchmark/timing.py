@@ -12,6 +12,7 @@ each of its inputs). Writing over the cache takes the device some ten microsecon
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -28,7 +29,7 @@ from torch import Tensor
 
 Calls = Sequence[Callable[[], object]]
 
-MOST_ROUNDS, LEAST_ROUNDS = 500, 3
+MOST_ROUNDS, LEAST_ROUNDS = 500, 5
 # Seconds of a sample on the CPU.
 SAMPLE = 4e-3
 
@@ -163,6 +164,25 @@ def capture(call: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     return replay
 
 
+def keep_freed_memory() -> bool:
+    """Lets glibc's allocator keep all memory that is freed, for the rest of the process, as jemalloc and others do.
+
+    Otherwise it takes buffers beyond 32 MB from the kernel each time, page by page, and gives them back. A layer that
+    needs such buffers spends much of its time on that.
+
+    Returns:
+        False where the C library has no such setting.
+    """
+    # From malloc.h: how many buffers may come from the kernel each by itself, and from what size on the end of the heap
+    # is given back.
+    mmap_max, trim_threshold = -4, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that torch's allocator hands out during a call, at the highest, on top of what there was before.
 
@@ -246,8 +266,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         # An installed package may lie inside a repository that is not ours.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != Path(__file__).resolve().parents[2]:
             raise OSError
-        # A tree with changes is marked: its numbers belong to no commit. (New result files are no such change.)
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+        # A tree with changes is marked: its numbers belong to no commit. (New results and figures are no such change.)
+        generated = (":!/benchmarks/results", ":!/docs/figures")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *generated)
         commit = git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"

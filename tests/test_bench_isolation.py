@@ -1,0 +1,114 @@
+"""Each case of a suite in a process of its own: the rows come back, whatever happens there."""
+
+import ctypes
+import os
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from rnnfast.benchmark import Case
+
+pytest.importorskip("rich", reason="the suites print with rich: pip install rnnfast[bench]")
+
+import isolation
+from isolation import Processes, Settings, measure_here
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the processes are forks of a server")
+
+SETTINGS = Settings(0.01, torch.device("cpu"), None, [], True, 1)
+TINY = Case("GRU", 2, 8, steps=5)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    before = torch.get_num_threads()
+    yield Processes()
+    torch.set_num_threads(before)
+
+
+def nothing_skipped(what, why):
+    raise AssertionError(f"{what}: {why}")
+
+
+def test_rows_are_those_of_the_same_process(processes):
+    (there,), (here,) = (
+        measure(TINY, "fwdbwd", SETTINGS, nothing_skipped) for measure in (processes.measure, measure_here)
+    )
+    assert list(there) == list(here)
+    times = {"us_per_step", "torch_us_per_step", "ratio", "p20", "p80", "tokens_per_s", "gflop_per_s", "gbyte_per_s"}
+    same = [key for key in here if key not in times | {"rounds", "peak_memory_bytes", "torch_peak_memory_bytes"}]
+    assert {key: there[key] for key in same} == {key: here[key] for key in same}
+    assert there["correct"]
+    assert there["ratio"] > 0
+
+
+def test_reasons_come_back(processes):
+    reasons = []
+    packed = Case("GRU", 2, 8, steps=5, packed=True)
+    assert processes.measure(packed, "step", SETTINGS, lambda what, why: reasons.append((what, why))) == []
+    assert reasons == [("mode step", "a streaming step has neither lengths nor resets")]
+
+
+def test_errors_come_back(processes):
+    settings = Settings(0.01, torch.device("cpu"), ["cpuu"], [], True, 1)
+    with pytest.raises(ValueError, match="unknown backend 'cpuu'"):
+        processes.measure(TINY, "fwd", settings, nothing_skipped)
+
+
+class Exits(Case):
+    """Ends the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+class Crashes(Case):
+    def __reduce__(self):
+        return ctypes.string_at, (0,)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (Exits("GRU", 2, 8), "the process ended with exit status 3"),
+        (Crashes("GRU", 2, 8), "the process was ended by SIGSEGV"),
+    ],
+)
+def test_death_of_the_process_fails_the_case_and_the_next_goes_on(processes, case, why):
+    (row,) = processes.measure(case, "fwd", SETTINGS, nothing_skipped)
+    assert (row["correct"], row["failure"], row["ratio"]) == (False, why, None)
+    (row,) = processes.measure(TINY, "fwd", SETTINGS, nothing_skipped)
+    assert row["correct"]
+
+
+class Sleeps(Case):
+    def __reduce__(self):
+        return time.sleep, (60,)
+
+
+def test_interrupt_ends_the_process(processes):
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), isolation.signal.SIGINT))
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        processes.measure(Sleeps("GRU", 2, 8), "fwd", SETTINGS, nothing_skipped)
+    timer.join()
+    assert time.monotonic() - begin < 30
+
+
+def test_interrupt_while_a_process_starts_is_not_lost():
+    reached = False
+
+    def start():
+        nonlocal reached
+        with isolation._interrupts_later():
+            os.kill(os.getpid(), isolation.signal.SIGINT)
+            time.sleep(0.05)
+            reached = True
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached
