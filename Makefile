@@ -82,7 +82,7 @@ format: build
 	$(if $(FORMAT),$(VENV)/bin/clang-format -i $(FORMAT))
 
 bench: build
-	$(PY) benchmarks/run.py --suite bar,small,packed,ragged,models --seconds 1.5 --patience 150
+	$(PY) benchmarks/run.py --suite bar,small,packed,ragged,models --seconds 1.5 --patience 120
 	$(PY) benchmarks/plot.py
 
 # The README's figures and tables, from the result files alone.
