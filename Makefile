@@ -24,7 +24,7 @@ help:
 	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
 	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
 	@echo 'make test-gpu         the tests that need a CUDA device'
-	@echo 'make bench            time the layers against torch.nn (8 minutes); results in benchmarks/results/'
+	@echo 'make bench            time the layers against torch.nn (9 minutes); results in benchmarks/results/'
 	@echo 'make readme-figures   the README'"'"'s figures and tables anew from the result files'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
 	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python, RNNFAST_CUDA_ARCHS=8.6 what make cuda builds for'

@@ -36,6 +36,7 @@ from records import (
     mean_ratio,
     worst,
 )
+from rnnfast.benchmark.cores import FAR
 
 README = RESULTS.parent.parent / "README.md"
 DOCUMENTS = (README, README.parent / "docs" / "performance.md")
@@ -86,6 +87,10 @@ def speeds(records: Sequence[Record]) -> str:
                         line += [f"{low['ratio']:.2f} ({shape(low)})" if low else ""]
                     lines.append("| " + " | ".join(line) + " |")
         lines.append("")
+        distances = [row["core_to_core_ns"] for row in rows if row.get("core_to_core_ns")]
+        far = [distance for distance in distances if distance > FAR * min(distances)]
+        if far:
+            lines += [f"{len(far)} of the {len(rows)} rows were timed while the machine's cores were far apart.", ""]
     return "\n".join(lines).strip()
 
 
