@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rnnfast import libraries
+from rnnfast import cli, libraries
 from rnnfast.benchmark import Case, cores, measure
 from rnnfast.benchmark.cores import Nearness, core_to_core_ns
 
@@ -76,6 +76,15 @@ def test_rows_say_how_far_apart_the_cores_were(threads):
     threads(1)
     (row,) = measure(case, "fwd", 0.01, torch.device("cpu"))
     assert row["core_to_core_ns"] is None
+
+
+@needs_library
+def test_the_command_says_how_far_apart_the_cores_were(threads, capsys):
+    command = "bench --cell gru --hidden 8 --batch 2 --steps 5 --mode fwd --seconds 0.01".split()
+    for count, said in ((2, True), (1, False)):
+        threads(count)
+        assert cli.main(command) == 0
+        assert (" ns from core to core" in capsys.readouterr().out) == said
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------------

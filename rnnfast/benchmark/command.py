@@ -145,6 +145,9 @@ def run(options: argparse.Namespace) -> int:
         status = 130
     if rows:
         print("\n".join(lines(rows)))
+        distances = [row["core_to_core_ns"] for row in rows if row.get("core_to_core_ns")]
+        if distances:
+            print(f"A word takes {max(distances):.0f} ns from core to core: what waits for threads depends on that.")
     if options.json and rows:
         record: dict[str, Any] = {**where, "suite": "command line", "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

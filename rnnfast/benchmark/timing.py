@@ -29,7 +29,9 @@ from torch import Tensor
 
 Calls = Sequence[Callable[[], object]]
 
-MOST_ROUNDS, LEAST_ROUNDS = 500, 5
+MOST_ROUNDS = 500
+# The device's own clock is steadier than the processor's.
+LEAST_ROUNDS, LEAST_ROUNDS_CUDA = 5, 3
 # Seconds of a sample on the CPU.
 SAMPLE = 4e-3
 
@@ -101,8 +103,9 @@ def interleave(
     if device.type != "cuda":
         repeats = max(1, round(min(SAMPLE / min(estimate), seconds / 20 / sum(estimate))))
     samples: list[list[float]] = [[] for _ in many]
+    least = LEAST_ROUNDS_CUDA if device.type == "cuda" else LEAST_ROUNDS
     end = time.perf_counter() + seconds
-    while len(samples[0]) < LEAST_ROUNDS or (time.perf_counter() < end and len(samples[0]) < MOST_ROUNDS):
+    while len(samples[0]) < least or (time.perf_counter() < end and len(samples[0]) < MOST_ROUNDS):
         there = [sample(number, repeats) for number in range(len(many))]
         back = [sample(number, repeats) for number in reversed(range(len(many)))]
         for number, taken in enumerate(samples):
