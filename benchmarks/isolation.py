@@ -115,9 +115,10 @@ class Processes:
             process.join()
             return failed_rows(case, mode, settings.backends, settings.device, died(process.exitcode))
         finally:
-            # Nothing to do for a process that has answered; on Ctrl-C the end of it.
-            process.kill()
-            process.join()
+            # Nothing to do for a process that has answered; on Ctrl-C the end of it. (None where it could not start.)
+            if process.pid is not None:
+                process.kill()
+                process.join()
             here.close()
         for what, why in reasons:
             skipped(what, why)

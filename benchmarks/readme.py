@@ -36,7 +36,7 @@ from records import (
     mean_ratio,
     worst,
 )
-from rnnfast.benchmark.cores import FAR
+from rnnfast.benchmark.cores import Nearness
 
 README = RESULTS.parent.parent / "README.md"
 DOCUMENTS = (README, README.parent / "docs" / "performance.md")
@@ -87,11 +87,17 @@ def speeds(records: Sequence[Record]) -> str:
                         line += [f"{low['ratio']:.2f} ({shape(low)})" if low else ""]
                     lines.append("| " + " | ".join(line) + " |")
         lines.append("")
-        distances = [row["core_to_core_ns"] for row in rows if row.get("core_to_core_ns")]
-        far = [distance for distance in distances if distance > FAR * min(distances)]
-        if far:
-            lines += [f"{len(far)} of the {len(rows)} rows were timed while the machine's cores were far apart.", ""]
+        if far := timed_far(rows):
+            lines += [f"{far} of the {len(rows)} rows were timed while the machine's cores were far apart.", ""]
     return "\n".join(lines).strip()
+
+
+def timed_far(rows: Sequence[Row]) -> int:
+    """How many of the rows were timed with cores far apart, by the nearest of them."""
+    nearness = Nearness(patience=0.0)
+    for row in rows:
+        nearness.see(row.get("core_to_core_ns"))
+    return sum(nearness.far(row.get("core_to_core_ns")) for row in rows)
 
 
 def slower(records: Sequence[Record]) -> str:
@@ -199,7 +205,9 @@ def worst_cases(records: Sequence[Record], count: int = 10) -> str:
 
 def repeated(results: Path) -> str:
     """How far two runs of the CPU's suites agree: each suite's means, and the largest change of a part of it."""
-    parts = changes_on_cpu(results / REPEAT, results)
+    folders = (results / REPEAT, results)
+    parts = changes_on_cpu(*folders)
+    far = [timed_far([row for record in on_cpu(folder) for row in record.rows]) for folder in folders]
     lines = ["| suite | cases | first run | second run | change | largest of a cell and mode | largest of a case |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for whole in [part for part in parts if part.cell == "all"]:
@@ -211,6 +219,7 @@ def repeated(results: Path) -> str:
             f"| {most.now / most.before - 1:+.1%} ({most.cell}, {MODE_NAMES[most.mode]}) "
             f"| {whole.factor - 1:+.1%} ({whole.most}) |"
         )
+    lines += ["", f"Cases that were timed with cores far apart: {far[0]} in the first run, {far[1]} in the second."]
     return "\n".join(lines)
 
 
@@ -227,9 +236,12 @@ def kept(results: Path) -> str:
     return "\n".join(lines)
 
 
+def on_cpu(folder: Path) -> list[Record]:
+    return [record for record in load_all(folder) if record.device == "cpu"]
+
+
 def changes_on_cpu(before: Path, now: Path) -> list[Change]:
-    old, new = ([record for record in load_all(folder) if record.device == "cpu"] for folder in (before, now))
-    return changes(old, new)
+    return changes(on_cpu(before), on_cpu(now))
 
 
 def way(row: Row) -> tuple[Any, ...]:

@@ -75,8 +75,7 @@ class Suite:
         self.nearness = nearness
         dtypes = options.dtype or [None]
         cases = [replace(case, dtype=dtype) if dtype else case for case in SUITES[name] for dtype in dtypes]
-        self.cases = [case for case in cases if re.search(options.cases, case.name)]
-        self.work = [(case, mode) for case in self.cases for mode in options.mode]
+        self.work = [(case, mode) for case in cases if re.search(options.cases, case.name) for mode in options.mode]
         # What was measured, by its place in the suite.
         self.measured: dict[int, list[Row]] = {}
         self.skipped: list[str] = []
@@ -106,12 +105,14 @@ class Suite:
             try:
                 for place in places:
                     case, mode = self.work[place]
+                    bar.set_postfix_str(f"{case.name} {mode}")
+                    # Waiting neither goes beyond the end nor counts as the time that a case takes.
+                    self.nearness.patience = min(self.nearness.patience, end - time.monotonic())
+                    self.nearness.wait()
                     begin = time.monotonic()
                     if begin + longest > end:
                         self.out_of_time = True
                         break
-                    bar.set_postfix_str(f"{case.name} {mode}")
-                    self.nearness.wait()
                     self.measured[place] = self.measure_case(case, mode)
                     self.nearness.see(self.distance(place))
                     bar.update()
@@ -156,7 +157,13 @@ def measure_far_again(suites: Sequence[Suite], nearness: Nearness) -> None:
     """Measures cases again that were timed while the cores were far apart, when they are near, and keeps of each what
     was timed with the nearest cores. Ends with the patience, or on Ctrl-C, with all results valid.
     """
-    waiting = [(suite, place) for suite in suites for place in suite.measured if nearness.far(suite.distance(place))]
+    # What was wrong once stays reported, and is not tried until it is right.
+    waiting = [
+        (suite, place)
+        for suite in suites
+        for place, rows in suite.measured.items()
+        if nearness.far(suite.distance(place)) and all(row["correct"] for row in rows)
+    ]
     if not waiting:
         return
     with progress("again, cores were far apart", len(waiting)) as bar, contextlib.suppress(KeyboardInterrupt):
@@ -168,7 +175,7 @@ def measure_far_again(suites: Sequence[Suite], nearness: Nearness) -> None:
                 rows, before = suite.measure_case(case, mode), suite.measured[place]
             suite.measured[place] = rows
             nearness.see(suite.distance(place))
-            # A result that is wrong this time stays, and is reported.
+            # So does a result that is wrong this time.
             if all(row["correct"] for row in rows):
                 suite.measured[place] = min(rows, before, key=lambda rows: rows[0]["core_to_core_ns"])
             if nearness.far(suite.distance(place)):

@@ -182,6 +182,13 @@ def test_a_result_that_is_wrong_the_second_time_is_reported(clock):
     assert suite.ratios == [None, 1.1]
 
 
+def test_a_case_that_was_wrong_is_not_tried_until_it_is_right(clock):
+    nearness = Nearness(1.0, lambda: 25.0)
+    suite = Suite(nearness, [(200.0, None), (25.0, 1.0)], [(25.0, 1.1)])
+    run.measure_far_again([suite], nearness)
+    assert suite.ratios == [None, 1.1]
+
+
 def test_interrupt_while_measuring_again_keeps_all_results(clock):
     def interrupted():
         yield 200.0, 2.0

@@ -20,6 +20,7 @@ inline double core_to_core_seconds(int threads, int64_t rounds) {
   run_team(threads, [&](Team& team, int member) {
     const int64_t members = team.members();
     if (members < 2) return;
+    // The clock starts when all have arrived. The word itself orders everything after that.
     team.wait();
     timespec start, end;
     if (member == 0) clock_gettime(CLOCK_MONOTONIC, &start);
