@@ -87,11 +87,12 @@ class Ninja:
         self.lines.append(f"build {name}: phony {' '.join(self.path(path) for path in inputs)}")
 
     def run(self, targets: Iterable[Path | str] = (), quiet: bool = False) -> bool:
+        """Brings the targets (all by default) up to date; without any line added, by the file that is there."""
         import fcntl  # Unix only, as this build is
 
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "build.ninja"
-        text = "\n".join(self.lines) + "\n"
+        text = "\n".join(self.lines) + "\n" if self.lines else file.read_text()
         command = [self.program(), "-C", str(self.folder)] + ["--quiet"] * quiet
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
@@ -133,9 +134,13 @@ def torch_root() -> Path:
     return Path(found.origin).parent
 
 
-def torch_includes() -> list[str]:
+def torch_includes(torch: Path | None = None) -> list[str]:
+    """The host compiler's flags for the headers of `torch`, by default of the one that is installed."""
+    include = (torch or torch_root()) / "include"
+    # Messages name source files: not with their place on the machine that built the library. The last map goes first.
+    names = [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={include}/="]
     # As a system directory: warnings in torch's own headers are not ours to mend.
-    return ["-isystem", str(torch_root() / "include")]
+    return ["-isystem", str(include), *names]
 
 
 def build_cpu() -> Path:
@@ -156,7 +161,7 @@ def build_cpu() -> Path:
     for isa, table, flags in ISAS.get(platform.machine(), ISAS["other"]):
         defines = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_KERNELS={table}"]
         objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}", KERNEL_FLAGS + flags + defines))
-    libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-pthread"]
+    libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl", "-pthread"]
     library = ninja.edge("link", "_C_cpu.so", objects, libraries)
     if not ninja.run():
         raise SystemExit("rnnfast: the C++ library did not compile; the compiler's message is above")
@@ -235,14 +240,20 @@ def code_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def cuda_ops_flags(archs: list[str], torch: Path | None = None) -> list[str]:
+    """nvcc's flags for the one file of the CUDA library that includes torch's headers."""
+    # gcc 12 takes the tensor of an empty std::optional for one that is read.
+    flags = [*NVCC_FLAGS, *host_compiler(), "--forward-unknown-to-host-compiler", "-Wno-maybe-uninitialized"]
+    return flags + torch_includes(torch) + [STABLE_ABI, "-DUSE_CUDA", f'-DRNNFAST_CUDA_ARCH_LIST="{";".join(archs)}"']
+
+
 def cuda_sources() -> list[Path]:
     return sorted(CSRC.glob("cuda/*.cu")) + sorted(CSRC.glob("cuda/instances/*.cu"))
 
 
 def build_cuda(nvcc: str) -> Path:
-    common = NVCC_FLAGS + host_compiler()
     archs = cuda_archs(nvcc)
-    flags = common + code_flags(archs) + ["--threads", os.environ.get("NVCC_THREADS", "1")]
+    flags = NVCC_FLAGS + host_compiler() + code_flags(archs) + ["--threads", os.environ.get("NVCC_THREADS", "1")]
     ninja = Ninja(CUDA_BUILD)
     # What ptxas says of registers and spills goes to a file beside the object: benchmarks/cuda_resources.py reads it.
     run = f"{shlex.quote(nvcc)} $flags -c $in -o $out"
@@ -250,10 +261,7 @@ def build_cuda(nvcc: str) -> Path:
     ninja.rule("compile", f"{run} -MD -MF $out.d")
     ninja.rule("link", f"{shlex.quote(nvcc)} -shared -cudart static -nodlink -o $out $in $flags", depfile=False)
     objects = [ninja.edge("nvcc", f"{source.stem}.o", [source], flags) for source in cuda_sources()]
-    # gcc 12 takes the tensor of an empty std::optional for one that is read.
-    host = common + ["-Xcompiler", "-Wno-maybe-uninitialized"] + torch_includes()
-    names = [STABLE_ABI, "-DUSE_CUDA", f'-DRNNFAST_CUDA_ARCH_LIST="{";".join(archs)}"']
-    objects.append(ninja.edge("compile", "ops_cuda.o", [CSRC / "cuda/ops_cuda.cpp"], host + names))
+    objects.append(ninja.edge("compile", "ops_cuda.o", [CSRC / "cuda/ops_cuda.cpp"], cuda_ops_flags(archs)))
     # --no-undefined: a symbol of libtorch_cuda would keep the library from loading in a torch for the CPU.
     libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     libraries += host_compiler() + ["-Xlinker", "--no-undefined,--exclude-libs,ALL"]

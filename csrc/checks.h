@@ -7,6 +7,8 @@
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,17 @@ namespace rnnfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Our own words alone: torch's STD_TORCH_CHECK puts a path of the machine that built the library before them.
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+#define RNNFAST_CHECK(condition, ...)                                \
+  do {                                                               \
+    if (!(condition)) [[unlikely]] { ::rnnfast::fail(__VA_ARGS__); } \
+  } while (false)
 
 inline std::string shape_text(const int64_t* sizes, int64_t count) {
   std::string text = "(";
@@ -36,16 +49,15 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
                         std::initializer_list<int64_t> expected) {
   if (has_shape(tensor, expected)) return;
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(false, op, ": ", argument, ": expected shape ",
-                  shape_text(expected.begin(), static_cast<int64_t>(expected.size())), ", got ",
-                  shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
+  fail(op, ": ", argument, ": expected shape ", shape_text(expected.begin(), static_cast<int64_t>(expected.size())),
+       ", got ", shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& model) {
-  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument,
-                  ": expected the dtype of the first tensor, got another");
-  STD_TORCH_CHECK(tensor.device() == model.device(), op, ": ", argument,
-                  ": expected the device of the first tensor, got another");
+  RNNFAST_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument,
+                ": expected the dtype of the first tensor, got another");
+  RNNFAST_CHECK(tensor.device() == model.device(), op, ": ", argument,
+                ": expected the device of the first tensor, got another");
 }
 
 inline DType dtype_of(const char* op, const Tensor& tensor) {
@@ -54,9 +66,8 @@ inline DType dtype_of(const char* op, const Tensor& tensor) {
     case ScalarType::Double: return DType::float64;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, op, ": expected a tensor of dtype float32, float64, bfloat16 or float16");
+    default: fail(op, ": expected a tensor of dtype float32, float64, bfloat16 or float16");
   }
-  return DType::float32;
 }
 
 inline Mode mode_of(const char* op, const std::string& name) {
@@ -65,8 +76,7 @@ inline Mode mode_of(const char* op, const std::string& name) {
   if (name == "RNN_TANH") return Mode::rnn_tanh;
   if (name == "RNN_RELU") return Mode::rnn_relu;
   if (name == "RNN_IDENTITY") return Mode::rnn_identity;
-  STD_TORCH_CHECK(false, op, ": mode: expected LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY, got ", name);
-  return Mode::lstm;
+  fail(op, ": mode: expected LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY, got ", name);
 }
 
 }  // namespace rnnfast

@@ -1,5 +1,5 @@
 // The ops of a layer, for every backend: what differs between devices stands in `Backend`:
-//   static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes);
+//   static Tensor empty(const Wanted&);
 //   static constexpr bool kMakesGates;  // forward takes the layer's input; else gates come from input_gates first
 //   input_gates and matmul, as the ops
 //   static void forward(const char* op, const ForwardParams&, const Context&, const Tensor& like);
@@ -19,22 +19,28 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Backend> struct LayerOps {
-  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) { return Backend::empty(like, sizes); }
-  static Tensor none(const Tensor& like) { return empty(like, {0}); }
+  static Tensor empty(const char* op, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return Backend::empty({op, name, Sizes(sizes.begin(), sizes.size()), like.scalar_type(), like});
+  }
+  // Of shape (0,): what does not apply.
+  static Tensor none(const char* op, const Tensor& like) { return empty(op, "nothing", like, {0}); }
 
   // (rows..., width), where `like` has the rows.
-  static Tensor empty_rows(const Tensor& like, int64_t width) {
-    return like.dim() == 2 ? empty(like, {like.size(0), width}) : empty(like, {like.size(0), like.size(1), width});
+  static Tensor empty_rows(const char* op, const char* name, const Tensor& like, int64_t width) {
+    if (like.dim() == 2) return empty(op, name, like, {like.size(0), width});
+    return empty(op, name, like, {like.size(0), like.size(1), width});
   }
 
   // What forward returns, allocated and put into the params.
   static Five forward(const char* op, ForwardParams& p, const Context& context, const Tensor& like, bool save_reserve) {
     const int64_t D = p.directions, H = p.hidden_size;
     const bool lstm = p.mode == Mode::lstm;
-    Tensor output = empty_rows(like, D * p.state_size), h_n = empty(like, {D, p.rows.batch, p.state_size});
-    Tensor c_n = lstm ? empty(like, {D, p.rows.batch, H}) : none(like);
-    Tensor cells = lstm && save_reserve ? empty_rows(like, D * H) : none(like);
-    Tensor reserve = save_reserve && reserve_of(p.mode) ? empty_rows(like, D * reserve_of(p.mode) * H) : none(like);
+    Tensor output = empty_rows(op, "output", like, D * p.state_size),
+           h_n = empty(op, "h_n", like, {D, p.rows.batch, p.state_size});
+    Tensor c_n = lstm ? empty(op, "c_n", like, {D, p.rows.batch, H}) : none(op, like);
+    Tensor cells = lstm && save_reserve ? empty_rows(op, "cells", like, D * H) : none(op, like);
+    Tensor reserve = save_reserve && reserve_of(p.mode) ? empty_rows(op, "reserve", like, D * reserve_of(p.mode) * H)
+                                                        : none(op, like);
     p.output = mutable_data_of(output);
     p.h_n = mutable_data_of(h_n);
     p.c_n = mutable_data_of(c_n);
@@ -48,14 +54,14 @@ template <class Backend> struct LayerOps {
                                  OptionalTensor hx, OptionalTensor cx, OptionalTensor batch_sizes,
                                  OptionalTensor lengths, OptionalTensor resets, bool batch_first, bool save_reserve) {
     const char* op = "rnnfast::recurrence_forward";
-    Context context;
+    Context context(op);
     fill({op, mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
     ForwardParams p;
     static_cast<Recurrence&>(p) = context.r;
     const int64_t width = p.directions * gates_of(p.mode) * p.hidden_size;
-    STD_TORCH_CHECK(gates.size(gates.dim() - 1) == width, op, ": gates: expected a last dimension of ", width, ", got ",
-                    gates.size(gates.dim() - 1));
-    p.gates = context.hold(gates);
+    RNNFAST_CHECK(gates.size(gates.dim() - 1) == width, op, ": gates: expected a last dimension of ", width, ", got ",
+                  gates.size(gates.dim() - 1));
+    p.gates = context.hold("gates", gates);
     if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, gates, context, p.bias_hh);
     return forward(op, p, context, gates, save_reserve);
   }
@@ -64,12 +70,12 @@ template <class Backend> struct LayerOps {
                     const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh, const Tensors& weight_hr,
                     const OptionalTensor& hx, const OptionalTensor& cx, const OptionalTensor& batch_sizes,
                     const OptionalTensor& lengths, const OptionalTensor& resets, bool batch_first, bool save_reserve) {
-    Context context;
+    Context context(op);
     fill({op, mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
     ForwardParams p;
     static_cast<Recurrence&>(p) = context.r;
-    STD_TORCH_CHECK(static_cast<int64_t>(weight_ih.size()) == p.directions, op, ": weight_ih: expected ", p.directions,
-                    " tensors, got ", weight_ih.size());
+    RNNFAST_CHECK(static_cast<int64_t>(weight_ih.size()) == p.directions, op, ": weight_ih: expected ", p.directions,
+                  " tensors, got ", weight_ih.size());
     p.input_size = input.size(input.dim() - 1);
     for (int64_t d = 0; d < p.directions; ++d) {
       check_shape(op, "weight_ih", weight_ih[d], {gates_of(p.mode) * p.hidden_size, p.input_size});
@@ -77,16 +83,16 @@ template <class Backend> struct LayerOps {
     }
     if constexpr (Backend::kMakesGates) {
       p.from_input = true;
-      p.input = context.hold(input);
+      p.input = context.hold("input", input);
       for (int64_t d = 0; d < p.directions; ++d) {
-        const Matrix ih = row_major(weight_ih[d], context.keep);
+        const Matrix ih = row_major(op, "weight_ih", weight_ih[d], context.keep);
         p.weight_ih[d] = ih.data;
         p.weight_ih_stride[d] = ih.stride;
       }
       fill_biases(op, "bias_ih", bias_ih, input, context, p.bias_ih);
       fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
     } else {
-      p.gates = context.hold(Backend::input_gates(mode, input, weight_ih, bias_ih, bias_hh));
+      p.gates = context.hold("gates", Backend::input_gates(mode, input, weight_ih, bias_ih, bias_hh));
       if (p.mode == Mode::gru) fill_biases(op, "bias_hh", bias_hh, input, context, p.bias_hh);
     }
     return forward(op, p, context, input, save_reserve);
@@ -116,7 +122,7 @@ template <class Backend> struct LayerOps {
                                   OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
                                   OptionalTensor resets, bool batch_first) {
     const char* op = "rnnfast::recurrence_backward";
-    Context context;
+    Context context(op);
     fill({op, mode, output, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
     const Recurrence& r = context.r;
     const int64_t D = r.directions, H = r.hidden_size, G = gates_of(r.mode);
@@ -133,13 +139,13 @@ template <class Backend> struct LayerOps {
     const auto rows_of = [&](const char* argument, const OptionalTensor& tensor, int64_t width) -> const void* {
       if (!tensor) return nullptr;
       check_rows(argument, *tensor, width);
-      return context.hold(tensor);
+      return context.hold(argument, tensor);
     };
     const auto state_of = [&](const char* argument, const OptionalTensor& tensor, int64_t width) -> const void* {
       if (!tensor) return nullptr;
       check_like(op, argument, *tensor, output);
       check_shape(op, argument, *tensor, {D, r.rows.batch, width});
-      return context.hold(tensor);
+      return context.hold(argument, tensor);
     };
     p.output = rows_of("output", output, D * r.state_size);
     p.grad_output = rows_of("grad_output", grad_output, D * r.state_size);
@@ -150,11 +156,11 @@ template <class Backend> struct LayerOps {
       p.grad_cells = rows_of("grad_cells", grad_cells, D * H);
     }
     if (reserve_of(r.mode)) p.reserve = rows_of("reserve", reserve, D * reserve_of(r.mode) * H);
-    Tensor grad_gates = empty_rows(output, D * G * H);
-    Tensor grad_gates_hh = r.mode == Mode::gru ? empty_rows(output, D * G * H) : none(output);
-    Tensor grad_hx = hx ? empty(output, {D, r.rows.batch, r.state_size}) : none(output);
-    Tensor grad_cx = lstm && cx ? empty(output, {D, r.rows.batch, H}) : none(output);
-    Tensor grad_projected = r.projected ? empty_rows(output, D * r.state_size) : none(output);
+    Tensor grad_gates = empty_rows(op, "grad_gates", output, D * G * H);
+    Tensor grad_gates_hh = r.mode == Mode::gru ? empty_rows(op, "grad_gates_hh", output, D * G * H) : none(op, output);
+    Tensor grad_hx = hx ? empty(op, "grad_hx", output, {D, r.rows.batch, r.state_size}) : none(op, output);
+    Tensor grad_cx = lstm && cx ? empty(op, "grad_cx", output, {D, r.rows.batch, H}) : none(op, output);
+    Tensor grad_projected = r.projected ? empty_rows(op, "grad_projected", output, D * r.state_size) : none(op, output);
     p.grad_gates = mutable_data_of(grad_gates);
     p.grad_gates_hh = r.mode == Mode::gru ? mutable_data_of(grad_gates_hh) : nullptr;
     p.grad_hx = hx ? mutable_data_of(grad_hx) : nullptr;

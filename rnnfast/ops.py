@@ -45,12 +45,18 @@ def _missing_kernels(backend: str, why: str | None) -> Kernels:
     return Kernels(*[missing] * len(Kernels._fields))
 
 
-def _following_tf32(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, with torch's TF32 flag handed to the library first."""
+def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, with torch's TF32 flag handed to the library first, and torch's own error where memory runs out."""
 
     def call(*arguments: Any) -> Any:
         libraries.follow_tf32()
-        return op(*arguments)
+        try:
+            return op(*arguments)
+        except RuntimeError as error:
+            # The library cannot throw torch's classes: they are not part of the stable interface.
+            if isinstance(error, torch.OutOfMemoryError) or ": out of memory: " not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from None
 
     return call
 
@@ -59,9 +65,7 @@ def _cuda_kernels() -> Kernels:
     """The same ops as the CPU's: the dispatcher goes by the tensors' device."""
     if libraries.cuda_error is not None:
         return _missing_kernels("cuda", libraries.cuda_error)
-    # The input gates are ATen's product, which heeds its own flags.
-    input_gates, *recurrences = _library_kernels("rnnfast")
-    return Kernels(input_gates, *(_following_tf32(op) for op in recurrences))
+    return Kernels(*map(_on_cuda, _library_kernels("rnnfast")))
 
 
 # Every backend's functions: the one place where a backend's name becomes code.

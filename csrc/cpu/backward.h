@@ -25,9 +25,9 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
         gates_width_(kG * params.hidden_size),
         groups_each_(choose_split(params, threads, sizeof(Compute), tiles_).row_groups) {}
 
-  bool run(int threads) {
+  int64_t run(int threads) {
     place();
-    if (!workspace_.allocate()) return false;
+    if (const int64_t missing = workspace_.allocate()) return missing;
     place();
     run_team(threads, [&](Team& team, int member) {
       const int members = team.members();
@@ -40,7 +40,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
         steps(g, mine.rank, mine.members_per_group);
       }
     });
-    return true;
+    return 0;
   }
 
  private:

@@ -34,9 +34,9 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
         group_rows_(divide_up(params.rows.batch, groups_each_)),
         chunk_steps_(params.from_input ? chunk_steps() : params.rows.steps) {}
 
-  bool run(int threads) {
+  int64_t run(int threads) {
     place();
-    if (!workspace_.allocate()) return false;
+    if (const int64_t missing = workspace_.allocate()) return missing;
     place();
     run_team(threads, [&](Team& team, int member) {
       const int members = team.members();
@@ -50,7 +50,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
       for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride)
         steps(g, member, mine.rank, mine.members_per_group);
     });
-    return true;
+    return 0;
   }
 
  private:

@@ -15,21 +15,21 @@ template <class Math> using RnnTanhCell = RnnCell<Math, Mode::rnn_tanh>;
 template <class Math> using RnnReluCell = RnnCell<Math, Mode::rnn_relu>;
 template <class Math> using RnnIdentityCell = RnnCell<Math, Mode::rnn_identity>;
 
-template <class Use> inline bool with_storage(DType dtype, const Use& use) {
+template <class Use> inline int64_t with_storage(DType dtype, const Use& use) {
   switch (dtype) {
     case DType::float32: return use(float{});
     case DType::float64: return use(double{});
     case DType::bfloat16: return use(BFloat16{});
     case DType::float16: return use(Float16{});
   }
-  return false;
+  return 0;
 }
 
 // Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
 // float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
 template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage,
           class Params>
-inline bool run_with_blocks(const Params& params, int64_t units, int threads) {
+inline int64_t run_with_blocks(const Params& params, int64_t units, int threads) {
   if constexpr (std::is_same_v<Storage, float>) {
     const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
     if (blocks == 1 || divide_up(blocks, 2) < per_direction)
@@ -38,7 +38,7 @@ inline bool run_with_blocks(const Params& params, int64_t units, int threads) {
   return Loop<CellOf, Storage, 2>(params, threads).run(threads);
 }
 
-bool forward(const ForwardParams& params, int threads) {
+int64_t forward(const ForwardParams& params, int threads) {
   return with_storage(params.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     const int64_t units = params.hidden_size;
@@ -49,11 +49,11 @@ bool forward(const ForwardParams& params, int threads) {
       case Mode::rnn_relu: return run_with_blocks<ForwardLoop, RnnReluCell, Storage>(params, units, threads);
       case Mode::rnn_identity: return run_with_blocks<ForwardLoop, RnnIdentityCell, Storage>(params, units, threads);
     }
-    return false;
+    return int64_t{0};
   });
 }
 
-bool backward(const BackwardParams& params, int threads) {
+int64_t backward(const BackwardParams& params, int threads) {
   return with_storage(params.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     const int64_t units = params.state_size;
@@ -64,11 +64,11 @@ bool backward(const BackwardParams& params, int threads) {
       case Mode::rnn_relu: return run_with_blocks<BackwardLoop, RnnReluCell, Storage>(params, units, threads);
       case Mode::rnn_identity: return run_with_blocks<BackwardLoop, RnnIdentityCell, Storage>(params, units, threads);
     }
-    return false;
+    return int64_t{0};
   });
 }
 
-bool matmul(const MatmulParams& params, int threads) {
+int64_t matmul(const MatmulParams& params, int threads) {
   return with_storage(params.dtype, [&](auto storage) { return MatmulLoop<decltype(storage)>(params).run(threads); });
 }
 

@@ -5,12 +5,12 @@
 
 namespace rnnfast::cpu {
 
-// False: there was not enough memory for the workspace, and nothing was computed.
+// What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {
   const char* isa;
-  bool (*forward)(const ForwardParams&, int threads);
-  bool (*backward)(const BackwardParams&, int threads);
-  bool (*matmul)(const MatmulParams&, int threads);
+  int64_t (*forward)(const ForwardParams&, int threads);
+  int64_t (*backward)(const BackwardParams&, int threads);
+  int64_t (*matmul)(const MatmulParams&, int threads);
 };
 
 extern const Kernels kKernelsPortable;

@@ -36,13 +36,13 @@ template <class Storage> class MatmulLoop {
         // A transposed operand that few tiles of b use is read across its rows; packing it would take longer.
         pack_a_(sizeof(Storage) != sizeof(Compute) || (params.a_col != 1 && n_tiles_ > kTilesWorthPacking)) {}
 
-  bool run(int threads) {
+  int64_t run(int threads) {
     if (direct_) {
       run_direct(threads);
-      return true;
+      return 0;
     }
     place();
-    if (!workspace_.allocate()) return false;
+    if (const int64_t missing = workspace_.allocate()) return missing;
     place();
     run_team(threads, [&](Team& team, int member) {
       const int members = team.members();
@@ -54,7 +54,7 @@ template <class Storage> class MatmulLoop {
         multiply(k, k_count, member, members);
       }
     });
-    return true;
+    return 0;
   }
 
  private:

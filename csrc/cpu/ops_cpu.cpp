@@ -8,6 +8,9 @@
 #include "isa.h"
 #include "memory.h"
 
+// What the system still has is not what one allocation can get: not reported.
+rnnfast::DeviceMemory rnnfast::device_memory(const Tensor&) { return {}; }
+
 namespace rnnfast::cpu {
 
 void parallel_region(int64_t slots, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -35,15 +38,9 @@ int threads_for(double flops, double flops_between_barriers) {
   return useful < available ? static_cast<int>(useful) : available;
 }
 
-void check_memory(const char* op, bool enough) { STD_TORCH_CHECK(enough, op, ": not enough memory for the workspace"); }
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor tensor =
-      torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type());
-  int64_t bytes = static_cast<int64_t>(tensor.element_size());
-  for (const int64_t size : sizes) bytes *= size;
-  prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
+// `missing` is what a kernel returned: the bytes of a workspace that it could not have.
+void check_memory(const char* op, const Tensor& like, int64_t missing) {
+  if (missing) fail_for_memory(op, "the workspace", missing, like, "", false);
 }
 
 int threads_for(const Recurrence& r, int64_t row_count) {
@@ -55,13 +52,17 @@ int threads_for(const Recurrence& r, int64_t row_count) {
 
 struct CpuBackend {
   static constexpr bool kMakesGates = true;
-  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) { return cpu::empty(like, sizes); }
-  static void forward(const char* op, const ForwardParams& p, const Context& context, const Tensor&) {
-    check_memory(op, kernels().forward(p, threads_for(p, context.row_count)));
+  static Tensor empty(const Wanted& wanted) {
+    const Tensor tensor = allocate(wanted, [&] { return torch::stable::empty(wanted.sizes, wanted.type); });
+    prefer_huge_pages(tensor.mutable_data_ptr(), bytes_of(wanted));
+    return tensor;
   }
-  static void backward(const char* op, const BackwardParams& p, const Context& context, const Tensor&, const Tensors&,
-                       const Tensors&) {
-    check_memory(op, kernels().backward(p, threads_for(p, context.row_count)));
+  static void forward(const char* op, const ForwardParams& p, const Context& context, const Tensor& like) {
+    check_memory(op, like, kernels().forward(p, threads_for(p, context.row_count)));
+  }
+  static void backward(const char* op, const BackwardParams& p, const Context& context, const Tensor& like,
+                       const Tensors&, const Tensors&) {
+    check_memory(op, like, kernels().backward(p, threads_for(p, context.row_count)));
   }
   static Tensor input_gates(std::string mode, Tensor input, Tensors weight_ih, Tensors bias_ih, Tensors bias_hh);
   static Tensor matmul(Tensor a, Tensor b);
@@ -72,7 +73,7 @@ Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weig
   const char* op = "rnnfast::input_gates";
   const Mode mode = mode_of(op, mode_name);
   check_gate_arguments(op, input, weight_ih, bias_ih, bias_hh);
-  const Tensor x = as_contiguous(input);
+  const Tensor x = as_contiguous(op, "input", input);
   const int64_t directions = static_cast<int64_t>(weight_ih.size());
   MatmulParams m;
   m.dtype = dtype_of(op, input);
@@ -84,10 +85,10 @@ Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weig
   m.a_col = 1;
   m.b_row = 1;
   m.c_row = directions * m.n;
-  Tensor gates = LayerOps<CpuBackend>::empty_rows(input, directions * m.n);
+  Tensor gates = LayerOps<CpuBackend>::empty_rows(op, "gates", input, directions * m.n);
   for (int64_t d = 0; d < directions; ++d) {
     Tensors keep;
-    const Matrix weight = row_major(weight_ih[d], keep);
+    const Matrix weight = row_major(op, "weight_ih", weight_ih[d], keep);
     m.b = weight.data;
     m.b_col = weight.stride;
     m.c = static_cast<char*>(mutable_data_of(gates)) + d * m.n * static_cast<int64_t>(gates.element_size());
@@ -96,12 +97,12 @@ Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weig
       m.bias[i] = nullptr;
       if (biases[i]->empty()) continue;
       const Tensor& bias = (*biases[i])[d];
-      keep.push_back(as_contiguous(bias));
+      keep.push_back(as_contiguous(op, "bias", bias));
       m.bias[i] = data_of(keep.back());
       // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
       m.bias_count[i] = i == 1 && mode == Mode::gru ? m.n / 3 * 2 : m.n;
     }
-    if (m.m && m.n) check_memory(op, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
+    if (m.m && m.n) check_memory(op, input, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
   }
   return gates;
 }
@@ -114,29 +115,29 @@ Tensor CpuBackend::matmul(Tensor a, Tensor b) {
   m.m = a.size(0);
   m.k = a.size(1);
   m.n = b.size(1);
-  if (b.stride(0) != 1 && b.stride(1) != 1) b = torch::stable::contiguous(b);
+  if (b.stride(0) != 1 && b.stride(1) != 1) b = contiguous_copy(op, "b", b);
   m.a = data_of(a);
   m.a_row = a.stride(0);
   m.a_col = m.k == 1 ? 1 : a.stride(1);
   m.b = data_of(b);
   m.b_row = b.stride(0);
   m.b_col = b.stride(1);
-  Tensor c = empty(a, {m.m, m.n});
+  Tensor c = LayerOps<CpuBackend>::empty(op, "the product", a, {m.m, m.n});
   m.c = mutable_data_of(c);
   m.c_row = m.n;
-  if (m.m && m.n) check_memory(op, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
+  if (m.m && m.n) check_memory(op, a, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
   return c;
 }
 
 std::string use_cpu_isa(std::string name) {
   const std::string used = use_isa(name);
-  STD_TORCH_CHECK(!used.empty(),
-                  "rnnfast::use_cpu_isa: name: expected an instruction set that this processor has, got ", name);
+  RNNFAST_CHECK(!used.empty(), "rnnfast::use_cpu_isa: name: expected an instruction set that this processor has, got ",
+                name);
   return used;
 }
 
 double core_latency(int64_t rounds) {
-  STD_TORCH_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
+  RNNFAST_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
   if (forked.load(std::memory_order_relaxed)) return 0;
   return core_to_core_seconds(static_cast<int>(torch::stable::get_num_threads()), rounds);
 }

@@ -25,11 +25,14 @@ class Workspace {
     used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
     return memory_ ? reinterpret_cast<T*>(static_cast<char*>(memory_) + at) : nullptr;
   }
-  bool allocate() {
-    memory_ = std::aligned_alloc(kAlignment, static_cast<size_t>(used_ ? used_ : kAlignment));
-    if (memory_) prefer_huge_pages(memory_, used_);
+  // 0, or how many bytes could not be had.
+  int64_t allocate() {
+    const int64_t bytes = used_ ? used_ : kAlignment;
     used_ = 0;
-    return memory_ != nullptr;
+    memory_ = std::aligned_alloc(kAlignment, static_cast<size_t>(bytes));
+    if (!memory_) return bytes;
+    prefer_huge_pages(memory_, bytes);
+    return 0;
   }
 
  private:

@@ -1,6 +1,5 @@
 // The ops on CUDA tensors: one product for the input gates through ATen, then the step kernels. The same file makes the
 // emulated library, whose ops of the same schemas take CPU tensors and run the kernels in csrc/emulator.
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -17,6 +16,12 @@
 #include "primitives/launch.h"
 #endif
 
+rnnfast::DeviceMemory rnnfast::device_memory(const Tensor& on) {
+  DeviceMemory memory;
+  memory.error = gpu::device_memory(on.get_device_index(), memory.free, memory.total);
+  return memory;
+}
+
 namespace rnnfast::gpu {
 namespace {
 
@@ -25,35 +30,40 @@ std::atomic<bool> tf32_allowed{false};
 
 // ---- ATen, below autograd and autocast ------------------------------------------------------------------------------
 
-// What torch said of its last error, where it keeps that for us (2.13 and later).
-std::string last_error() {
-  using Function = const char* (*)();
-  static const auto function =
-      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  return function ? function() : "the error is in the log above";
-}
-
 template <class... Args> Tensor call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   const auto status = torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION);
-  STD_TORCH_CHECK(status == TORCH_SUCCESS, "rnnfast: ", name, ": ", last_error());
+  RNNFAST_CHECK(status == TORCH_SUCCESS, "rnnfast: ", name, ": ", said_or_logged(torch_error()));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+// A product into a tensor that is there; it may still want memory to work in.
+template <class... Args>
+Tensor product_into(const Tensor& result, const char* op, const char* name, const Args&... args) {
+  try {
+    return call_aten(name, "out", args..., result);
+  } catch (const std::exception&) { fail_for_memory(op, name, -1, result, torch_error(), true); }
+}
 Tensor detached(const Tensor& tensor) { return call_aten("aten::detach", "", tensor); }
-Tensor concatenated(const Tensors& tensors) {
-  return tensors.size() == 1 ? tensors[0] : call_aten("aten::cat", "", tensors, int64_t{0});
+
+// Along the first dimension.
+Tensor concatenated(const char* op, const char* name, const Tensors& tensors) {
+  if (tensors.size() == 1) return tensors[0];
+  const Tensor& first = tensors[0];
+  int64_t sizes[2] = {0, first.dim() == 2 ? first.size(1) : 1};
+  for (const Tensor& tensor : tensors) sizes[0] += tensor.size(0);
+  const Sizes shape(sizes, static_cast<size_t>(first.dim()));
+  return allocate({op, name, shape, first.scalar_type(), first, "", true},
+                  [&] { return call_aten("aten::cat", "", tensors, int64_t{0}); });
 }
 // The stable interface passes no Scalar, which add has; its subtract takes a factor.
-Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+Tensor sum_of(const char* op, const char* name, const Tensor& a, const Tensor& b) {
+  return allocate({op, name, a.sizes(), a.scalar_type(), a, "", true},
+                  [&] { return torch::stable::subtract(a, b, -1.0); });
+}
 
-Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  Tensor tensor =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
-#if defined(RNNFAST_EMULATED)
-  // Whatever a kernel reads before it is written shows.
-  torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
-#endif
-  return tensor;
+Tensor zeros_of(const char* op, const char* name, const Tensor& like, int64_t size) {
+  return allocate({op, name, Sizes(&size, 1), like.scalar_type(), like, "", true},
+                  [&] { return torch::stable::new_zeros(like, {size}); });
 }
 
 // ---- devices and streams --------------------------------------------------------------------------------------------
@@ -65,22 +75,17 @@ struct CurrentDevice {
 };
 void finish(const char* op, std::string error) {
   if (error.empty()) error = synchronize(nullptr);
-  STD_TORCH_CHECK(error.empty(), op, ": ", error);
+  RNNFAST_CHECK(error.empty(), op, ": ", error);
 }
 #else
 // torch's current stream. Looked up when first needed: a CPU-only torch does not have the function.
 void* current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
-  static const Function function = [] {
-    const char* name = "aoti_torch_get_current_cuda_stream";
-    void* found = dlsym(RTLD_DEFAULT, name);
-    if (!found)
-      if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, name);
-    return reinterpret_cast<Function>(found);
-  }();
-  STD_TORCH_CHECK(function, "rnnfast: this torch has no CUDA support (aoti_torch_get_current_cuda_stream is missing)");
+  static const auto function = reinterpret_cast<Function>(torch_function("aoti_torch_get_current_cuda_stream"));
+  RNNFAST_CHECK(function, "rnnfast: this torch has no CUDA support (aoti_torch_get_current_cuda_stream is missing)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  RNNFAST_CHECK(function(device, &stream) == TORCH_SUCCESS,
+                "rnnfast: torch does not say what the current CUDA stream is: ", said_or_logged(torch_error()));
   return stream;
 }
 
@@ -91,22 +96,30 @@ struct CurrentDevice {
   torch::stable::accelerator::DeviceGuard guard;
   StepDevice device;
 };
-void finish(const char* op, const std::string& error) { STD_TORCH_CHECK(error.empty(), op, ": ", error); }
+void finish(const char* op, const std::string& error) { RNNFAST_CHECK(error.empty(), op, ": ", error); }
 #endif
 
 // ---- the backend ----------------------------------------------------------------------------------------------------
 
 struct CudaBackend {
+  using Ops = LayerOps<CudaBackend>;
   static constexpr bool kMakesGates = false;
 
-  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-    return empty_on(like, sizes, like.scalar_type());
+  static Tensor empty(const Wanted& wanted) {
+    const Tensor tensor =
+        allocate(wanted, [&] { return torch::stable::new_empty(wanted.like, wanted.sizes, wanted.type); });
+#if defined(RNNFAST_EMULATED)
+    // Whatever a kernel reads before it is written shows.
+    torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
+#endif
+    return tensor;
   }
 
   static void forward(const char* op, const ForwardParams& p, const Context&, const Tensor& like) {
     const CurrentDevice current(like);
-    const Tensor carry = p.mode == Mode::lstm ? compute_state(p, like) : empty(like, {0});
-    const Tensor hidden = p.projected ? empty(like, {p.directions, p.rows.batch, p.hidden_size}) : empty(like, {0});
+    const Tensor carry = p.mode == Mode::lstm ? compute_state(op, p, like) : Ops::none(op, like);
+    const Tensor hidden = p.projected ? Ops::empty(op, "workspace", like, {p.directions, p.rows.batch, p.hidden_size})
+                                      : Ops::none(op, like);
     StepWorkspace workspace;
     workspace.carry = mutable_data_of(carry);
     workspace.hidden = mutable_data_of(hidden);
@@ -116,17 +129,17 @@ struct CudaBackend {
   static void backward(const char* op, const BackwardParams& p, const Context&, const Tensor& like,
                        const Tensors& weight_hh, const Tensors& weight_hr) {
     const CurrentDevice current(like);
-    const Tensor carry = p.mode == Mode::lstm || p.mode == Mode::gru ? compute_state(p, like) : empty(like, {0});
+    const Tensor carry = p.mode == Mode::lstm || p.mode == Mode::gru ? compute_state(op, p, like) : Ops::none(op, like);
     StepWorkspace workspace;
     workspace.carry = mutable_data_of(carry);
     Tensors keep;
-    const auto transposed = [&](const Tensor& weight) {
-      keep.push_back(torch::stable::contiguous(torch::stable::transpose(detached(weight), 0, 1)));
+    const auto transposed = [&](const char* name, const Tensor& weight) {
+      keep.push_back(contiguous_copy(op, name, torch::stable::transpose(detached(weight), 0, 1)));
       return data_of(keep.back());
     };
     for (size_t d = 0; d < weight_hh.size(); ++d) {
-      workspace.weight_hh_t[d] = transposed(weight_hh[d]);
-      if (p.projected) workspace.weight_hr_t[d] = transposed(weight_hr[d]);
+      workspace.weight_hh_t[d] = transposed("weight_hh transposed", weight_hh[d]);
+      if (p.projected) workspace.weight_hr_t[d] = transposed("weight_hr transposed", weight_hr[d]);
     }
     finish(op, run_steps_backward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
   }
@@ -147,33 +160,35 @@ struct CudaBackend {
         // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
         Tensor bias = detached(bias_hh[d]);
         if (mode == Mode::gru) {
-          const Tensor zeros = torch::stable::new_zeros(bias, {hidden});
-          bias = concatenated({torch::stable::narrow(bias, 0, 0, 2 * hidden), zeros});
+          const Tensor zeros = zeros_of(op, "bias_hh", bias, hidden);
+          bias = concatenated(op, "bias_hh", {torch::stable::narrow(bias, 0, 0, 2 * hidden), zeros});
         }
         parts.push_back(bias);
       }
-      if (!parts.empty()) biases.push_back(parts.size() == 2 ? sum_of(parts[0], parts[1]) : parts[0]);
+      if (!parts.empty()) biases.push_back(parts.size() == 2 ? sum_of(op, "biases", parts[0], parts[1]) : parts[0]);
     }
     const int64_t input_size = input.size(input.dim() - 1);
-    Tensor gates = LayerOps<CudaBackend>::empty_rows(input, static_cast<int64_t>(weights.size()) * width);
-    const Tensor x = torch::stable::reshape(as_contiguous(detached(input)), {-1, input_size});
+    Tensor gates = Ops::empty_rows(op, "gates", input, static_cast<int64_t>(weights.size()) * width);
+    const Tensor x = torch::stable::reshape(as_contiguous(op, "input", detached(input)), {-1, input_size});
     const Tensor flat = torch::stable::view(gates, {x.size(0), gates.size(gates.dim() - 1)});
-    const OptionalTensor bias = biases.empty() ? OptionalTensor() : concatenated(biases);
+    const OptionalTensor bias = biases.empty() ? OptionalTensor() : concatenated(op, "biases", biases);
     // The out variant: autocast leaves it alone.
-    call_aten("aten::linear", "out", x, concatenated(weights), bias, flat);
+    product_into(flat, op, "aten::linear", x, concatenated(op, "weight_ih", weights), bias);
     return gates;
   }
 
   static Tensor matmul(Tensor a, Tensor b) {
-    check_matmul_arguments("rnnfast::matmul", a, b);
-    const Tensor result = empty(a, {a.size(0), b.size(1)});
-    return call_aten("aten::mm", "out", detached(a), detached(b), result);
+    const char* op = "rnnfast::matmul";
+    check_matmul_arguments(op, a, b);
+    const Tensor result = Ops::empty(op, "the product", a, {a.size(0), b.size(1)});
+    return product_into(result, op, "aten::mm", detached(a), detached(b));
   }
 
  private:
-  static Tensor compute_state(const Recurrence& r, const Tensor& like) {
+  static Tensor compute_state(const char* op, const Recurrence& r, const Tensor& like) {
     const ScalarType type = r.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-    return empty_on(like, {r.directions, r.rows.batch, r.hidden_size}, type);
+    const int64_t sizes[3] = {r.directions, r.rows.batch, r.hidden_size};
+    return empty({op, "workspace", Sizes(sizes, 3), type, like});
   }
 };
 
