@@ -26,10 +26,8 @@ FINDINGS = {"asan": (65, "ERROR: AddressSanitizer"), "tsan": (66, "WARNING: Thre
 # By the beginning of such a case's name: the variant that must report it.
 ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
 
-# The programs whose cases are not those of check.h.
-OWN_CASES = {"test_exchange": ["block", "cluster", "grid"]}
 # (program, case): its kernels are run once for each of their synchronisations, with that one left out.
-MUTATED = [pytest.param("test_exchange", case) for case in OWN_CASES["test_exchange"]]
+MUTATED = [pytest.param("test_exchange", case) for case in ["block", "cluster", "grid"]]
 MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for case in ["lstm-float16", "lstm-float32"]]
 # What `make test` runs of these under a sanitizer; the rest, and their mutations, belong to the exhaustive
 # run. The plain program runs every case by default.
@@ -85,8 +83,8 @@ def listed_cases() -> tuple[list[object], list[object]]:
     passing, reported = [], []
     for variant in build_emulated.VARIANTS:
         for program in build_emulated.programs():
-            names = OWN_CASES.get(program, [""])
-            if program not in OWN_CASES and (build_emulated.BUILD / variant / program).exists():
+            names = [""]
+            if (build_emulated.BUILD / variant / program).exists():
                 names = run(variant, program, "--list").stdout.splitlines() or [""]
             for name in names:
                 case, _, by_name_only = name.partition(" ")

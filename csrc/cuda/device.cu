@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include <atomic>
+
 #include "primitives/launch.h"
 
 namespace rnnfast::gpu {
@@ -9,6 +11,7 @@ namespace rnnfast::gpu {
 int device_count() { return 1; }
 std::string device_problem() { return ""; }
 bool has_dependent_launch(int) { return true; }
+std::string device_memory(int, int64_t&, int64_t&) { return ""; }
 
 #else
 
@@ -40,11 +43,42 @@ std::string device_problem() {
   return detail::error_text(error, "probe");
 }
 
+// Not the card alone decides: of a build for 8.0 a later card runs kernels in which the wait is left out, and a launch
+// that may overlap with the one before it would be wrong.
 bool has_dependent_launch(int device) {
-  int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess) return major >= 9;
+  constexpr int kMostDevices = 64, kHopper = 90;
+  enum Known : int8_t { unknown, no, yes };
+  static std::atomic<int8_t> known[kMostDevices];
+  if (device < 0 || device >= kMostDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == unknown) {
+    int major = 0;
+    cudaFuncAttributes attributes;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe)) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      return false;
+    }
+    answer = 10 * major >= kHopper && attributes.ptxVersion >= kHopper ? yes : no;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == yes;
+}
+
+std::string device_memory(int device, int64_t& free, int64_t& total) {
+  int before = 0;
+  size_t free_bytes = 0, total_bytes = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMemGetInfo(&free_bytes, &total_bytes);
+  if (error == cudaSuccess) {
+    free = static_cast<int64_t>(free_bytes);
+    total = static_cast<int64_t>(total_bytes);
+    error = cudaSetDevice(before);
+  }
   static_cast<void>(cudaGetLastError());
-  return false;
+  if (error == cudaSuccess || error == cudaErrorMemoryAllocation) return "";
+  return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
 }
 
 #endif

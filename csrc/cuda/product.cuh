@@ -82,6 +82,12 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     }
   }
 
+  // Where run() is left out: what was fetched must not arrive when the block, and with it its shared memory, is gone.
+  RNNFAST_DEVICE void abandon(RNNFAST_SITE_ALONE) {
+    cp_async_commit();
+    cp_async_wait<0>(RNNFAST_PASS_SITE_ALONE);
+  }
+
   // After a block barrier: element (row, n) of the product, the warps' sums added in a fixed order.
   RNNFAST_DEVICE static Compute at(int row, int n) {
     const Compute* partial = partials() + n * kColumn + row;

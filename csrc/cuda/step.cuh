@@ -202,6 +202,8 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((kForwardWarps<Type, kBatchTiles> * 32),
   if (multiplied) {
     product.run();
     sync_threads();  // every warp's partial sums are in shared memory
+  } else {
+    product.abandon();
   }
 
   for_elements<kBatch, kThreads>([&](int slot, int n, int u) {
@@ -278,6 +280,8 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kBackwardWarps * 32,
   if (multiplied) {
     product.run();
     sync_threads();  // every warp's partial sums are in shared memory
+  } else {
+    product.abandon();
   }
   for_elements<kBatch, kThreads>([&](int, int n, int u) {
     const int64_t b = block.first_row + n, unit = block.first_unit + u;
@@ -388,6 +392,8 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kBackwardWarps * 32,
   if (multiplied) {
     product.run();
     sync_threads();  // every warp's partial sums are in shared memory
+  } else {
+    product.abandon();
   }
 
   for_elements<kBatch, kThreads>([&](int slot, int n, int u) {
@@ -463,6 +469,8 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kBackwardWarps * 32,
   if (multiplied) {
     product.run();
     sync_threads();  // every warp's partial sums are in shared memory
+  } else {
+    product.abandon();
   }
   for_elements<kBatch, kThreads>([&](int, int n, int u) {
     const int64_t b = block.first_row + n, unit = block.first_unit + u;

@@ -54,6 +54,17 @@ void give_up(const std::string& message) {
   s.failed = true;
 }
 
+__attribute__((noinline, no_sanitize("thread"))) bool under_way(const std::shared_ptr<int>& group) {
+  return *static_cast<const volatile int*>(group.get()) != 0;
+}
+
+// When a block has ended its shared memory is another's: what still copies into it, or out of it, spoils that.
+void require_no_copies(const CopyGroups& groups, const char* what) {
+  bool any = under_way(groups.open);
+  for (const std::shared_ptr<int>& group : groups.committed) any |= under_way(group);
+  if (any) fail(std::string("ends while copies are under way that it has issued with ") + what + " and not waited for");
+}
+
 void fiber_main() {
   Scheduler& s = scheduler();
   Fiber& me = *s.current;
@@ -62,6 +73,9 @@ void fiber_main() {
   me.block->grid->start_key.acquire();
   try {
     me.block->grid->body();
+    Quiet quiet;
+    require_no_copies(self().copies, "cp_async");
+    require_no_copies(self().bulk_stores, "bulk_store");
   } catch (const Unwound&) {
   } catch (const std::exception& error) {
     Quiet quiet;

@@ -1,19 +1,42 @@
-// What the tests of kernels share: a launch with its end awaited, and repetition under shuffled schedules.
+// What the tests of kernels share: a launch with its end awaited, and repetition, in the emulator under shuffled
+// schedules.
 #pragma once
 
+#include <cstdint>
 #include <cstdio>
 #include <string>
 
+#include "check.h"
 #include "cuda/primitives/launch.h"
-#include "emulator/emulator.h"
+#include "device_array.h"
 
 namespace rnnfast::test {
+
+// The emulator's; on a card, where schedules are what they are, only a number.
+inline uint64_t& seed() {
+#if defined(RNNFAST_EMULATED)
+  return emulator::options().seed;
+#else
+  static uint64_t number = 0;
+  return number;
+#endif
+}
+
+// Waits for all that was launched: `error` is what the launches said, and the result that or what went wrong since.
+inline std::string finish(std::string error = "") {
+  if (error.empty()) error = gpu::synchronize(nullptr);
+  if (error.empty())
+    fetch_arrays();
+  else
+    forget_arrays();
+  ++check::progress();
+  return error;
+}
 
 // Runs a kernel to its end; the error text, empty if all went well.
 template <class... P, class... Args>
 std::string run(const gpu::LaunchConfig& config, void (*kernel)(P...), Args... args) {
-  const std::string error = gpu::launch(config, kernel, args...);
-  return error.empty() ? gpu::synchronize(nullptr) : error;
+  return finish(gpu::launch(config, kernel, args...));
 }
 
 // Whether it ran without an error, which is printed.
@@ -33,14 +56,21 @@ inline gpu::LaunchConfig blocks(unsigned grid, unsigned threads, size_t shared_b
   return config;
 }
 
+// All blocks at once.
+inline gpu::LaunchConfig cooperative(unsigned grid, unsigned threads, size_t shared_bytes = 0) {
+  gpu::LaunchConfig config = blocks(grid, threads, shared_bytes);
+  config.cooperative = true;
+  return config;
+}
+
 // Seed 0 is the plain schedule.
 template <class Body> void for_each_seed(unsigned seeds, Body body) {
-  const uint64_t before = emulator::options().seed;
-  for (unsigned seed = 0; seed < seeds; ++seed) {
-    emulator::options().seed = seed;
+  const uint64_t before = seed();
+  for (unsigned n = 0; n < seeds; ++n) {
+    seed() = n;
     body();
   }
-  emulator::options().seed = before;
+  seed() = before;
 }
 
 }  // namespace rnnfast::test

@@ -3,13 +3,13 @@
 // kernels.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
 
 #include "cells.h"
-#include "cuda/arithmetic.cuh"
-#include "cuda/step_loop.h"
+#include "device_array.h"
 
 namespace rnnfast::test {
 
@@ -27,8 +27,9 @@ struct Shape {
 // A random call: what goes in, and room for what comes out, all as float64.
 struct Call {
   Shape shape;
-  std::vector<int64_t> batch_sizes, lengths, offsets;
-  std::vector<char> resets;  // bool by row
+  std::vector<int64_t> batch_sizes, offsets;
+  Array<int64_t> lengths;
+  Array<char> resets;  // bool by row
   int64_t row_count = 0;
   // (rows, D*G*H); by direction (G*H, S), (P, H); (D, G*H); (D, B, S), (D, B, H)
   Values gates, weight_hh, weight_hr, bias_hh, hx, cx;
@@ -245,8 +246,17 @@ template <class Cell> void run_reference(Call& call) {
     }
 }
 
+// What cells.h calls.
+struct HostMath {
+  using Value = double;
+  RNNFAST_HOST_DEVICE static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+  RNNFAST_HOST_DEVICE static double tanh(double x) { return std::tanh(x); }
+  RNNFAST_HOST_DEVICE static double relu(double x) { return x > 0 ? x : 0; }
+  RNNFAST_HOST_DEVICE static double where_positive(double h, double value) { return h > 0 ? value : 0; }
+};
+
 inline void run_reference(Call& call) {
-  using Math = gpu::ScalarMath<double>;
+  using Math = HostMath;
   switch (call.shape.mode) {
     case Mode::lstm: return run_reference<LstmCell<Math>>(call);
     case Mode::gru: return run_reference<GruCell<Math>>(call);

@@ -1,16 +1,16 @@
-// The emulator itself: what meets, what is ordered, what is reported. Small kernels, each for one promise of
-// docs/emulator.md. The cases by name only are wrong on purpose: a sanitizer must say so.
+// The emulator itself: what is ordered, what is reported. Small kernels, each for one promise of docs/emulator.md. The
+// cases by name only are wrong on purpose: a sanitizer must say so.
 #include <atomic>
 #include <cmath>
 #include <thread>
 
 #include "check.h"
 #include "cuda/primitives/cluster.h"
-#include "cuda/primitives/dependent_launch.h"
 #include "cuda/primitives/execution.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/memory.h"
 #include "cuda/primitives/shared.h"
+#include "dependent_kernels.h"
 #include "emulator_faults.h"
 
 namespace {
@@ -20,9 +20,9 @@ using namespace rnnfast::test;
 namespace emulator = rnnfast::emulator;
 
 #if defined(__SANITIZE_THREAD__)
-constexpr int kSeeds = 10;
+constexpr unsigned kSeeds = 10;
 #else
-constexpr int kSeeds = 40;
+constexpr unsigned kSeeds = 40;
 #endif
 
 // Runs once with the seed, and leaves the options as they were.
@@ -42,31 +42,6 @@ LaunchConfig config(unsigned blocks, unsigned threads, size_t shared_bytes = 0, 
   result.shared_bytes = shared_bytes;
   result.name = name;
   return result;
-}
-
-// Launches and waits; the error of either.
-template <class... P, class... Args> std::string run(const LaunchConfig& config, void (*kernel)(P...), Args... args) {
-  const std::string error = launch(config, kernel, args...);
-  return error.empty() ? synchronize(nullptr) : error;
-}
-
-// ---- who is who ----
-
-RNNFAST_KERNEL void identity_kernel(int* out) {
-  const Dim3 block = block_index(), grid = grid_size();
-  const unsigned linear = (block.z * grid.y + block.y) * grid.x + block.x;
-  out[linear * block_threads() + thread_index()] = static_cast<int>(linear * 1000 + warp() * 32 + lane());
-}
-
-void identity() {
-  std::vector<int> out(2 * 3 * 4 * 70, -1);
-  LaunchConfig c = config(2, 70);
-  c.grid = {2, 3, 4};
-  for (uint64_t seed : {0, 1, 2}) {
-    const Seed scope(seed);
-    CHECK_EQUAL(run(c, identity_kernel, out.data()), "");
-    for (size_t i = 0; i < out.size(); ++i) CHECK_EQUAL(out[i], static_cast<int>(i / 70 * 1000 + i % 70));
-  }
 }
 
 // ---- barriers ----
@@ -92,145 +67,6 @@ void barriers() {
     CHECK_EQUAL(run(config(kBlocks, kThreads, kThreads * sizeof(int)), rotate_kernel, out.data(), kRounds), "");
     for (int i = 0; i < kThreads * kBlocks; ++i) CHECK_EQUAL(out[i], (i + kRounds) % kThreads);
   }
-}
-
-// Warp 0 produces, warp 1 consumes, over two named barriers: full (sync by the consumer) and empty.
-RNNFAST_KERNEL void producer_consumer_kernel(int* out, int rounds) {
-  int* shared = shared_as<int>();
-  for (int i = 0; i < rounds; ++i) {
-    if (warp() == 0) {
-      if (i > 0) barrier_sync(2, 64);
-      shared[lane()] = i * 100 + static_cast<int>(lane());
-      barrier_arrive(1, 64);
-    } else {
-      barrier_sync(1, 64);
-      out[i * 32 + static_cast<int>(lane())] = shared[31 - lane()];
-      if (i + 1 < rounds) barrier_arrive(2, 64);
-    }
-  }
-}
-
-void named_barriers() {
-  for (int seed = 0; seed < kSeeds; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    std::vector<int> out(32 * 5, -1);
-    CHECK_EQUAL(run(config(1, 64, 32 * sizeof(int)), producer_consumer_kernel, out.data(), 5), "");
-    for (int i = 0; i < 5 * 32; ++i) CHECK_EQUAL(out[i], i / 32 * 100 + 31 - i % 32);
-  }
-}
-
-// ---- warps ----
-
-struct WarpResults {
-  int from_three[64], butterfly[64], down[64];
-  double wide[64];
-  uint32_t ballot[64];
-  bool any_odd[64], all_small[64], any_huge[64];
-};
-
-RNNFAST_KERNEL void warp_kernel(WarpResults* out) {
-  const unsigned t = thread_index();
-  const int value = static_cast<int>(t * 10);
-  out->from_three[t] = shuffle(value, 3);
-  out->butterfly[t] = shuffle_xor(value, 5);
-  out->down[t] = shuffle_down(value, 4);
-  out->wide[t] = shuffle(value * 0.5, 31);
-  out->ballot[t] = rnnfast::gpu::ballot(lane() % 3 == 0);
-  out->any_odd[t] = rnnfast::gpu::any(lane() == 17);
-  out->all_small[t] = rnnfast::gpu::all(lane() < 31);
-  out->any_huge[t] = rnnfast::gpu::any(lane() > 31);
-}
-
-void warps() {
-  for (int seed = 0; seed < 5; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    WarpResults out{};
-    CHECK_EQUAL(run(config(1, 64), warp_kernel, &out), "");
-    uint32_t thirds = 0;
-    for (unsigned i = 0; i < 32; i += 3) thirds |= 1u << i;
-    for (int t = 0; t < 64; ++t) {
-      const int first = t / 32 * 32, in_warp = t % 32;
-      CHECK_EQUAL(out.from_three[t], (first + 3) * 10);
-      CHECK_EQUAL(out.butterfly[t], (first + (in_warp ^ 5)) * 10);
-      CHECK_EQUAL(out.down[t], (in_warp + 4 < 32 ? t + 4 : t) * 10);
-      CHECK_EQUAL(out.wide[t], (first + 31) * 5.0);
-      CHECK_EQUAL(out.ballot[t], thirds);
-      CHECK(out.any_odd[t] && !out.all_small[t] && !out.any_huge[t]);
-    }
-  }
-}
-
-// Halves of a warp that meet apart.
-RNNFAST_KERNEL void half_warp_kernel(int* out) {
-  int* shared = shared_as<int>();
-  shared[thread_index()] = static_cast<int>(thread_index());
-  const uint32_t mask = lane() < 16 ? 0x0000ffffu : 0xffff0000u;
-  sync_warp(mask);
-  out[thread_index()] = shared[thread_index() ^ 15];
-}
-
-void half_warps() {
-  for (int seed = 0; seed < 5; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    std::vector<int> out(32, -1);
-    CHECK_EQUAL(run(config(1, 32, 128), half_warp_kernel, out.data()), "");
-    for (int i = 0; i < 32; ++i) CHECK_EQUAL(out[i], i ^ 15);
-  }
-}
-
-// ---- clusters and grids ----
-
-RNNFAST_KERNEL void cluster_kernel(int* out) {
-  int* shared = shared_as<int>();
-  const unsigned rank = cluster_rank(), size = cluster_size();
-  shared[thread_index()] = static_cast<int>(block_index().x * 1000 + thread_index());
-  cluster_sync();
-  out[block_index().x * block_threads() + thread_index()] = map_to_rank(shared, (rank + 1) % size)[thread_index()];
-  // A block may not end while a peer reads its shared memory.
-  cluster_arrive();
-  cluster_wait();
-}
-
-void clusters() {
-  constexpr unsigned kBlocks = 8, kThreads = 32;
-  for (const unsigned size : {1u, 2u, 4u, 8u}) {
-    for (int seed = 0; seed < 5; ++seed) {
-      const Seed scope(static_cast<uint64_t>(seed));
-      std::vector<int> out(kBlocks * kThreads, -1);
-      LaunchConfig c = config(kBlocks, kThreads, kThreads * sizeof(int));
-      c.cluster = size;
-      CHECK_EQUAL(run(c, cluster_kernel, out.data()), "");
-      for (unsigned i = 0; i < kBlocks * kThreads; ++i) {
-        const unsigned block = i / kThreads, next = block / size * size + (block % size + 1) % size;
-        CHECK_EQUAL(out[i], static_cast<int>(next * 1000 + i % kThreads));
-      }
-    }
-  }
-}
-
-RNNFAST_KERNEL void grid_kernel(int* ring, int rounds) {
-  const unsigned blocks = grid_size().x, block = block_index().x;
-  for (int i = 0; i < rounds; ++i) {
-    int* now = ring + (i % 2) * blocks;
-    if (thread_index() == 0) now[block] = i * 100 + static_cast<int>(block);
-    grid_sync();
-    if (thread_index() == 1) ring[2 * blocks + block] = now[(block + 1) % blocks];
-  }
-}
-
-void grids() {
-  constexpr unsigned kBlocks = 9;
-  for (int seed = 0; seed < 5; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    std::vector<int> ring(3 * kBlocks, -1);
-    LaunchConfig c = config(kBlocks, 32);
-    c.cooperative = true;
-    CHECK_EQUAL(run(c, grid_kernel, ring.data(), 5), "");
-    for (unsigned i = 0; i < kBlocks; ++i)
-      CHECK_EQUAL(ring[2 * kBlocks + i], static_cast<int>(400 + (i + 1) % kBlocks));
-  }
-  std::vector<int> ring(6);
-  CHECK_CONTAINS(run(config(2, 32), grid_kernel, ring.data(), 1), "grid_sync needs a cooperative launch");
 }
 
 // ---- memory ----
@@ -267,64 +103,8 @@ void asynchronous() {
 
 // ---- launches ----
 
-RNNFAST_KERNEL void first_kernel(int* data) {
-  allow_next_grid();
-  sync_threads();
-  data[block_index().x * block_threads() + thread_index()] += 1;
-}
-
-template <bool waits> RNNFAST_KERNEL void second_kernel(const int* data, int* out) {
-  if (waits) wait_for_previous_grid();
-  const unsigned i = block_index().x * block_threads() + thread_index();
-  out[i] = load_relaxed(data + i);
-}
-
-template <bool waits> int stale_after_dependent_launch(bool dependent) {
-  int stale = 0;
-  for (int seed = 0; seed < kSeeds; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    std::vector<int> data(4 * 32, 0), out(4 * 32, -1);
-    LaunchConfig c = config(4, 32, 0, "first");
-    CHECK_EQUAL(launch(c, first_kernel, data.data()), "");
-    c.dependent = dependent;
-    c.name = "second";
-    CHECK_EQUAL(launch(c, second_kernel<waits>, data.data(), out.data()), "");
-    CHECK_EQUAL(synchronize(nullptr), "");
-    for (int value : out) {
-      CHECK(value == 0 || value == 1);
-      stale += value == 0;
-    }
-  }
-  return stale;
-}
-
-void dependent_launches() {
-  CHECK_EQUAL(stale_after_dependent_launch<true>(true), 0);
-  CHECK_EQUAL(stale_after_dependent_launch<false>(false), 0);
-}
-
 // Not under TSan, which reports it.
-void dependent_without_wait() { CHECK(stale_after_dependent_launch<false>(true) > 0); }
-
-RNNFAST_KERNEL void chain_kernel(const int* in, int* out) {
-  wait_for_previous_grid();
-  allow_next_grid();
-  out[thread_index()] = in[thread_index()] + 1;
-}
-
-void long_chains() {
-  constexpr int kSteps = 300;
-  for (int seed = 0; seed < 3; ++seed) {
-    const Seed scope(static_cast<uint64_t>(seed));
-    std::vector<int> rows((kSteps + 1) * 32, 0);
-    LaunchConfig c = config(1, 32);
-    c.dependent = true;
-    for (int step = 0; step < kSteps; ++step)
-      CHECK_EQUAL(launch(c, chain_kernel, &rows[step * 32], &rows[(step + 1) * 32]), "");
-    CHECK_EQUAL(synchronize(nullptr), "");
-    for (int i = 0; i < 32; ++i) CHECK_EQUAL(rows[kSteps * 32 + i], kSteps);
-  }
-}
+void dependent_without_wait() { CHECK(stale_after_dependent_launch<false>(true, kSeeds) > 0); }
 
 RNNFAST_KERNEL void empty_kernel() {}
 
@@ -332,6 +112,8 @@ void bad_configurations() {
   CHECK_CONTAINS(run(config(1, 1025), empty_kernel), "1 to 1024 threads a block, not 1025");
   CHECK_CONTAINS(run(config(0, 32), empty_kernel), "an empty grid");
   CHECK_CONTAINS(run(config(1, 32, 300 << 10), empty_kernel), "bytes of shared memory");
+  const auto grid_sync_kernel = +[] { grid_sync(); };
+  CHECK_CONTAINS(run(config(2, 32), grid_sync_kernel), "grid_sync needs a cooperative launch");
   LaunchConfig c = config(6, 32, 0, "clustered");
   c.cluster = 4;
   CHECK_CONTAINS(run(c, empty_kernel), "kernel clustered: clusters of 4 do not divide the grid (6,1,1)");
@@ -467,40 +249,33 @@ void overrun_ended_peer() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+CHECK_CASES(emulator) {
+  constexpr auto kByNameOnly = check::Kind::by_name_only;
   std::vector<check::Case> cases = {
-      {"identity", identity},
       {"barriers", barriers},
-      {"named-barriers", named_barriers},
-      {"warps", warps},
-      {"half-warps", half_warps},
-      {"clusters", clusters},
-      {"grids", grids},
       {"poison", poison},
       {"asynchronous", asynchronous},
-      {"dependent-launches", dependent_launches},
-      {"long-chains", long_chains},
       {"bad-configurations", bad_configurations},
       {"host-threads", host_threads},
       {"deadlocks", deadlocks},
       {"polls-for-ever", polls_for_ever},
       {"wrong-uses", wrong_uses},
-      {"race-missing-barrier", race_missing_barrier, true},
-      {"race-shuffle", race_shuffle, true},
-      {"race-blocks", race_blocks, true},
-      {"race-dependent-launch", race_dependent_launch, true},
-      {"race-peer", race_peer, true},
-      {"race-asynchronous", race_asynchronous, true},
-      {"overrun-shared", overrun_shared, true},
-      {"overrun-ended-peer", overrun_ended_peer, true},
+      {"race-missing-barrier", race_missing_barrier, kByNameOnly},
+      {"race-shuffle", race_shuffle, kByNameOnly},
+      {"race-blocks", race_blocks, kByNameOnly},
+      {"race-dependent-launch", race_dependent_launch, kByNameOnly},
+      {"race-peer", race_peer, kByNameOnly},
+      {"race-asynchronous", race_asynchronous, kByNameOnly},
+      {"overrun-shared", overrun_shared, kByNameOnly},
+      {"overrun-ended-peer", overrun_ended_peer, kByNameOnly},
   };
 #if defined(__SANITIZE_THREAD__)
   // Races by design, with a result that the other builds check.
-  constexpr bool kByName = true;
+  constexpr auto kRacy = kByNameOnly;
 #else
-  constexpr bool kByName = false;
+  constexpr auto kRacy = check::Kind::usual;
 #endif
-  cases.push_back({"dependent-without-wait", dependent_without_wait, kByName});
-  cases.push_back({"skips", skips, kByName});
-  return check::main(argc, argv, cases);
+  cases.push_back({"dependent-without-wait", dependent_without_wait, kRacy});
+  cases.push_back({"skips", skips, kRacy});
+  return cases;
 }

@@ -1,4 +1,5 @@
-// The kernels of benchmarks/microbench in the emulator, against the host, under shuffled schedules.
+// The kernels of benchmarks/microbench against the host, in the emulator under shuffled schedules.
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -14,8 +15,8 @@ using namespace rnnfast::test;
 
 constexpr unsigned kSeeds = 4, kSteps = 5;
 
-std::vector<Word16> first_state(unsigned count) {
-  std::vector<Word16> state(count);
+Array<Word16> first_state(unsigned count) {
+  Array<Word16> state(count);
   for (unsigned w = 0; w < count; ++w) state[w] = advance(Word16{}, w, 0);
   return state;
 }
@@ -33,10 +34,11 @@ std::vector<Word16> expected_state(unsigned count) {
 // `launch` runs the kernel with (last, first); counts that blocks share evenly and not, and fewer words than blocks.
 template <class Launch> void check_exchange(Launch launch) {
   for (const unsigned count : {3u, 64u, 301u}) {
-    const std::vector<Word16> first = first_state(count), expected = expected_state(count);
+    const Array<Word16> first = first_state(count);
+    const std::vector<Word16> expected = expected_state(count);
     for_each_seed(kSeeds, [&] {
-      std::vector<Word16> last(count);
-      CHECK_EQUAL(launch(last.data(), first.data(), count), "");
+      Array<Word16> last(count);
+      CHECK_EQUAL(launch(last.device(), first.device(), count), "");
       CHECK(std::memcmp(last.data(), expected.data(), count * sizeof(Word16)) == 0);
     });
   }
@@ -44,10 +46,9 @@ template <class Launch> void check_exchange(Launch launch) {
 
 template <class Kernel> void check_grid(Kernel kernel) {
   check_exchange([&](Word16* last, const Word16* first, unsigned count) {
-    std::vector<Word16> published(2 * count);
-    LaunchConfig config = blocks(4, 32, 2 * count * sizeof(Word16));
-    config.cooperative = true;
-    return run(config, kernel, last, first, published.data(), count, kSteps);
+    Array<Word16> published(2 * count);
+    const LaunchConfig config = cooperative(4, 32, 2 * count * sizeof(Word16));
+    return run(config, kernel, last, first, published.device(), count, kSteps);
   });
 }
 
@@ -56,11 +57,10 @@ void test_grid_barrier() { check_grid(exchange_by_grid_barrier); }
 
 void test_flags() {
   check_exchange([&](Word16* last, const Word16* first, unsigned count) {
-    std::vector<Word16> published(2 * count);
-    std::vector<uint32_t> raised(4);
-    LaunchConfig config = blocks(4, 32, 2 * count * sizeof(Word16));
-    config.cooperative = true;
-    return run(config, exchange_by_flags, last, first, published.data(), raised.data(), count, kSteps);
+    Array<Word16> published(2 * count);
+    Array<uint32_t> raised(4);
+    const LaunchConfig config = cooperative(4, 32, 2 * count * sizeof(Word16));
+    return run(config, exchange_by_flags, last, first, published.device(), raised.device(), count, kSteps);
   });
 }
 
@@ -76,8 +76,8 @@ void test_cluster_barrier() { check_cluster(exchange_by_cluster_barrier, 0); }
 
 template <class Shape> void check_mma() {
   constexpr unsigned kTimes = 3;
-  std::vector<float> result(Shape::kRows * Shape::kBatch, -1.0f);
-  CHECK(runs(blocks(2, kMmaWarps * 32, Shape::kSharedBytes), mma_rate<Shape>, result.data(), kTimes));
+  Array<float> result(Shape::kRows * Shape::kBatch, -1.0f);
+  CHECK(runs(blocks(2, kMmaWarps * 32, Shape::kSharedBytes), mma_rate<Shape>, result.device(), kTimes));
   for (unsigned row = 0; row < Shape::kRows; ++row) {
     for (unsigned n = 0; n < Shape::kBatch; ++n) {
       int sum = 0;
@@ -98,27 +98,29 @@ void test_mma() {
 void test_chain() {
   constexpr unsigned kBlocks = 3, kThreads = 32;
   for_each_seed(kSeeds, [&] {
-    std::vector<uint32_t> values(kBlocks * kThreads), expected(values.size());
+    Array<uint32_t> values(kBlocks * kThreads);
+    std::vector<uint32_t> expected(values.size());
     LaunchConfig config = blocks(kBlocks, kThreads);
+    uint32_t* device = values.device();
     for (unsigned step = 0; step < kSteps; ++step) {
       for (unsigned i = 0; i < expected.size(); ++i) expected[i] = mix(expected[i], i, step);
       config.dependent = step > 0;
-      CHECK_EQUAL(launch(config, chain_link, values.data(), step), "");
+      CHECK_EQUAL(launch(config, chain_link, device, step), "");
     }
-    CHECK_EQUAL(synchronize(nullptr), "");
+    CHECK_EQUAL(finish(), "");
     CHECK(values == expected);
   });
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return check::main(argc, argv,
-                     {{"polling", test_polling},
-                      {"grid_barrier", test_grid_barrier},
-                      {"flags", test_flags},
-                      {"st_async", test_st_async},
-                      {"cluster_barrier", test_cluster_barrier},
-                      {"mma", test_mma},
-                      {"chain", test_chain}});
+CHECK_CASES(microbench) {
+  constexpr auto kPolls = check::Kind::polls;
+  return {{"polling", test_polling, kPolls},
+          {"grid_barrier", test_grid_barrier},
+          {"flags", test_flags, kPolls},
+          {"st_async", test_st_async},
+          {"cluster_barrier", test_cluster_barrier},
+          {"mma", test_mma},
+          {"chain", test_chain}};
 }

@@ -58,7 +58,9 @@ namespace detail {
 inline std::string error_text(cudaError_t error, const char* name) {
   std::string text =
       std::string("CUDA kernel ") + name + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+  // Questions about a kernel that has no code for the card are answered with the second.
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
     int device = 0, major = 0, minor = 0;
     if (cudaGetDevice(&device) == cudaSuccess &&
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
