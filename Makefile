@@ -16,14 +16,15 @@ BUILT   := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*')
 FORMAT  := $(shell find csrc tests/cpp benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: wheel-check help build cuda emulated demo test test-exhaustive test-all test-gpu lint format bench readme-figures wheel clean
+.PHONY: torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo             train a character model with torch.nn and with rnnfast side by side (4 minutes)'
 	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
 	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
-	@echo 'make test-gpu         the tests that need a CUDA device'
+	@echo 'make card             all that a machine with a card needs, for compute capability 9.0 (nvcc, no GPU needed): build/card'
+	@echo 'make test-gpu         the tests that need a CUDA device; make torch-versions: the built libraries with older torches'
 	@echo 'make bench            time the layers against torch.nn (9 minutes); results in benchmarks/results/'
 	@echo 'make readme-figures   the README'"'"'s figures and tables anew from the result files'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
@@ -50,6 +51,11 @@ cuda: build
 	RNNFAST_CUDA=1 RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py -q build_ext --inplace
 	$(PY) benchmarks/cuda_resources.py
 
+# What goes to a machine with a card: the libraries, and programs that need neither torch nor Python there.
+card: cuda
+	$(PY) tests/build_card.py --quiet
+	$(PY) benchmarks/card_kit.py --archs '$(ARCHS)'
+
 # The CUDA kernels for the host, and the C++ test programs.
 emulated: build
 	$(PY) tests/build_emulated.py --quiet
@@ -67,8 +73,10 @@ test-exhaustive: emulated
 
 test-all: test test-exhaustive
 
+# On a card. What takes most of its memory runs by itself.
 test-gpu: build
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest tests/gpu -n 4 --dist worksteal -m 'gpu and not exhaustive and not alone'
+	$(PY) -m pytest tests/gpu -m 'gpu and not exhaustive and alone'
 
 lint: build
 	$(PY) -m ruff check
@@ -100,6 +108,17 @@ wheel-check: wheel
 	build/wheel-check/bin/python -m pip install -q numpy '$(TORCH)'
 	build/wheel-check/bin/python -m pip install -q --no-deps dist/rnnfast-*.whl
 	cd build && wheel-check/bin/python ../tests/smoke.py
+
+# The torches beside the installed one with which the libraries are tried: the oldest that the README promises, and the next.
+# Without what they depend on, which takes a minute and gigabytes each: tests/torch_versions.py does without.
+OLDER := 2.10.0 2.11.0
+build/torch-%/.made: | $(PY)
+	@rm -rf build/torch-$*
+	$(PY) -m pip install -q --no-deps --no-compile --target build/torch-$* 'torch==$*'
+	@touch $@
+
+torch-versions: build $(OLDER:%=build/torch-%/.made)
+	$(PY) tests/torch_versions.py $(OLDER)
 
 clean:
 	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(BUILT)

@@ -6,6 +6,8 @@ program that trains one model is in the first state. Besides, a crash ends one c
 
 The processes are forks of a server that has imported torch and nothing else: rnnfast, and the threads of torch's pool,
 which do not survive a fork, come in each anew.
+
+On a GPU, where a process takes seconds to begin, one serves all cases until it dies: `Processes(lasting=True)`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import torch
 
@@ -27,6 +29,8 @@ from rnnfast.benchmark.timing import keep_freed_memory
 
 # torch.profiler, which tells the peak of memory, takes a second to import the last of these.
 PRELOADED = ["torch", "torch._dynamo"]
+# Seconds for a process to end that has said its last.
+PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,30 @@ def measure_here(case: Case, mode: str, settings: Settings, skipped: Skipped) ->
         return []
 
 
-def _child(answer: Connection, case: Case, mode: str, settings: Settings) -> None:
-    reasons: list[tuple[str, str]] = []
+def _device_lost(device: torch.device) -> bool:
+    """Whether the process is of no more use: a CUDA context does not survive some errors, an access out of bounds among
+    them."""
+    if device.type != "cuda":
+        return False
     try:
-        rows: list[Row] | Exception = measure_here(case, mode, settings, lambda what, why: reasons.append((what, why)))
-    except Exception as error:
-        rows = error
-    answer.send((rows, reasons))
+        torch.cuda.synchronize(device)
+    except (AssertionError, RuntimeError):  # the first from a torch without CUDA
+        return True
+    return False
+
+
+def _serve(parent: Connection) -> None:
+    """Measures what it is sent, case after case."""
+    while True:
+        case, mode, settings = parent.recv()
+        reasons: list[tuple[str, str]] = []
+        try:
+            rows: list[Row] | Exception = measure_here(
+                case, mode, settings, lambda what, why, to=reasons: to.append((what, why))
+            )
+        except Exception as error:
+            rows = error
+        parent.send((rows, reasons, _device_lost(settings.device)))
 
 
 @contextlib.contextmanager
@@ -96,30 +117,70 @@ def _interrupts_later() -> Iterator[None]:
 
 
 class Processes:
-    """Starts the processes. Ctrl-C is the parent's business: it ends them."""
+    """Starts the processes. Ctrl-C is the parent's business: it ends them.
 
-    def __init__(self) -> None:
+    Args:
+        lasting: one process measures case after case, for devices that take seconds to initialise. Where it dies, or
+            the device is lost to it, another takes its place.
+        most: seconds that a case may take; its process is ended then, and the case counts as failed. None: any number.
+    """
+
+    def __init__(self, lasting: bool = False, most: float | None = None) -> None:
+        self._lasting = lasting
+        self._most = most
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
+        self._process: ForkServerProcess | None = None
+        self._pipe: Connection | None = None
+
+    def _start(self) -> Connection:
+        if self._process is not None and self._pipe is not None and self._process.is_alive():
+            return self._pipe
+        self._end()
+        with _interrupts_later():
+            self._pipe, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._process = process
+            there.close()
+        return self._pipe
+
+    def _end(self) -> int | None:
+        """Ends the process; what it ended with, if it had ended by itself."""
+        status = None
+        if self._process is not None:
+            self._process.join(0)
+            status = self._process.exitcode
+            self._process.kill()
+            self._process.join()
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
+        return status
 
     def measure(self, case: Case, mode: str, settings: Settings, skipped: Skipped) -> list[Row]:
-        """As `measure_here`, in a new process. Its death is a failure of the case."""
-        here, there = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_child, args=(there, case, mode, settings), daemon=True)
+        """As `measure_here`, in a process of its own, or in the lasting one. Its death is a failure of the case."""
+
+        def failed(why: str) -> list[Row]:
+            return failed_rows(case, mode, settings.backends, settings.device, why)
+
         try:
-            with _interrupts_later():
-                process.start()
-                there.close()
-            rows, reasons = here.recv()
-        except EOFError:
-            process.join()
-            return failed_rows(case, mode, settings.backends, settings.device, died(process.exitcode))
-        finally:
-            # Nothing to do for a process that has answered; on Ctrl-C the end of it. (None where it could not start.)
-            if process.pid is not None:
-                process.kill()
-                process.join()
-            here.close()
+            pipe = self._start()
+            pipe.send((case, mode, settings))
+            if not pipe.poll(self._most):
+                self._end()
+                return failed(f"ended after {self._most:g} s")
+            rows, reasons, lost = pipe.recv()
+        except (EOFError, ConnectionError):
+            # It has closed its end of the pipe: it is about to end, if it has not.
+            if self._process is not None:
+                self._process.join(PATIENCE)
+            return failed(died(self._end()))
+        except BaseException:
+            self._end()
+            raise
+        if lost or not self._lasting:
+            self._end()
         for what, why in reasons:
             skipped(what, why)
         if isinstance(rows, Exception):

@@ -26,7 +26,7 @@ REPEAT = "repeat"
 KEPT = "keep-memory"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
-SUITES = ("bar", "grid", "flashrnn", "deepbench", "models", "ragged", "packed", "small")
+SUITES = ("bar", "grid", "flashrnn", "corners", "deepbench", "models", "ragged", "packed", "small")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwdbwd", "step")

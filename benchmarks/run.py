@@ -269,7 +269,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--in-process",
         action="store_true",
-        help="all cases in this process, for a debugger; on a CPU each has one of its own otherwise (Linux)",
+        help="all cases in this process, for a debugger; otherwise (Linux) each has one of its own on a CPU, and on a "
+        "GPU they share one, which is started anew if it dies",
+    )
+    parser.add_argument(
+        "--case-limit",
+        type=float,
+        metavar="SECONDS",
+        help="a case that takes longer is ended and counts as failed (not with --in-process)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default benchmarks/results)")
     return parser.parse_args()
@@ -296,9 +303,10 @@ def main() -> int:
         console.print("no limit: benchmarks/limits.py has no data sheet of this device")
     # On a GPU the threads of the processor have nothing to hand over.
     nearness = Nearness(options.patience) if options.device.type == "cpu" else Nearness(0.0, lambda: None)
+    in_process = options.in_process or not sys.platform.startswith("linux")
     # On a GPU each process would first have to initialise the device, for seconds.
-    in_process = options.in_process or options.device.type != "cpu" or not sys.platform.startswith("linux")
-    measurer: Measurer = measure_here if in_process else Processes().measure
+    processes = Processes(lasting=options.device.type != "cpu", most=options.case_limit)
+    measurer: Measurer = measure_here if in_process else processes.measure
     suites: list[Suite] = []
     for name in options.suite:
         suite = Suite(name, options, measurer, nearness)

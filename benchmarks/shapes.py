@@ -6,6 +6,8 @@
   compared with the same rows padded and with dense ones.
 * `ragged`: packed rows, and padded ones with `lengths`.
 * `grid`: every cell over hidden sizes and batch sizes, for heat maps. `flashrnn` and `deepbench`: others' benchmarks.
+* `corners`: where cuDNN leaves its fast paths. Its kernel for small H takes H up to 192 whatever the batch; packed
+  rows, two directions and several layers go the slow way.
 * `models`: layers of real models. Layer sizes are the source's; where it leaves batch or length open, they are a usual
   choice that a processor can do in seconds.
 * `smoke`: as small as can be, for tests.
@@ -49,6 +51,8 @@ def deepbench() -> list[Case]:
 def flashrnn() -> list[Case]:
     """The headline shape, B = 16, T = 1024, H = 768, and sweeps of batch and length around it."""
     shapes = [(16, 1024), *((batch, 1024) for batch in (1, 4, 64, 256)), *((16, steps) for steps in (128, 512, 2048))]
+    # Half as long: what there is time for on a card that is at hand for minutes.
+    shapes += [(1, 512), (64, 512)]
     return [
         Case(cell, batch, 768, steps=steps, source=FLASHRNN)
         for cell, (batch, steps) in product(("LSTM", "GRU"), shapes)
@@ -176,6 +180,10 @@ SUITES: dict[str, list[Case]] = {
     "grid": [
         Case(cell, batch, hidden, source=OWN)
         for cell, hidden, batch in product(CELLS, (64, 128, 256, 512, 1024, 2048), (1, 4, 16, 64, 256))
+    ],
+    "corners": [
+        *(Case("LSTM", batch, hidden, source=OWN) for hidden, batch in ((192, 32), (192, 64), (168, 62))),
+        *(Case("LSTM", 32, hidden, layers=3, directions=2, packed=True, source=OWN) for hidden in (320, 512)),
     ],
     "flashrnn": flashrnn(),
     "deepbench": deepbench(),

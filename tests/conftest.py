@@ -5,6 +5,7 @@ Tests marked `exhaustive` are deselected by default (pyproject.toml): `pytest -m
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ SHARE = {
 }
 # What says nothing about such kernels, or would run for hours.
 TOO_SLOW = {"test_any_number_of_threads", "test_seventy_thousand_steps"}
+# There Triton's kernels are compiled and run on a card: none of its tests is too slow.
+ON_A_CARD = Path(__file__).parent / "gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         backend = parameters.get("backend")
-        if isinstance(item, pytest.Function) and (backend in SHARE or backend in SAME_SOURCE):
+        shared = (backend in SHARE or backend in SAME_SOURCE) and not item.path.is_relative_to(ON_A_CARD)
+        if isinstance(item, pytest.Function) and shared:
             name = item.originalname
             if backend in SHARE and (item.path.stem not in SHARE[backend] or name in TOO_SLOW):
                 continue

@@ -192,6 +192,18 @@ def test_nan_and_wrong_shapes_do_not_pass():
     assert "error" in compare(truth, right, [torch.ones(2, 3) + 1e-5])
 
 
+def test_what_tf32_rounds_is_no_error_where_it_is_allowed():
+    """torch.nn's library may compute exactly what ours computes in TF32. No other type gets more room by it."""
+    truth = [torch.full((2, 3), 4.0, dtype=torch.float64)]
+    exactly = [torch.full((2, 3), 4.0)]
+    rounded = [torch.full((2, 3), 4.0 * (1 + 0.9 * 2**-10))]
+    assert compare(truth, exactly, rounded, tf32=True) is None
+    assert "error" in compare(truth, exactly, rounded)
+    assert "error" in compare(truth, exactly, [4.0 * (1 + 1.1 * 2**-10) * torch.ones(2, 3)], tf32=True)
+    assert "error" in compare(truth, *([v.double() for v in values] for values in (exactly, rounded)), tf32=True)
+    assert "error nan" in compare(truth, exactly, [torch.full((2, 3), math.nan)], tf32=True)
+
+
 # --- the calls -------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Each case of a suite in a process of its own: the rows come back, whatever happens there."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -87,6 +88,49 @@ def test_death_of_the_process_fails_the_case_and_the_next_goes_on(processes, cas
 class Sleeps(Case):
     def __reduce__(self):
         return time.sleep, (60,)
+
+
+@pytest.fixture
+def lasting():
+    processes = Processes(lasting=True, most=30)
+    yield processes
+    processes._end()
+
+
+def process_of(processes):
+    (row,) = processes.measure(TINY, "fwd", SETTINGS, nothing_skipped)
+    assert row["correct"]
+    return processes._process.pid
+
+
+@pytest.mark.parametrize("case", [Exits("GRU", 2, 8), Crashes("GRU", 2, 8)])
+def test_a_lasting_process_serves_until_it_dies(lasting, case):
+    first = process_of(lasting)
+    assert process_of(lasting) == first
+    (row,) = lasting.measure(case, "fwd", SETTINGS, nothing_skipped)
+    assert row["failure"].startswith("the process ")
+    assert process_of(lasting) != first
+
+
+def test_a_case_that_takes_too_long_is_ended(lasting):
+    first = process_of(lasting)
+    lasting._most = 0.3
+    begin = time.monotonic()
+    (row,) = lasting.measure(Sleeps("GRU", 2, 8), "fwd", SETTINGS, nothing_skipped)
+    assert time.monotonic() - begin < 30
+    assert (row["correct"], row["failure"], row["ratio"]) == (False, "ended after 0.3 s", None)
+    lasting._most = 30
+    assert process_of(lasting) != first
+
+
+def test_a_process_that_has_lost_its_device_is_replaced(lasting):
+    """A CUDA context that has failed fails for ever: the cases that come after are not to pay for it."""
+    first = process_of(lasting)
+    # There is no device to lose here; asking for one is an error as well.
+    settings = Settings(0.01, torch.device("cuda", 0), ["cpu"], [], True, 1)
+    with contextlib.suppress(Exception):
+        lasting.measure(TINY, "fwd", settings, nothing_skipped)
+    assert process_of(lasting) != first
 
 
 def test_interrupt_ends_the_process(processes):

@@ -1,131 +1,432 @@
-"""benchmarks/gpu_check.sh without a card: every stage says why it skips; and what can run on the CPU does."""
+"""benchmarks/gpu_check.py without a card: both runs with stand-ins for all that they run, and what the CPU can run."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import card_kit
+import gpu_check
+import shapes
+
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "build tests sanitizer flashrnn grid models ncu microbench cudnn".split()
+SCRIPT = ROOT / "benchmarks/gpu_check.py"
+STAGES = {
+    "first": ["about", "microbench", "programs", "kernels", "tests"],
+    "measure": ["about", "tests", "flashrnn", "grid", "models", "ncu", "triton", "alone"],
+}
+# What gpu_check finds on a machine with a card.
+FACTS: dict[str, Any] = {
+    "python": "3.12.3",
+    "problem": None,
+    "modules": ["pytest", "xdist", "rich", "tqdm"],
+    "libraries": {"cpu": None, "cuda": None, "triton": None},
+    "card": "NVIDIA H100 80GB HBM3",
+    "short": "h100",
+}
+# A row of a suite's result file, as far as the choice of the worst cases looks at it.
+ROW = {
+    "case": "LSTM-T100-B1-I128-H128",
+    "cell": "LSTM",
+    "dtype": "bfloat16",
+    "mode": "fwd",
+    "backend": "cuda",
+    "ratio": 0.5,
+    "correct": True,
+    **dict.fromkeys(("I", "H"), 128),
+    **dict.fromkeys(("B", "layers", "directions"), 1),
+    "T": 100,
+    "P": 0,
+}
+BACKENDS = ("cuda", "triton")
+OK, FIRE, HANG = "echo fine", "echo on fire; exit 3", "echo so far; trap '' INT TERM; sleep 300"
 
 
-def check(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("GPU_CHECK_")}
-    return subprocess.run(
-        ["bash", str(ROOT / "benchmarks/gpu_check.sh"), str(out)],
-        env={**variables, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+class Machine:
+    """A machine whose programs are stand-ins: each writes down that it was called, and does what it is told to.
+
+    Args:
+        folder: of all files.
+        behaviour: by a part of a program's command line, what it does (shell); all others end at once.
+    """
+
+    def __init__(self, folder: Path, **behaviour: str) -> None:
+        self.folder, self.out, self.kit = folder, folder / "out", folder / "kit"
+        self.journal = folder / "journal"
+        suite = {"suite": "flashrnn", "rows": [ROW]}
+        does = {
+            "gpu_check.py facts": f"echo '{json.dumps(FACTS)}'",
+            "--suite flashrnn": f"echo '{json.dumps(suite)}' > {self.out}/h100-flashrnn.json",
+            "-m pytest": f'echo \'{{"test": "test_a", "outcome": "passed"}}\' >> {self.out}/tests.jsonl; echo 1 passed',
+            "ncu ": "echo '    Duration   us   12.3'; exit 9",
+            **{words.replace("__", " "): what for words, what in behaviour.items()},
+        }
+        cases = "\n".join(f'  *"{words}"*) {what} ;;' for words, what in reversed(does.items()))
+        text = (
+            f'#!/bin/sh\necho "$0 $*" >> {self.journal}\ncase "$(basename "$0") $*" in\n{cases}\n  *) {OK} ;;\nesac\n'
+        )
+        for place in ("bin/python", "bin/compute-sanitizer", "bin/ncu", "kit/card_tests-90a", "kit/microbench-90a"):
+            program = folder / place
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(text)
+            program.chmod(0o755)
+        card_kit.Kit(self.kit).write("abc123", "9.0a")
+
+    def command(self, run: str, *options: str) -> tuple[list[str], dict[str, str]]:
+        given = ["--kit", str(self.kit), "--python", str(self.folder / "bin/python"), *options]
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return [sys.executable, str(SCRIPT), run, str(self.out), *given], {**os.environ, "PATH": path}
+
+    def check(self, run: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command, environment = self.command(run, *options)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    def calls(self) -> list[str]:
+        """The command lines, in the order in which they began, without folders."""
+        return [re.sub(r"\S*/", "", line) for line in self.journal.read_text().splitlines()]
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """(stage, job, outcome, note) of each row of the table in the folder."""
+        text = (self.out / "table.txt").read_text()
+        rows = re.findall(r"^(\w+) {1,10}(.{12}) (ok|skipped|noted|FAILED|TIMEOUT) +[\d.]+ *(.*)$", text, re.MULTILINE)
+        return [(stage, job.strip(), outcome, note) for stage, job, outcome, note in rows]
+
+
+def in_order(parts: list[str], calls: list[str]) -> bool:
+    """Whether each part is in a call, later than the part before it."""
+    rest = iter(calls)
+    return all(any(part in call for call in rest) for part in parts)
+
+
+# ---- both runs, with stand-ins --------------------------------------------------------------------------------------
+
+
+def test_first_run(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    done = machine.check("first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = machine.table()
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES["first"]
+    assert {row[2] for row in rows} == {"ok"}, rows
+    calls = machine.calls()
+    parts = [f"microbench-90a {part}" for part in gpu_check.MICROBENCHMARKS]
+    assert in_order(["gpu_check.py facts", *parts, "card_tests-90a", "test_gpu_ops.py", "pytest gpu -m"], calls)
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        assert any(call.startswith(f"compute-sanitizer --tool {tool}") for call in calls)
+    assert any("memcheck --report-api-errors no" in call for call in calls)
+    # The outcomes of the first tests keep the second from running them again; nothing is exhaustive, nothing alone.
+    tests = [call for call in calls if "-m pytest" in call]
+    assert all("-m gpu and not exhaustive and not alone" in call and "--maxfail=30" in call for call in tests)
+    assert ["--except-passed" in call for call in tests] == [False, False, True, True]
+    # Where one backend fails in everything, the other has its say.
+    assert [call.count("-k triton") for call in tests] in ([0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0])
+    assert all(re.search(r"-n \d+ --dist worksteal", call) for call in tests)
+    # Nothing is compiled, and torch is imported once to find out what is here.
+    assert not any("nvcc" in call or "setup.py" in call for call in calls)
+    assert sum("facts" in call for call in calls) == 1
+    assert "rnnfast: abc123" in (machine.out / "table.txt").read_text()
+    assert "1 tests passed" in done.stdout
+    # What comes back: few files, of which none is deep.
+    assert len([path for path in machine.out.rglob("*") if path.is_file()]) <= 8
+
+
+def test_second_run(tmp_path: Path) -> None:
+    machine, after = Machine(tmp_path), tmp_path / "earlier"
+    after.mkdir()
+    (after / "tests.jsonl").write_text('{"test": "test_b", "outcome": "passed"}\n')
+    done = machine.check("measure", "--after", str(after))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = machine.table()
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES["measure"]
+    assert {row[2] for row in rows} == {"ok"}, rows
+    order = ["pytest gpu -m", "--suite flashrnn", "--suite grid", "--suite corners,models"]
+    order += ["ncu ", "--suite grid", "gpu and not exhaustive and alone"]
+    calls = machine.calls()
+    assert in_order(order, calls)
+    assert calls[-1].count("-n ") == 0
+    assert "--except-passed tests.jsonl" in next(call for call in calls if "-m pytest" in call)
+    # Triton is timed last, and no suite before it touches it.
+    suites = [call for call in calls if "--suite" in call]
+    assert ["triton" in call for call in suites] == [False, False, False, True]
+    assert all("--case-limit" in call and "--limit" in call for call in suites)
+    (report,) = (call for call in calls if call.startswith("ncu"))
+    assert "--clock-control none --kill yes" in report
+    assert "--hidden 128" in report
+    assert re.search(r"^h100 +flashrnn +fwd +cuda +1 +0 +0.50", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("run", STAGES)
+def test_whoever_hangs_takes_no_time_from_the_next(tmp_path: Path, run: str) -> None:
+    """All of them do, and do not listen: still each is begun, has at least its own seconds, and is gone at the end."""
+    programs = ("microbench", "card_tests", "-m pytest", "--suite", "ncu ", "compute-sanitizer")
+    seconds = {"first": 12, "measure": 14}[run]
+    machine = Machine(tmp_path, **dict.fromkeys(programs, HANG))
+    (machine.out).mkdir()
+    (machine.out / "h100-bar.json").write_text(json.dumps({"suite": "bar", "rows": [ROW]}))
+    begin = time.monotonic()
+    done = machine.check(run, "--seconds", str(seconds))
+    assert time.monotonic() - begin < seconds + 5
+    assert done.returncode == 1
+    rows = machine.table()
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES[run]
+    assert {row[2] for row in rows if row[0] != "about"} <= {"TIMEOUT", "noted", "skipped"}
+    assert all(any(row[2] == "TIMEOUT" for row in rows if row[0] == stage) for stage in STAGES[run][1:])
+    assert all(note.endswith("so far") for _, _, outcome, note in rows if outcome == "TIMEOUT")
+    limits = dict(re.findall(r"^--- (\w+), at most ([\d.]+) s", done.stdout, re.MULTILINE))
+    check = gpu_check.Check(options(tmp_path), machine.out)
+    stages = check.stages(run)
+    scale = (seconds - min(gpu_check.RESERVE, seconds / 4)) / sum(stage.seconds for stage in stages)
+    for stage in stages:
+        assert float(limits[stage.name]) >= 0.9 * scale * stage.seconds, stage.name
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout.split()
+    assert not left
+
+
+@pytest.mark.parametrize("run", STAGES)
+def test_whoever_fails_does_not_stop_the_next(tmp_path: Path, run: str) -> None:
+    machine = Machine(tmp_path, **dict.fromkeys(("microbench", "card_tests", "-m pytest", "--suite", "--tool"), FIRE))
+    done = machine.check(run)
+    assert done.returncode == 1
+    rows = machine.table()
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES[run]
+    others = [row for row in rows if row[0] not in ("about", "ncu") and row[1] != "initcheck"]
+    assert {row[2:] for row in others} == {("FAILED", "status 3: on fire")}
+    assert all(row[2] == "skipped" and row[3].startswith("no result file in ") for row in rows if row[0] == "ncu")
+    assert [row[2] for row in rows if row[1] == "initcheck"] == ["noted"] * (run == "first")
+
+
+def test_a_look_around_that_fails_leaves_nothing_to_run(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, facts=FIRE)
+    assert machine.check("first").returncode == 1
+    assert {row[2:] for row in machine.table()[1:]} == {("skipped", "stage about did not say what is here")}
+    assert len(machine.calls()) == 1
+
+
+def test_stages_by_name(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    assert machine.check("measure", "--stages", "cudnn,models").returncode == 0
+    assert [row[0] for row in machine.table()] == ["about", "cudnn", "models"]
+    done = machine.check("first", "--stages", "lunch")
+    assert done.returncode == 1
+    assert "no stage is called lunch; there are: about, microbench" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_was_known_is_there_however_it_ends(tmp_path: Path, number: signal.Signals) -> None:
+    machine = Machine(tmp_path, card_tests="echo half way; sleep 60")
+    command, environment = machine.command("first")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    log = machine.out / "logs.txt"
+    deadline = time.monotonic() + 30
+    while "programs| half way" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+    assert "programs| half way" in log.read_text()
+    assert [row[:3] for row in machine.table()][:2] == [("about", "", "ok"), ("microbench", "device", "ok")]
+
+
+# ---- what is brought along ------------------------------------------------------------------------------------------
+
+
+def test_libraries_of_other_sources_are_refused(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    manifest = machine.kit / "manifest.json"
+    good = manifest.read_text()
+    machine.kit.joinpath("card_tests-90a").write_text("another")
+    for text, why in (
+        (good, "card_tests-90a is missing, or not the one"),
+        (json.dumps({**json.loads(good), "sources": "others"}), "manifest.json is of other sources than these"),
+        ("", "manifest.json is not there: run `make card`"),
+    ):
+        manifest.write_text(text) if text else manifest.unlink()
+        done = machine.check("first")
+        assert done.returncode == 2
+        assert why in done.stderr
+    assert not machine.journal.exists()
+
+
+def test_the_digest_sees_every_change_of_a_source() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in card_kit.sources()}
+    assert {"csrc/cuda/step.cuh", "csrc/cpu/forward.h", "setup.py", "benchmarks/microbench/kernels.cuh"} <= names
+    assert card_kit.digest([SCRIPT]) != card_kit.digest([ROOT / "benchmarks/stages.py"])
+
+
+# ---- what is said to the programs -----------------------------------------------------------------------------------
+
+
+def options(folder: Path, **others: Any) -> Namespace:
+    return Namespace(**{"after": None, "device": "cuda", "kit": folder, "python": sys.executable, **others})
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> gpu_check.Check:
+    """On a machine with a card."""
+    result = gpu_check.Check(options(tmp_path), tmp_path)
+    result.facts = FACTS
+    return result
+
+
+@pytest.mark.parametrize("stage", ["flashrnn", "grid", "models", "triton"])
+def test_the_suites_know_their_options(check: gpu_check.Check, stage: str) -> None:
+    pytest.importorskip("rich", reason="benchmarks/run.py prints with rich: pip install rnnfast[bench]")
+    (job,) = getattr(check, stage)(50.0)
+    done = subprocess.run([*job.command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suite", "count"),
+    [(gpu_check.HEADLINE, "flashrnn", 8), (gpu_check.GRID, "grid", 24), (gpu_check.TRITON, "grid", 12)],
+)
+def test_the_shapes_that_are_chosen_are_there(pattern: str, suite: str, count: int) -> None:
+    assert sum(bool(re.search(pattern, case.name)) for case in shapes.SUITES[suite]) == count
+
+
+def collected(*arguments: str) -> set[str]:
+    """The names of the tests that pytest would run on a card."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_the_tests_of_the_card_are_all_run_on_each_backend(check: gpu_check.Check) -> None:
+    """Nothing is dropped on the way: a green run says something of every backend. (And no test is run twice.)"""
+    parts = []
+    for stage in ("tests", "alone"):
+        command = list(getattr(check, stage)(50.0)[0].command)
+        command = command[3 : command.index("-q")]
+        parts.append(collected(*command[: command.index("-k")] if "-k" in command else command))
+    assert not parts[0] & parts[1]
+    everything = collected("tests/gpu", "-m", "gpu and not exhaustive")
+    assert {test for test in everything if "sanitizer" not in test} <= parts[0] | parts[1] <= everything
+    for part in parts:
+        on = {backend: {re.sub(r"\[.*", "", test) for test in part if f"[{backend}" in test} for backend in BACKENDS}
+        assert on["cuda"] == on["triton"] != set()
+    assert sum("[triton" in test for test in everything) > 1500
+
+
+LOST = """
+import pytest, torch
+from gpu_conftest import *
+from gpu_conftest import end_if_lost
+
+@pytest.fixture(autouse=True)
+def _without_tf32(request):
+    yield
+    end_if_lost(request)
+
+@pytest.fixture(autouse=True)
+def backend():
+    return ""
+"""
+LOSES = """
+import pytest, torch
+
+def broken(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+@pytest.mark.parametrize("number", range(6))
+def test_number(number, monkeypatch):
+    # What has been lost once is lost for the rest of the process.
+    if number == 3:
+        torch.cuda.synchronize = broken
+"""
+
+
+def test_a_process_that_has_lost_its_card_takes_no_test_along(tmp_path: Path) -> None:
+    """It ends and another takes its place: what comes after passes, and the file of outcomes has the reason."""
+    pytest.importorskip("xdist", reason="several processes are pytest-xdist's: pip install pytest-xdist")
+    shutil.copy(ROOT / "tests/gpu/conftest.py", tmp_path / "gpu_conftest.py")
+    (tmp_path / "test_lost.py").write_text(LOSES)
+    start = "import torch; torch.cuda.synchronize = lambda *_: None\n"
+    (tmp_path / "conftest.py").write_text(start + LOST)
+    outcomes = tmp_path / "outcomes"
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests/gpu")))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--outcomes", str(outcomes)]
+    environment = {**os.environ, "PYTHONPATH": paths, "RNNFAST_GPU_TESTS_DEVICE": "cpu"}
+    done = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=300,
         check=False,
     )
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    assert sum(row["outcome"] == "passed" for row in rows) == 6
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    assert failed
+    assert all("test_number[3]" in row["test"] for row in failed)
+    assert any("the CUDA context is lost: CUDA error: an illegal" in row.get("text", "") for row in failed)
 
 
-def table(out: Path) -> dict[str, tuple[str, str]]:
-    """(outcome, note) of each stage, from the table in the folder."""
-    text = (out / "table.txt").read_text()
-    rows = re.findall(r"^(\w+) +(ok|skipped|FAILED|TIMEOUT) +\d+ +(.*)$", text, re.MULTILINE)
-    return {stage: (outcome, note) for stage, outcome, note in rows}
+# ---- without a card -------------------------------------------------------------------------------------------------
 
 
-def python_that(tmp_path: Path, does: str) -> str:
-    """A Python that runs `does` (shell) in place of a suite."""
-    program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\ncase "$*" in *--suite*) {does} ;; esac\nexec {sys.executable} "$@"\n')
-    program.chmod(0o755)
-    return str(program)
+def on_this_machine(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    kit = out.parent / "kit"
+    card_kit.Kit(kit).write("abc123", "9.0a")
+    command = [sys.executable, str(SCRIPT), arguments[0], str(out), "--kit", str(kit), *arguments[1:]]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
-def test_without_a_card_every_stage_says_why_it_skips(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = check(out, GPU_CHECK_STAGES="all")
+@pytest.mark.parametrize("run", STAGES)
+def test_without_a_card_every_stage_says_why_it_skips(tmp_path: Path, run: str) -> None:
+    done = on_this_machine(tmp_path / "out", run)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr
-    rows = table(out)
-    assert list(rows) == STAGES
-    assert {outcome for outcome, _ in rows.values()} == {"skipped"}
-    assert all("no CUDA device" in note or "does not see the card" in note for _, note in rows.values())
-    # The table stands last, and in a file; the logs in one other.
-    assert done.stdout.rstrip().endswith((out / "table.txt").read_text().rstrip())
-    assert sorted(path.name for path in out.iterdir()) == ["logs.txt", "table.txt"]
-    assert all(f"==================== {stage}\n" in (out / "logs.txt").read_text() for stage in STAGES)
+    text = (tmp_path / "out/table.txt").read_text()
+    for stage in STAGES[run][1:]:
+        assert re.search(rf"^{stage} +skipped +0.0  no CUDA device", text, re.MULTILINE)
+    assert done.stdout.rstrip().endswith(text.rstrip())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["facts.jsonl", "logs.txt", "table.txt"]
 
 
-def test_suite_on_the_cpu(tmp_path: Path) -> None:
-    """The options that the script gives are those that benchmarks/run.py knows, and the result file is read again."""
+def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
+    """A suite and tests that are really run; the result file and the outcomes are read again."""
     pytest.importorskip("rich", reason="benchmarks/run.py prints with rich: pip install rnnfast[bench]")
-    done = check(tmp_path, GPU_CHECK_STAGES="flashrnn ncu", GPU_CHECK_DEVICE="cpu")
-    rows = table(tmp_path)
-    assert rows["flashrnn"][0] == "ok", (tmp_path / "logs.txt").read_text()
-    assert rows["ncu"] == ("skipped", "a rehearsal on the CPU")
-    assert done.returncode == 0
-    assert (tmp_path / "cpu-smoke.json").exists()
+    out = tmp_path / "out"
+    done = on_this_machine(out, "measure", "--device", "cpu", "--stages", "flashrnn,ncu,alone")
+    assert done.returncode == 0, done.stdout + (out / "logs.txt").read_text()
     assert re.search(r"^cpu +smoke +fwd +cpu +\d+ +0 +", done.stdout, re.MULTILINE)
-
-
-def test_the_options_of_the_card_are_known() -> None:
-    """What the script says to benchmarks/run.py on a card; --help ends it before anything is measured."""
-    pytest.importorskip("rich", reason="benchmarks/run.py prints with rich: pip install rnnfast[bench]")
-    script = (ROOT / "benchmarks/gpu_check.sh").read_text()
-    call = re.search(r'--suite "\$1" (.*?)\n\}', script, re.DOTALL)
-    assert call is not None
-    text = call[1].replace("\\\n", " ").replace('"${GPU_CHECK_DTYPES:-bfloat16,float32}"', "bfloat16,float32")
-    options = text.replace('"$seconds"', "5").replace('"$out"', "out").split()
-    for suite in ("flashrnn", "grid", "models"):
-        command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--suite", suite, *options, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-
-def test_a_failure_does_not_stop_the_next_stage(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    python = python_that(tmp_path, "echo the card is on fire; exit 3")
-    done = check(out, GPU_CHECK_STAGES="flashrnn grid", GPU_CHECK_DEVICE="cpu", PYTHON=python)
-    assert done.returncode == 1
-    assert table(out) == dict.fromkeys(("flashrnn", "grid"), ("FAILED", "status 3: the card is on fire"))
-
-
-def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    python = python_that(tmp_path, "echo so far; sleep 300")
-    done = check(out, GPU_CHECK_STAGES="models", GPU_CHECK_DEVICE="cpu", GPU_CHECK_SECONDS="28", PYTHON=python)
-    assert done.returncode == 1
-    outcome, note = table(out)["models"]
-    assert outcome == "TIMEOUT"
-    assert re.fullmatch(r"after 1\d s: so far", note)
-
-
-def test_without_time_a_stage_is_skipped(tmp_path: Path) -> None:
-    done = check(tmp_path, GPU_CHECK_STAGES="models", GPU_CHECK_DEVICE="cpu", GPU_CHECK_SECONDS="12")
-    assert done.returncode == 0
-    assert table(tmp_path)["models"] == ("skipped", "no time left of 12 s (GPU_CHECK_STAGES runs the rest)")
+    assert re.search(r"^ncu +skipped +0.0  a rehearsal on the CPU", done.stdout, re.MULTILINE)
+    done = on_this_machine(out, "first", "--device", "cpu", "--stages", "kernels")
+    assert done.returncode == 0, done.stdout + (out / "logs.txt").read_text()
+    assert re.search(r"^[1-9]\d* tests passed$", done.stdout, re.MULTILINE)
+    # What has passed is not run again.
+    done = on_this_machine(out, "first", "--device", "cpu", "--stages", "kernels")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^kernels +ok .* no tests ran in", done.stdout, re.MULTILINE)
 
 
 def test_wrong_arguments_are_errors(tmp_path: Path) -> None:
-    done = check(tmp_path, GPU_CHECK_STAGES="tests lunch")
-    assert done.returncode == 2
-    assert "no stage is called lunch" in done.stdout
+    for arguments, why in (
+        (["first"], "a folder for the results is needed"),
+        (["measure", str(tmp_path), "--after", str(tmp_path)], "there is no tests.jsonl"),
+        (["second", str(tmp_path)], "invalid choice"),
+    ):
+        done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert why in done.stderr
 
 
-def test_microbench_compiles_without_spills() -> None:
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists() and "CUDA_HOME" not in os.environ:
-        pytest.skip("nvcc was not found")
-    script = ROOT / "benchmarks/microbench/run.sh"
-    done = subprocess.run(["bash", str(script), "--build-only", "9.0a"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes spill stores", Path(done.stdout.strip() + ".log").read_text())
-    assert len(spills) >= 15
-    assert set(spills) == {"0"}
-
-
-def test_microbench_without_a_card_says_so(tmp_path: Path) -> None:
-    """Also what says how fast cuDNN is."""
+def test_cudnn_without_a_card_says_so() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     script = ROOT / "benchmarks/microbench/cudnn.py"
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)

@@ -308,6 +308,7 @@ def long_truth(mode: str) -> tuple[dict[str, Tensor], ...]:
     return saved, grads, call.backward(reference, grads, saved)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["LSTM", pytest.param("GRU", marks=pytest.mark.exhaustive)])
 def test_seventy_thousand_steps(backend: str, device: str, mode: str) -> None:
     """The kernels against the reference, the reference against torch.nn."""

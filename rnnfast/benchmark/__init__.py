@@ -84,9 +84,9 @@ def _attempt(name: str, build: Callable[[_Candidate], None], asked: bool = True)
     return candidate
 
 
-def _check(candidate: _Candidate, truth: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+def _check(candidate: _Candidate, truth: Sequence[Tensor], theirs: Sequence[Tensor], tf32: bool) -> None:
     """Holds what the candidate's first call gives to the rule; a wrong one loses its calls and is never timed."""
-    candidate.failure = compare(truth, theirs, candidate.calls[0]())
+    candidate.failure = compare(truth, theirs, candidate.calls[0](), tf32)
     if candidate.failure is not None:
         candidate.calls = []
 
@@ -143,7 +143,7 @@ def measure(
         torch_nn = _attempt("torch", baseline)
         if torch_nn.failure is not None:
             return failed_rows(case, mode, names, device, f"torch.nn: {torch_nn.failure}")
-        candidates = _candidates(case, mode, theirs, ours, data, names, torch_nn, peers or {}, skipped, device)
+        candidates = _candidates(case, mode, theirs, ours, data, names, torch_nn, peers or {}, skipped, device, tf32)
         graph = next((candidate for candidate in candidates if candidate.name == "torch" + GRAPH), None)
         candidates = [
             candidate for candidate in candidates if candidate.name in names or candidate.name in (peers or {})
@@ -198,8 +198,10 @@ def _candidates(
     peers: Mapping[str, Peer],
     skipped: Callable[[str, str], None],
     device: torch.device,
+    tf32: bool,
 ) -> list[_Candidate]:
     """All that is compared with torch.nn's call, checked; where there are graphs, torch.nn in one too."""
+    coarse = tf32 and device.type == "cuda"
     truth = exact(theirs, case, mode, data[0])
     yardstick = [value.detach().clone() for value in torch_nn.calls[0]()]
 
@@ -207,7 +209,7 @@ def _candidates(
         candidate.calls = [make_call(ours, case, mode, each) for each in data]
         with torch.set_grad_enabled(mode == "fwdbwd"):
             candidate.plan = explain(ours, data[0].rows).kernel
-        _check(candidate, truth, yardstick)
+        _check(candidate, truth, yardstick, coarse)
         if candidate.calls:
             candidate.peak = peak_memory(candidate.calls[0], device)
 
@@ -215,7 +217,7 @@ def _candidates(
         layer = theirs if candidate.name == "torch" + GRAPH else ours
         candidate.calls = [capture(make_call(layer, case, mode, each)) for each in data]
         candidate.plan = "CUDA graph"
-        _check(candidate, truth, yardstick)
+        _check(candidate, truth, yardstick, coarse)
 
     wanted = list(names)
     if "torch" + GRAPH not in wanted and any(name.endswith(GRAPH) for name in wanted):
@@ -229,7 +231,7 @@ def _candidates(
 
         def of_peer(candidate: _Candidate, peer: Peer = peer) -> None:
             candidate.calls = [peer(theirs, case, mode, each) for each in data]
-            _check(candidate, truth, yardstick)
+            _check(candidate, truth, yardstick, coarse)
 
         try:
             candidates.append(_attempt(name, of_peer))

@@ -252,13 +252,9 @@ def shorten(name: str) -> str:
     return "-".join(word for word in words if word and not re.fullmatch(noise, word)) or "cuda"
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a result file says about where it comes from: device, versions, commit, date (UTC)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        isa = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown ISA")()
-        name = f"{processor()}, {isa}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+def commit() -> str:
+    """The commit of this checkout, "-dirty" behind it where the tree has changes: their numbers belong to no commit.
+    (New results and figures are no such change.) Without a repository what the variable RNNFAST_COMMIT says."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -269,17 +265,25 @@ def environment(device: torch.device) -> dict[str, Any]:
         # An installed package may lie inside a repository that is not ours.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != Path(__file__).resolve().parents[2]:
             raise OSError
-        # A tree with changes is marked: its numbers belong to no commit. (New results and figures are no such change.)
         generated = (":!/benchmarks/results", ":!/docs/figures")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *generated)
-        commit = git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        return os.environ.get("RNNFAST_COMMIT", "unknown")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result file says about where it comes from: device, versions, commit, date (UTC)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        isa = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown ISA")()
+        name = f"{processor()}, {isa}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     return {
         "device": name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "commit": commit,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
