@@ -36,6 +36,17 @@ def _neighbours(table, d, turn, BACKWARD: tl.constexpr):
 
 
 @triton.jit
+def _multiply_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. float64 without tl.dot: where a load's mask comes from memory Triton 3.6 ends with an assertion,
+    "Currently fp64 don't support largeK MMA"."""
+    if acc.dtype == tl.float64:
+        acc += tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _product(
     a_row,
     has_a,
@@ -69,7 +80,7 @@ def _product(
             b = tl.load(w + tl.arange(0, BLOCK_K)[:, None] * w_row + n[None, :], mask=mask, other=0.0)
             # The matrix may have more elements than 32 bits can count: a pointer that moves.
             w += BLOCK_K * w_row
-        acc = tl.dot(a.to(PRODUCT), b.to(PRODUCT), acc, input_precision=PRECISION)
+        acc = _multiply_add(a.to(PRODUCT), b.to(PRODUCT), acc, PRECISION)
     return acc
 
 
@@ -102,12 +113,16 @@ def _gate_products(
         # Within one gate 32 bits do; layers.py sees to it.
         at = n[None, :] * size + k[:, None]
         mask = (k < size)[:, None] & (n < H)[None, :]
-        r0 = tl.dot(h, tl.load(w + at, mask=mask, other=0.0).to(PRODUCT), r0, input_precision=PRECISION)
+        b = tl.load(w + at, mask=mask, other=0.0).to(PRODUCT)
+        r0 = _multiply_add(h, b, r0, PRECISION)
         if G > 1:
-            r1 = tl.dot(h, tl.load(w + gate + at, mask=mask, other=0.0).to(PRODUCT), r1, input_precision=PRECISION)
-            r2 = tl.dot(h, tl.load(w + 2 * gate + at, mask=mask, other=0.0).to(PRODUCT), r2, input_precision=PRECISION)
+            b = tl.load(w + gate + at, mask=mask, other=0.0).to(PRODUCT)
+            r1 = _multiply_add(h, b, r1, PRECISION)
+            b = tl.load(w + 2 * gate + at, mask=mask, other=0.0).to(PRODUCT)
+            r2 = _multiply_add(h, b, r2, PRECISION)
         if G > 3:
-            r3 = tl.dot(h, tl.load(w + 3 * gate + at, mask=mask, other=0.0).to(PRODUCT), r3, input_precision=PRECISION)
+            b = tl.load(w + 3 * gate + at, mask=mask, other=0.0).to(PRODUCT)
+            r3 = _multiply_add(h, b, r3, PRECISION)
     return r0, r1, r2, r3
 
 
