@@ -61,7 +61,7 @@ def run_layers(
     """
     if _autocast_active():
         device = input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _autocast_available(device) and torch.is_autocast_enabled(device):
             input, hx, cx, weights = _autocast(mode, device, input, hx, cx, weights)
             # From here on the types are what they should be; autocast must not touch the products inside.
             with torch.autocast(device, enabled=False):
@@ -144,6 +144,15 @@ def run_layers(
         output = output.transpose(0, 1)
         cells = None if cells is None else cells.transpose(0, 1)
     return output, all_h, all_c, cells
+
+
+def _autocast_available(device: str) -> bool:
+    """Whether autocast knows this type of device. About the others, meta among them, it must not be asked."""
+    return torch.amp.is_autocast_available(device)
+
+
+# The effect of torch.compiler.assume_constant_result, which would import Dynamo: 2.11's cannot trace the question.
+_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _needs_graph(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> bool:
