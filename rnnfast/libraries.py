@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Where `load_emulated` finds its library when it is given no path.
 EMULATED_VARIABLE = "RNNFAST_EMULATED_LIBRARY"
@@ -127,7 +128,10 @@ def follow_tf32() -> bool:
     global _tf32_allowed
     allowed = tf32_allowed()
     if allowed != _tf32_allowed:
-        torch.ops.rnnfast.cuda_allow_tf32(allowed)
+        # Behind the back of whoever traces: in an exported program the call would set the flag at each run, unknown to
+        # Python.
+        with _disable_current_modes():
+            torch.ops.rnnfast.cuda_allow_tf32(allowed)
         _tf32_allowed = allowed
     return allowed
 

@@ -306,6 +306,19 @@ def test_the_library_answers_without_a_card_too() -> None:
     assert torch.ops.rnnfast.cuda_allow_tf32(before) is True
 
 
+@pytest.mark.skipif(libraries.cuda_error is not None, reason=f"no CUDA library: {libraries.cuda_error}")
+def test_an_exported_program_does_not_set_the_tf32_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though tracing makes the first call after a change of the flag."""
+    monkeypatch.setattr(libraries, "_tf32_allowed", None)
+    # The ops that CUDA tensors take, on CPU tensors: the dispatcher goes by these.
+    monkeypatch.setitem(ops.kernels, "cpu", ops._cuda_kernels())
+    program = torch.export.export(rnnfast.LSTM(3, 5).eval(), (torch.randn(4, 2, 3),), strict=False)
+    assert libraries._tf32_allowed is not None
+    assert torch.ops.rnnfast.cuda_allow_tf32(libraries._tf32_allowed) == libraries._tf32_allowed
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [target for target in targets if target.startswith("rnnfast")] == ["rnnfast.layer_forward.default"]
+
+
 # ---- the emulated kernels -------------------------------------------------------------------------------------------
 
 
