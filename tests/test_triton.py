@@ -3,6 +3,7 @@
 test_ops.py and test_parity.py run on the backends `triton` (kernels as they are chosen) and `triton-step` too.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -210,6 +211,14 @@ def test_one_graph_serves_every_length(device: torch.device) -> None:
     assert turns == [*range(graphs.CHUNK)] * 2
     assert len(graphs._captured) == 1
     assert replays() == [graphs.FEWEST_TURNS // graphs.CHUNK - 1 + 4 + graphs.FEWEST_TURNS // graphs.CHUNK]
+
+
+def test_what_is_kept_is_made_in_a_thread_of_its_own(device: torch.device) -> None:
+    """What the caller's thread allocates may belong to a pool of torch.compile's."""
+    threads: list[int] = []
+    graphs.run("key", [0] * graphs.tb.SIZE, 100, device, lambda table, turn: threads.append(threading.get_ident()))
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True] * graphs.CHUNK + [False] * graphs.CHUNK
 
 
 def test_no_graph_for_few_turns_or_inside_a_capture(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,10 @@ def run(
             for turn in range(CHUNK):
                 launch(table, turn)
             done = CHUNK
-            entry = _capture(device, launch)
+            # In a thread of its own: where torch.compile's CUDA graphs warm up, or in torch.cuda.use_mem_pool, all that
+            # this thread allocates comes from a pool that others write over, and what is kept here would be lost.
+            with ThreadPoolExecutor(1) as thread:
+                entry = thread.submit(_capture, torch.cuda.current_stream(device), device, launch).result()
             _captured[key] = entry
             if len(_captured) > CAPACITY:
                 _captured.popitem(last=False)[1].done.synchronize()
@@ -93,10 +97,12 @@ def run(
         entry.done.record(stream)
 
 
-def _capture(device: torch.device, launch: Callable[[Tensor, int], None]) -> _Captured:
-    table = new_table(device)
+def _capture(stream: Any, device: torch.device, launch: Callable[[Tensor, int], None]) -> _Captured:
     graph = torch.cuda.CUDAGraph()
-    advance(new_table(device), CHUNK)  # so that it is loaded
+    # The stream whose turn comes first allocates; its device becomes the current one.
+    with torch.cuda.stream(stream):
+        table = new_table(device)
+        advance(new_table(device), CHUNK)  # so that it is loaded
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
