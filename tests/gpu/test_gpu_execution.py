@@ -102,9 +102,13 @@ def test_graphed_callables() -> None:
     graphed = torch.cuda.make_graphed_callables(module, (torch.randn(T, B, I, device="cuda", requires_grad=True),))
     for _ in range(3):
         input = torch.randn(T, B, I, device="cuda")
-        graphed(input)[0].square().sum().backward()
-        plain(input)[0].square().sum().backward()
-    assert_same([p.grad for p in module.parameters()], [p.grad for p in plain.parameters()])
+        # Not added up in `.grad`: PyTorch puts the graph's own buffers there, which the next replay writes over
+        # (pytorch/pytorch issue 181723).
+        found, expected = (
+            torch.autograd.grad(run(input)[0].square().sum(), list(own.parameters()))
+            for run, own in ((graphed, module), (plain, plain))
+        )
+        assert_same(list(found), list(expected))
 
 
 @over_layouts
