@@ -74,7 +74,8 @@ def layer(call: Call, values: list[Tensor] | None = None) -> Results:
         call.hx,
         call.cx,
         flat_weights(call),
-        bias=bool(call.bias_ih),
+        # not bool() of a list, which Dynamo traces from 2.13 on only
+        bias=len(call.bias_ih) > 0,
         num_layers=1,
         bidirectional=call.directions == 2,
         batch_first=call.batch_first,

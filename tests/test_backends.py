@@ -19,6 +19,7 @@ import rnnfast
 from cases import make_call, random_grads
 from rnnfast import cli, functional, libraries, ops
 from rnnfast.backends import select
+from triton_interpreter import triton_problem
 
 # The package's function of the same name hides it.
 backends_module = sys.modules["rnnfast.backends"]
@@ -171,7 +172,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     for name in ("cuda_problem", "cuda_archs", "cuda_device_count", "cuda_allow_tf32"):
         stand_in = functools.partial(getattr(library, name))
         # Whoever lists all ops asks each for its overloads.
-        stand_in.op_overloads = list  # type: ignore[attr-defined]
+        # Under one name or the other, as the version has it.
+        stand_in.op_overloads = stand_in.overloads = list  # type: ignore[attr-defined]
         monkeypatch.setattr(torch.ops.rnnfast, name, stand_in, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(libraries, "cuda_error", None)
@@ -382,6 +384,7 @@ def test_explain_with_wrong_arguments() -> None:
 
 
 def test_results_agree_across_backends() -> None:
+    triton_problem()  # makes Triton's interpreter fit to run
     module = rnnfast.GRU(3, 5, dtype=torch.float64)
     input = torch.randn(4, 2, 3, dtype=torch.float64)
     results: list[Tensor] = []

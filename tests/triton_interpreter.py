@@ -30,10 +30,21 @@ def triton_problem() -> str | None:
 
 def _patch_once() -> None:
     """Eight times the speed: a kernel's call of its own helpers does not put the interpreter's functions into
-    triton.language once more, as the launch has done that already."""
-    from triton.runtime.interpreter import InterpretedFunction
+    triton.language once more, as the launch has done that already.
 
+    And an index out of an array of one element: Triton 3.6 makes it in a way that numpy allows up to 2.3 only.
+    """
+    from triton.runtime import interpreter
+
+    InterpretedFunction = interpreter.InterpretedFunction
     original = InterpretedFunction.__call__
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         if self.fn.__module__.startswith("rnnfast."):
