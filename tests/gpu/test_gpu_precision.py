@@ -39,7 +39,10 @@ def test_autocast(device: str, kind: str, inner: torch.dtype, given: torch.dtype
     states = states if isinstance(states, tuple) else (states,)
     expected = [output, *states, *torch.autograd.grad(output.sum(), list(exact.parameters()))]
     for index, (value, other, wanted) in enumerate(zip(*found, expected, strict=True)):
-        assert value.dtype == other.dtype, f"result {index}: {value.dtype}, torch.nn gives {other.dtype}"
+        # PyTorch casts for cuDNN's RNNs to float16 whatever autocast says (ATen/cudnn/AutocastRNN.cpp); we do not.
+        halved = ON_CARD and inner == torch.bfloat16 and other.dtype == torch.float16
+        right = inner if halved else other.dtype
+        assert value.dtype == right, f"result {index}: {value.dtype}, torch.nn gives {other.dtype}"
         own, torchs = error(value.cpu(), wanted), error(other.cpu(), wanted)
         # gradients come in the type of the parameters with the precision of the inner type
         scale = max(1.0, wanted.abs().max().item())
