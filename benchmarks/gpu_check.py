@@ -237,7 +237,7 @@ class Check:
             return why
         if self.device == "cpu":
             # Some, as a rehearsal.
-            return [self.pytest(limit, "tests/gpu/test_gpu_precision.py", "-m", "gpu", "-k", "nan", processes=2)]
+            return [self.pytest(limit, "tests/gpu/test_gpu_precision.py", "-m", "gpu", "-k", "nan")]
         jobs = self.both(limit, "tests/gpu/test_gpu_ops.py")
         sanitizer = find_tool("compute-sanitizer")
         if sanitizer and not self.kit.missing("card_tests"):

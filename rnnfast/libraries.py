@@ -6,13 +6,14 @@ developers, is the CUDA kernels compiled for the processor: it is loaded only wh
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils import _python_dispatch
 
 # Where `load_emulated` finds its library when it is given no path.
 EMULATED_VARIABLE = "RNNFAST_EMULATED_LIBRARY"
@@ -100,6 +101,8 @@ def triton_ready() -> bool:
 
 # What the public property reads, at a twentieth of its price.
 _precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+# Makes a call that no tracer, and no other mode, sees.
+_untraced: Any = getattr(_python_dispatch, "_disable_current_modes", contextlib.nullcontext)
 # The value that was handed to the CUDA library last.
 _tf32_allowed: bool | None = None
 
@@ -130,7 +133,7 @@ def follow_tf32() -> bool:
     if allowed != _tf32_allowed:
         # Behind the back of whoever traces: in an exported program the call would set the flag at each run, unknown to
         # Python.
-        with _disable_current_modes():
+        with _untraced():
             torch.ops.rnnfast.cuda_allow_tf32(allowed)
         _tf32_allowed = allowed
     return allowed
