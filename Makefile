@@ -7,6 +7,8 @@ OUT    ?= out
 # CUDA code of a development build: two generations compile in a third of the time that setup.py's whole list takes, which
 # is what `make wheel` and pip build. `make cuda RNNFAST_CUDA_ARCHS=8.6` changes what is built here.
 ARCHS  := $(or $(RNNFAST_CUDA_ARCHS),8.0;9.0a)
+# What the programs of `make card` are built for: the card where they are to run. ARCHS must have it.
+CARD   ?= 9.0a
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 PY      := $(VENV)/bin/python
@@ -16,7 +18,7 @@ BUILT   := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*')
 FORMAT  := $(shell find csrc tests/cpp benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu lint format bench readme-figures wheel clean
+.PHONY: torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,7 +55,7 @@ cuda: build
 
 # What goes to a machine with a card: the libraries, and programs that need neither torch nor Python there.
 card: cuda
-	$(PY) tests/build_card.py --quiet
+	$(PY) tests/build_card.py --quiet --archs $(CARD)
 	$(PY) benchmarks/card_kit.py --archs '$(ARCHS)'
 
 # The CUDA kernels for the host, and the C++ test programs.
@@ -75,8 +77,13 @@ test-all: test test-exhaustive
 
 # On a card. What takes most of its memory runs by itself.
 test-gpu: build
-	$(PY) -m pytest tests/gpu -n 4 --dist worksteal -m 'gpu and not exhaustive and not alone'
-	$(PY) -m pytest tests/gpu -m 'gpu and not exhaustive and alone'
+	@$(PY) -c 'import sys; from rnnfast import libraries; why = libraries.cuda_problem(); sys.exit(why and "make test-gpu: " + why)'
+	$(PY) -m pytest -n 4 --dist worksteal -m 'gpu and not exhaustive and not alone'
+	$(PY) -m pytest -m 'gpu and not exhaustive and alone'
+
+# Beside that the whole grids, minutes long.
+test-gpu-exhaustive: build
+	$(PY) -m pytest -n 4 --dist worksteal -m 'gpu and exhaustive'
 
 lint: build
 	$(PY) -m ruff check

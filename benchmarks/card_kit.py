@@ -3,16 +3,16 @@
     python benchmarks/card_kit.py    # the end of `make card`: writes build/card/manifest.json, says what to bring
 
 The manifest says of which sources everything was built. A check on a card refuses libraries of other sources: what
-they show would be taken for what the sources do.
+they show would be taken for what the sources do. (Alone, without `make card`, this script stamps what is there.)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,27 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "card"
 LIBRARIES = (ROOT / "rnnfast" / "_C_cpu.so", ROOT / "rnnfast" / "_C_cuda.so")
 PROGRAMS = ("card_tests", "microbench")
-# What the libraries and the programs are built of.
-SOURCES = ("setup.py", "csrc/**/*", "tests/cpp/*", "benchmarks/microbench/*.cu*")
+# What the libraries are built of, what else the programs are, and what is not built.
+LIBRARY_SOURCES = ("setup.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.cuh")
+PROGRAM_SOURCES = ("tests/cpp/*.h", "tests/cpp/*.cpp", "benchmarks/microbench/*.cu*")
+PACKAGE = ("rnnfast/**/*.py",)
+SCRIPTS = ("benchmarks/*.py",)
 
 
-def digest(paths: Iterable[Path], root: Path = ROOT) -> str:
-    """Of the names and the contents of files."""
-    result = hashlib.sha256()
-    for path in sorted(paths):
-        result.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
-        result.update(path.read_bytes())
-    return result.hexdigest()
+def digest(path: Path) -> str:
+    """Of a file's contents."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def sources() -> list[Path]:
-    return [path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()]
+def sources(*patterns: str) -> dict[str, str]:
+    """The digest of each source, by its path in the tree."""
+    files = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
+    return {path.relative_to(ROOT).as_posix(): digest(path) for path in sorted(files)}
+
+
+def kernels() -> str:
+    """Stands for all that a test of the kernels tests: who has the same has the same outcomes."""
+    return hashlib.sha256(json.dumps(sources(*LIBRARY_SOURCES, *PACKAGE)).encode()).hexdigest()[:16]
 
 
 class Kit:
@@ -48,28 +54,37 @@ class Kit:
         self.folder = folder.resolve()
         self.file = self.folder / "manifest.json"
         self.manifest: dict[str, Any] = {}
-        if self.file.exists():
+        # What cannot be read is as good as not there; `stale` says so.
+        with contextlib.suppress(OSError, ValueError):
             self.manifest = json.loads(self.file.read_text(encoding="utf-8"))
 
     def commit(self) -> str:
-        return str(self.manifest.get("commit", "unknown"))
+        """The commit of `make card`; where the tree's Python differs from that, "-changed" behind it."""
+        commit = str(self.manifest.get("commit", "unknown"))
+        return commit + "-changed" * bool(self.manifest and self.manifest["python"] != sources(*PACKAGE, *SCRIPTS))
 
-    def program(self, name: str) -> Path:
-        """Where a program is; its name there ends with what it is built for."""
-        return next(iter(sorted(self.folder.glob(f"{name}-*"))), self.folder / name)
+    def program(self, name: str, capability: str = "") -> Path:
+        """Where a program is; its name there ends with the compute capability that it is built for, as in "90a"."""
+        pattern = f"{name}-{capability.replace('.', '')}*"
+        return next(iter(sorted(self.folder.glob(pattern))), self.folder / pattern)
 
-    def missing(self, name: str) -> str | None:
-        """Why there is no such program, None where there is."""
-        return None if self.program(name).exists() else f"{self.folder} has no {name}: run `make card`"
+    def missing(self, name: str, capability: str) -> str | None:
+        """Why there is no such program for a card, None where there is."""
+        if self.program(name, capability).exists():
+            return None
+        return f"{self.folder} has no {name} for compute capability {capability}: run `make card`"
+
+    def built(self) -> list[Path]:
+        return [*LIBRARIES, *(path for name in PROGRAMS for path in sorted(self.folder.glob(f"{name}-*")))]
 
     def write(self, commit: str, archs: str) -> None:
         """Describes what is there now."""
-        files = [path for path in (*LIBRARIES, *map(self.program, PROGRAMS)) if path.exists()]
         self.manifest = {
             "commit": commit,
             "archs": archs,
-            "sources": digest(sources()),
-            "files": {path.name: digest([path], path.parent) for path in files},
+            "compiled": sources(*LIBRARY_SOURCES, *PROGRAM_SOURCES),
+            "python": sources(*PACKAGE, *SCRIPTS),
+            "files": {path.name: digest(path) for path in self.built() if path.exists()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
@@ -77,13 +92,25 @@ class Kit:
     def stale(self) -> str | None:
         """Why the libraries and programs are not those of this tree, None where they are."""
         if not self.manifest:
-            return f"{self.file} is not there: run `make card`, and bring along what it lists"
-        if self.manifest["sources"] != digest(sources()):
-            return f"{self.file} is of other sources than these: run `make card`"
-        for path in (*LIBRARIES, *map(self.program, PROGRAMS)):
-            known = self.manifest["files"].get(path.name)
-            if known is not None and (not path.exists() or digest([path], path.parent) != known):
-                return f"{path} is missing, or not the one that `make card` built: run it again"
+            how = "cannot be read" if self.file.exists() else "is not there"
+            return f"{self.file} {how}: bring it along from where `make card` ran"
+        then, now = self.manifest["compiled"], sources(*LIBRARY_SOURCES, *PROGRAM_SOURCES)
+        if other := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            names = ", ".join(other[:4]) + (f" and {len(other) - 4} more" if len(other) > 4 else "")
+            return (
+                f"the libraries are of other sources than this tree's (commit {self.manifest['commit']}; "
+                f"differs: {names}): run `make card` again and bring along what it lists, or that commit's tree"
+            )
+        files = self.manifest["files"]
+        places = {path.name: path for path in LIBRARIES}
+        if unnamed := [name for name in (*places, *PROGRAMS) if not any(file.startswith(name) for file in files)]:
+            return f"{self.file} does not have {', '.join(unnamed)}: run `make card` again"
+        for name, known in files.items():
+            path = places.get(name, self.folder / name)
+            if not path.exists():
+                return f"{path} is not there: bring it along from where `make card` ran"
+            if digest(path) != known:
+                return f"{path} is not the one of `make card` (cut off while copying?): bring it along again"
         return None
 
 
@@ -95,15 +122,16 @@ def main() -> int:
     from rnnfast.benchmark.timing import commit
 
     kit = Kit()
-    kit.write(commit(), options.archs)
-    files = [*LIBRARIES, *map(kit.program, PROGRAMS), kit.file]
-    if missing := [str(path) for path in files if not path.exists()]:
-        print(f"card_kit: not built: {', '.join(missing)}", file=sys.stderr)
+    if missing := [path for path in (*LIBRARIES, *map(kit.program, PROGRAMS)) if not path.exists()]:
+        kit.file.unlink(missing_ok=True)
+        print(f"card_kit: not built: {', '.join(map(str, missing))}", file=sys.stderr)
         return 1
+    kit.write(commit(), options.archs)
+    along = [*kit.built(), kit.file]
     print("To a machine with a card, beside this tree:")
-    for path in files:
+    for path in along:
         print(f"  {path.stat().st_size / 2**20:6.1f} MiB  {path.relative_to(ROOT)}")
-    print(f"  {sum(path.stat().st_size for path in files) / 2**20:6.1f} MiB  in all")
+    print(f"  {sum(path.stat().st_size for path in along) / 2**20:6.1f} MiB  in all")
     return 0
 
 

@@ -6,8 +6,10 @@
 
 Nothing is compiled here, so that every minute of a card is used: `make card` may have run on another machine, and what
 it lists is brought along. A stage that fails or hangs takes no time from the next. In FOLDER are table.txt, logs.txt
-(both written as things go), the tests' outcomes and the result files. Exit status 1: something failed. Without a card
-every stage says why it is skipped, and the status is 0.
+(both written as things go), the tests' outcomes and the result files.
+
+Exit status 0: nothing failed; 1: something did; 2: wrong arguments, or libraries of other sources than the tree's; 3:
+nothing was checked, and each stage says why; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -21,30 +23,62 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import card_kit
-from records import load_all, short_table, worst_of
-from stages import Job, Run, Stage
+from records import Record, load, short_table, whole_lines, worst_of
+from stages import Job, Missing, Run, Stage, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"first": 200.0, "measure": 400.0}
 # For the last lines.
 RESERVE = 5.0
 
-# What is measured in minutes: the shapes of the suites that most was asked of. (shapes.py has them all.)
+# Of each run the stages in their order: the seconds that each has for itself, and how many it may have at most.
+SHARES: dict[str, dict[str, tuple[float, float]]] = {
+    "first": {
+        "about": (45, 60),
+        "microbench": (25, 45),
+        "programs": (20, 40),
+        "kernels": (50, 80),
+        "tests": (55, 130),
+    },
+    "measure": {
+        "about": (45, 60),
+        "tests": (40, 60),
+        "flashrnn": (50, 60),
+        "grid": (110, 150),
+        "models": (50, 70),
+        "ncu": (35, 45),
+        "triton": (40, 60),
+        "alone": (25, 60),
+    },
+}
+# And one that no run has by itself.
+STAGES = {run: {**stages, "cudnn": (60, 120)} for run, stages in SHARES.items()}
+# What is measured in minutes: the headline of others' benchmarks and its neighbours; a grid; of both, what Triton's
+# kernels are made for. (shapes.py has them all.)
 HEADLINE = r"T1024-B16-|T512-B(1|16|64)-"
 GRID = r"^(LSTM|GRU)-T100-B(1|16|64)-I\d+-H(128|256|512|1024)(-|$)"
 TRITON = r"^(LSTM|GRU)-T100-B(1|16|64)-I\d+-H(128|256)(-|$)"
+# What stages want besides torch: without these they run less, or not at all.
+MODULES = ("pytest", "xdist", "pytest_timeout", "rich", "tqdm")
 # Parts of the microbenchmark, the one that polls, and so could wait for ever, last.
 MICROBENCHMARKS = ("device", "launch", "residency", "mma", "cluster", "grid")
+# Beside a dozen other processes the program may take long to begin.
+SANITIZED = ("--launch-timeout", "0", "--error-exitcode", "99")
 # How card_tests is called there: with more patience, without the large shapes.
 UNDER_SANITIZERS = ("--seconds", "120", "-step/large")
-# The tests of the card that are run.
+# The tests of the card that are run: where they are, and which.
+PLACES = ("tests/gpu", "tests/test_bench.py")
 CHOSEN = "gpu and not exhaustive and not alone"
+# The last line of a run of tests in which none was run.
+ALL_SKIPPED = r"^(?!.* passed).* skipped"
 # Tools of compute-sanitizer, and what else they are told. A question that the driver refuses is no error. initcheck
 # does not see all that others write.
 SANITIZERS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": []}
@@ -56,18 +90,20 @@ def facts() -> dict[str, Any]:
     The one import of torch that is made to find out: seconds, on a machine that has just started.
     """
     found: dict[str, Any] = {"python": sys.version.split()[0], "problem": None, "libraries": {}}
-    found["modules"] = [name for name in ("pytest", "xdist", "pytest_timeout", "rich", "tqdm") if has(name)]
+    found["modules"] = [name for name in MODULES if has(name)]
     if not has("torch"):
         return {**found, "problem": f"no torch in this Python ({sys.executable})"}
+    sys.path.insert(0, str(ROOT))
     import torch
 
     from rnnfast import libraries
     from rnnfast.benchmark.timing import short_name
 
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")}
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
-        return {**found, "problem": f"no CUDA device{built}"}
+    problems = {"cpu": libraries.cpu_error, "cuda": libraries.cuda_problem(), "triton": libraries.triton_problem()}
+    found["libraries"] = problems
+    if (why := libraries.device_problem()) is not None:
+        return {**found, "problem": why}
     device = torch.device("cuda")
     torch.zeros(1, device=device)
     card = torch.cuda.get_device_properties(device)
@@ -77,13 +113,8 @@ def facts() -> dict[str, Any]:
         "short": short_name(device),
         "capability": f"{card.major}.{card.minor}",
         "multiprocessors": card.multi_processor_count,
-        "gib": [round(free / 2**30, 1), round(total / 2**30, 1)],
+        "memory": f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}",
         "cudnn": torch.backends.cudnn.version(),
-        "libraries": {
-            "cpu": libraries.cpu_error,
-            "cuda": libraries.cuda_problem(),
-            "triton": libraries.triton_problem(),
-        },
     }
     if libraries.cuda_error is None:
         found["archs"] = torch.ops.rnnfast.cuda_archs()
@@ -109,9 +140,19 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=place)
 
 
+def cores() -> int:
+    """Those of this process, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
 def kernel_names(case: str) -> str:
     """A regular expression for our kernels of a case (options of `python -m rnnfast bench`), and for no others."""
     return "^(project_)?(forward|backward)$" if "--backends triton" in case else "^(step|persistent)"
+
+
+def kernels_of(outcomes: Path) -> str:
+    """Of which kernels a file of outcomes is, as its first line has it."""
+    return next((str(row["kernels"]) for row in whole_lines(outcomes) if "kernels" in row), "unknown")
 
 
 class Check:
@@ -129,14 +170,42 @@ class Check:
         self.interpreter: str = options.python
         self.kit = card_kit.Kit(options.kit)
         self.facts: dict[str, Any] = {}
-        self.facts_file = out / "facts.jsonl"
-        self.facts_file.unlink(missing_ok=True)
+        self.notes: list[str] = []
+        # For what stands in the table, or is of no use later.
+        self.scratch = tempfile.TemporaryDirectory(prefix="rnnfast-", ignore_cleanup_errors=True)
+        self.facts_file = Path(self.scratch.name) / "facts"
+        self.earlier = self.earlier_outcomes()
         self.environment = {
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             # For the result files, where there is no repository.
             "RNNFAST_COMMIT": self.kit.commit(),
+            # There may be no home to write to. Outside of the scratch folder, for the run that comes after.
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/rnnfast-triton"),
+            # torch.compile would start a process for each core, in each process of the tests.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
+
+    def earlier_outcomes(self) -> list[Path]:
+        """Files of tests' outcomes that hold for the kernels that are here: of this folder, and of the run named. As
+        they are now: a process of the tests that takes another's place has to find the same tests as that one."""
+        mine, now = self.out / "tests.jsonl", card_kit.kernels()
+        if mine.exists() and (then := kernels_of(mine)) != now:
+            mine.replace(mine.with_name(f"tests-{then}.jsonl"))
+        files = [mine]
+        if self.after is not None:
+            theirs = self.after / "tests.jsonl"
+            if theirs.exists() and kernels_of(theirs) != now:
+                self.notes.append(f"{self.after}: its tests are of other kernels, so all are due")
+            else:
+                files.append(theirs)
+        copies = []
+        for number, file in enumerate(file for file in files if file.exists()):
+            copies.append(Path(self.scratch.name) / f"earlier-{number}.jsonl")
+            shutil.copyfile(file, copies[-1])
+        if not mine.exists():
+            mine.write_text(json.dumps({"kernels": now}) + "\n", encoding="utf-8")
+        return copies
 
     # ---- what is here ----
 
@@ -147,7 +216,7 @@ class Check:
             with contextlib.suppress(ValueError, IndexError):
                 self.facts = json.loads(self.facts_file.read_text(encoding="utf-8").splitlines()[-1])
         if not self.facts:
-            return "stage about did not say what is here"
+            return "stage about failed: logs.txt has the reason"
         if self.device == "cpu":
             return None
         return self.facts["problem"]
@@ -158,6 +227,8 @@ class Check:
             return why
         if on_card and self.device == "cpu":
             return "a rehearsal on the CPU"
+        if self.device == "cpu":
+            library = library and "cpu"
         if library and (why := self.facts["libraries"].get(library)) is not None:
             return str(why)
         missing = [module for module in modules if module not in self.facts["modules"]]
@@ -192,69 +263,93 @@ class Check:
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
 
-    def microbench(self, limit: float) -> list[Job] | str:
-        if why := self.problem(library=None, on_card=True) or self.kit.missing("microbench"):
+    def program(self, name: str) -> str:
+        """Where one of `make card`'s programs is, fit to run."""
+        path = self.kit.program(name, self.facts.get("capability", ""))
+        # The permission may have been lost on the way here.
+        path.chmod(path.stat().st_mode | 0o111)
+        return str(path)
+
+    def no_program(self, name: str) -> str | None:
+        """Why one of `make card`'s programs cannot be run, None where there is a card (with torch or without)."""
+        why = self.look()
+        if self.device == "cpu":
+            return "a rehearsal on the CPU"
+        if why is not None and shutil.which("nvidia-smi") is None:
             return why
-        output = self.out / f"{self.facts['short']}-microbench.jsonl"
-        program = str(self.kit.program("microbench"))
-        return [Job([program, part], name=part, most=limit / 5, output=output) for part in MICROBENCHMARKS]
+        return self.kit.missing(name, self.facts.get("capability", ""))
+
+    def microbench(self, limit: float) -> list[Job] | str:
+        if why := self.no_program("microbench"):
+            return why
+        output = self.out / f"{self.facts.get('short', 'card')}-microbench.jsonl"
+        # What an earlier run into this folder measured is measured again.
+        output.unlink(missing_ok=True)
+        program = self.program("microbench")
+        return [Job([program, part], name=part, most=limit / 2, output=output) for part in MICROBENCHMARKS]
 
     def programs(self, limit: float) -> list[Job] | str:
-        if why := self.problem(library=None, on_card=True) or self.kit.missing("card_tests"):
-            return why
-        return [Job([str(self.kit.program("card_tests"))])]
+        # Its own watchdog says which case hangs, before the stage's time is up.
+        return self.no_program("card_tests") or [Job([self.program("card_tests"), "--seconds", "10"])]
 
     def pytest(self, limit: float, *arguments: str, processes: int = 1, name: str = "") -> Job:
         """Tests of the card. The outcomes go into a file; what has passed by its account is not run again."""
         options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", "--durations=5"]
         environment = {"RNNFAST_GPU_TESTS_DEVICE": self.device}
-        if processes > 1 and "xdist" in self.facts["modules"]:
+        if "xdist" in self.facts["modules"]:
+            # One, too: another can take its place.
             options += ["-n", str(processes), "--dist", "worksteal"]
+        if processes > 1:
             environment["OMP_NUM_THREADS"] = "1"
         if "pytest_timeout" in self.facts["modules"]:
             # A kernel that hangs does not listen: the process is ended.
             options += ["--timeout", f"{limit / 2:.0f}", "--timeout-method", "thread"]
         outcomes = self.out / "tests.jsonl"
         options += ["--outcomes", str(outcomes)]
-        earlier = [file for file in (outcomes, self.after and self.after / "tests.jsonl") if file and file.exists()]
+        # What has passed in this run, too.
+        now = Path(self.scratch.name) / f"now-{len(list(Path(self.scratch.name).iterdir()))}.jsonl"
+        shutil.copyfile(outcomes, now)
+        earlier = [*self.earlier, now]
         options += [word for file in earlier for word in ("--except-passed", str(file))]
         # With nothing left to run, which is good only where something has run before.
-        good = (0, 5) if earlier else (0,)
-        return self.python("-m", "pytest", *arguments, *options, environment=environment, good=good, name=name)
+        good = (0, 5) if self.earlier else (0,)
+        command = ["-m", "pytest", *arguments, *options]
+        return self.python(*command, environment=environment, good=good, name=name, nothing=ALL_SKIPPED)
 
-    def both(self, limit: float, place: str) -> list[Job]:
+    def both(self, limit: float, *places: str) -> list[Job | Missing]:
         """The tests there of each backend, side by side: where one fails in everything the other still has its say. In
         many processes, because it is the host that takes the time."""
-        processes = max(2, (os.cpu_count() or 2) * 3 // 8)
+        processes = min(6, max(2, cores() * 3 // 8))
         return [
-            self.pytest(limit, place, "-m", CHOSEN, "-k", expression, processes=processes, name=name)
+            self.pytest(limit, *places, "-m", CHOSEN, "-k", expression, processes=processes, name=name)
             for name, expression in (("cuda", "not triton"), ("triton", "triton"))
         ]
 
-    def kernels(self, limit: float) -> list[Job] | str:
+    def kernels(self, limit: float) -> list[Job | Missing] | str:
         """Each cell in each type on each backend against float64, and beside that the sanitizers."""
         if why := self.problem("pytest"):
             return why
         if self.device == "cpu":
             # Some, as a rehearsal.
             return [self.pytest(limit, "tests/gpu/test_gpu_precision.py", "-m", "gpu", "-k", "nan")]
-        jobs = self.both(limit, "tests/gpu/test_gpu_ops.py")
         sanitizer = find_tool("compute-sanitizer")
-        if sanitizer and not self.kit.missing("card_tests"):
-            program = str(self.kit.program("card_tests"))
-            jobs += [
-                Job(
-                    [sanitizer, "--tool", tool, *options, "--error-exitcode", "99", program, *UNDER_SANITIZERS],
-                    name=tool,
-                    stop=signal.SIGTERM,
-                    informative=tool == "initcheck",
-                )
-                for tool, options in SANITIZERS.items()
-            ]
-        return jobs
+        without = self.no_program("card_tests") or (None if sanitizer else "no compute-sanitizer")
+        if without or not sanitizer:
+            return [*self.both(limit, "tests/gpu/test_gpu_ops.py"), Missing("sanitizers", str(without))]
+        return self.both(limit, "tests/gpu/test_gpu_ops.py") + [
+            Job(
+                [sanitizer, "--tool", tool, *options, *SANITIZED, self.program("card_tests"), *UNDER_SANITIZERS],
+                name=tool,
+                # It ends well, too, where it has not found what it should look at.
+                needs=r"SUMMARY: \d",
+                stop=signal.SIGTERM,
+                informative=tool == "initcheck",
+            )
+            for tool, options in SANITIZERS.items()
+        ]
 
-    def tests(self, limit: float) -> list[Job] | str:
-        return self.problem("pytest", on_card=True) or self.both(limit, "tests/gpu")
+    def tests(self, limit: float) -> list[Job | Missing] | str:
+        return self.problem("pytest", on_card=True) or self.both(limit, *PLACES)
 
     def alone(self, limit: float) -> list[Job] | str:
         """What takes most of the card's memory, last: nothing runs beside it, and nothing after it can suffer."""
@@ -272,7 +367,7 @@ class Check:
             options = ["--suite", "smoke", "--seconds", "0.05", "--patience", "0"]
             return [self.python(script, *options, "--out", str(out))]
         options = ["--suite", names, "--device", "cuda", "--dtype", dtypes, "--cases", cases, "--backends", backends]
-        options += ["--mode", "fwd,fwdbwd", "--seconds", "0.15", "--limit", f"{limit - 15:.0f}"]
+        options += ["--mode", "fwd,fwdbwd", "--seconds", "0.15", "--limit", f"{limit - min(15.0, limit / 3):.1f}"]
         return [self.python(script, *options, "--case-limit", f"{limit / 3:.0f}", "--out", str(out))]
 
     def flashrnn(self, limit: float) -> list[Job] | str:
@@ -298,7 +393,7 @@ class Check:
         program = find_tool("ncu")
         if program is None:
             return "no ncu"
-        cases = worst_of(load_all(self.out), 2)
+        cases = worst_of(self.records(), 2)
         if not cases:
             return f"no result file in {self.out} to choose the worst cases from"
         sections = "SpeedOfLight,LaunchStats,Occupancy,WarpStateStats,MemoryWorkloadAnalysis".split(",")
@@ -309,7 +404,6 @@ class Check:
             Job(
                 [program, *options, "--kernel-name", f"regex:{kernel_names(case)}", *bench, *case.split()],
                 name=f"case {number}",
-                most=limit / 2,
                 stop=signal.SIGTERM,
                 environment=self.environment,
                 # --kill ends the program with a status of its own.
@@ -326,71 +420,73 @@ class Check:
         output = self.out / f"{self.facts['short']}-cudnn.jsonl"
         return [self.python(script, "--seconds", f"{limit - 10:.0f}", output=output)]
 
-    def stages(self, mode: str, wanted: Sequence[str] = ()) -> list[Stage]:
-        """The run's stages in their order; `wanted`: those of them, or `cudnn`, which no run has by itself."""
-        about = Stage("about", 25, self.about, most=60)
-        runs = {
-            "first": [
-                about,
-                Stage("microbench", 25, self.microbench, most=45),
-                Stage("programs", 20, self.programs, most=40),
-                Stage("kernels", 55, self.kernels, most=80, together=True),
-                Stage("tests", 70, self.tests, most=130, together=True),
-            ],
-            "measure": [
-                about,
-                Stage("tests", 45, self.tests, most=60, together=True),
-                Stage("flashrnn", 50, self.flashrnn, most=60),
-                Stage("grid", 120, self.grid, most=150),
-                Stage("models", 50, self.models, most=70),
-                Stage("ncu", 35, self.ncu, most=45),
-                Stage("triton", 45, self.triton, most=60),
-                Stage("alone", 25, self.alone, most=60),
-            ],
-        }
-        if not wanted:
-            return runs[mode]
-        known = {stage.name: stage for stage in [*runs[mode], Stage("cudnn", 60, self.cudnn, most=120)]}
-        if wrong := [name for name in wanted if name not in known]:
-            raise SystemExit(f"gpu_check: no stage is called {', '.join(wrong)}; there are: {', '.join(known)}")
-        return [about, *(known[name] for name in wanted if name != "about")]
+    def stages(self, run: str, wanted: Sequence[str] = ()) -> list[Stage]:
+        """The run's stages in their order; `wanted`: about and those of them, in the order given."""
+        together = ("kernels", "tests")
+        names = ["about", *(name for name in wanted if name != "about")] if wanted else SHARES[run]
+        return [Stage(name, *STAGES[run][name], jobs=getattr(self, name), together=name in together) for name in names]
 
     def head(self) -> str:
         """What is known of the machine, a line each."""
         self.look()
-        lines = [f"rnnfast: {self.kit.commit()}"] + [f"{key}: {value}" for key, value in self.facts.items() if value]
+        lines = [f"rnnfast: {self.kit.commit()}", *self.notes]
+        for key, value in self.facts.items():
+            if key == "libraries":
+                lines += [f"{name}: {why or 'kernels can run'}" for name, why in value.items()]
+            elif key == "modules":
+                lines += [f"not installed: {name}" for name in MODULES if name not in value]
+            elif value:
+                lines.append(f"{key}: {value}")
         return "\n".join(lines)
+
+    def records(self) -> list[Record]:
+        """Of the result files, those of suites that were ended early too. Half a file is none."""
+        folders = [self.out, self.out / "triton"]
+        found = []
+        for folder in [*folders, *(folder / "interrupted" for folder in folders)]:
+            for file in sorted(folder.glob("*.json")):
+                with contextlib.suppress(OSError, ValueError):
+                    found.append(load(file))
+        return [record for record in found if record is not None]
 
     def tail(self) -> str:
         """The tests that failed, and a table of the suites' results."""
-        try:
-            records = load_all(self.out) + load_all(self.out / "triton")
-            ratios = ["", "ratio = torch.nn's time / rnnfast's time", short_table(records)] if records else []
-        except (OSError, ValueError, KeyError) as error:
-            # Half a file, of a suite that was killed, is no reason to lose the table.
-            ratios = [f"the result files cannot be read: {error}"]
+        records = self.records()
+        ratios = ["", "ratio = torch.nn's time / rnnfast's time", short_table(records)] if records else []
         return "\n".join([*failures(self.out / "tests.jsonl"), *ratios])
 
 
 def failures(outcomes: Path, most: int = 12) -> list[str]:
-    """The tests that failed, by the file that the tests write, and the last words of each."""
+    """How many tests passed and failed, by the file that the tests write, and the last words of those that failed."""
     if not outcomes.exists():
         return []
-    rows = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines()]
-    last = {row["test"]: row for row in rows}
+    last = {row["test"]: row for row in whole_lines(outcomes) if "test" in row}
+    if not last:
+        return []
     wrong = [row for row in last.values() if row["outcome"] == "failed"]
-    counts: dict[str, int] = {}
-    for row in last.values():
-        counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
+    counts = Counter(row["outcome"] for row in last.values())
     lines = [", ".join(f"{count} tests {outcome}" for outcome, count in counts.items())]
     for row in wrong[:most]:
         words = [line for line in row.get("text", "").splitlines() if line.strip()]
-        lines.append(f"FAILED {row['test']}: {(words or ['?'])[-1].strip()[:160]}")
+        lines.append(plain(f"FAILED {row['test']}: {(words or ['?'])[-1].strip()}", 300))
     return lines + [f"and {len(wrong) - most} more"] * (len(wrong) > most)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
+    """Once: what has to be done at the end is not to be interrupted too."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def summary(run: Run, check: Check) -> tuple[str, int]:
+    """The last line, and the exit status."""
+    counts = Counter(outcome.outcome for outcome in run.outcomes if outcome.stage != "about")
+    failed = sum(outcome.failed for outcome in run.outcomes)
+    where = check.facts.get("card") or ("the CPU, a rehearsal" if check.device == "cpu" else "no card")
+    if not counts["ok"] and not failed:
+        return f"NOTHING was checked: {check.look() or 'see the table'}", 3
+    return f"{where}: {counts['ok']} ok, {failed} failed, {counts['skipped']} skipped", int(failed > 0)
 
 
 def parse() -> argparse.Namespace:
@@ -398,7 +494,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", choices=(*SECONDS, "facts"), help="which run; facts: only what is here, as JSON")
     parser.add_argument("folder", type=Path, nargs="?", help="for the results")
     parser.add_argument(
-        "--after", type=Path, metavar="FOLDER", help="of an earlier run: what passed there is not repeated"
+        "--after",
+        type=Path,
+        metavar="FOLDER",
+        help="of an earlier run: what passed there with the same kernels is left out",
     )
     parser.add_argument("--seconds", type=float, help="for all stages together (default 200 and 400)")
     parser.add_argument(
@@ -407,41 +506,65 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, default=card_kit.FOLDER, help="where `make card` has put its programs")
     parser.add_argument("--python", default=sys.executable, help="the Python that has torch (default: this one)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, tiny, without a card"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny rehearsal without a card"
     )
     options = parser.parse_args()
-    if options.run != "facts" and options.folder is None:
+    if options.run == "facts":
+        return options
+    if options.folder is None:
         parser.error("a folder for the results is needed")
-    if options.after is not None and not (options.after / "tests.jsonl").exists():
-        parser.error(f"--after {options.after}: there is no tests.jsonl")
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder")
+    if options.after is not None and not options.after.is_dir():
+        parser.error(f"--after {options.after}: there is no such folder")
+    if options.seconds is not None and options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds:g}: a number above 0 is needed")
+    # Whoever calls may be elsewhere; the stages run in the tree.
+    options.folder, options.kit = options.folder.resolve(), options.kit.resolve()
+    options.after = options.after and options.after.resolve()
+    options.stages = [name.strip() for name in options.stages.split(",") if name.strip()]
+    if wrong := [name for name in options.stages if name not in STAGES[options.run]]:
+        parser.error(
+            f"no stage of {options.run} is called {', '.join(wrong)}; there are: {', '.join(STAGES[options.run])}"
+        )
     return options
 
 
 def main() -> int:
     options = parse()
     if options.run == "facts":
-        print(json.dumps(facts()))
+        found = facts()
+        print(json.dumps(found))
+        # For who reads along.
+        print(found["problem"] or f"{found['card']}, torch {found['torch']}", file=sys.stderr)
         return 0
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, interrupt)
-    out = options.folder.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    check = Check(options, out)
-    if options.device == "cuda" and (why := check.kit.stale()):
+    # SIGINT too: the background job of a shell ignores it, and so would all that it starts.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    if why := card_kit.Kit(options.kit).stale():
         print(f"gpu_check: {why}", file=sys.stderr)
         return 2
+    out: Path = options.folder
+    out.mkdir(parents=True, exist_ok=True)
+    check = Check(options, out)
     seconds = options.seconds or SECONDS[options.run]
-    stages = check.stages(options.run, [name.strip() for name in options.stages.split(",") if name.strip()])
-    run = Run(stages, seconds - min(RESERVE, seconds / 4), out, check.head, check.tail, check.state)
+    run = Run(
+        check.stages(options.run, options.stages),
+        seconds - min(RESERVE, seconds / 4),
+        out,
+        check.head,
+        check.tail,
+        check.state,
+    )
     interrupted = False
     try:
         run.run()
     except KeyboardInterrupt:
         interrupted = True
-    print("\n" + (out / "table.txt").read_text(encoding="utf-8"), end="", flush=True)
-    if interrupted:
-        return 130
-    return int(any(outcome.failed for outcome in run.outcomes))
+    text, status = summary(run, check)
+    print("\n" + (out / "table.txt").read_text(encoding="utf-8") + "\n" + text, flush=True)
+    return 130 if interrupted else status
 
 
 if __name__ == "__main__":

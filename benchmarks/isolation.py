@@ -92,6 +92,10 @@ def _serve(parent: Connection) -> None:
             rows: list[Row] | Exception = measure_here(
                 case, mode, settings, lambda what, why, to=reasons: to.append((what, why))
             )
+        except RuntimeError as error:
+            # Of the device, most likely: the case's failure, not the suite's.
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows = failed_rows(case, mode, settings.backends, settings.device, why)
         except Exception as error:
             rows = error
         parent.send((rows, reasons, _device_lost(settings.device)))

@@ -34,6 +34,7 @@ from records import (
     in_order,
     load_all,
     mean_ratio,
+    whole_lines,
     worst,
 )
 from rnnfast.benchmark.cores import Nearness
@@ -260,7 +261,10 @@ def microbenchmarks(results: Path) -> str:
     """The measured constants of a card, one table for each thing that was measured."""
     texts = []
     for path in sorted(results.glob("*microbench.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = whole_lines(path)
+        # Of a machine without a card there is nothing but errors.
+        if not any(row["what"] == "device" for row in rows):
+            continue
         device = next((row["name"] for row in rows if row["what"] == "device"), path.stem)
         for what in dict.fromkeys(row["what"] for row in rows if row["what"] != "device"):
             own = [row for row in rows if row["what"] == what]
@@ -285,7 +289,7 @@ def gpu(records: Sequence[Record]) -> str:
 
 def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     """What makes each block's text, by name."""
-    records = load_all(results)
+    records = [record for record in load_all(results) if record.suite not in NOT_SHOWN]
     cpu = [record for record in records if record.device == "cpu"]
     cards = [record for record in records if record.device != "cpu"]
     return {

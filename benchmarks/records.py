@@ -10,6 +10,7 @@ Needs nothing but Python: it also runs on machines that have a GPU and little el
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -61,6 +62,16 @@ class Record:
     @property
     def failures(self) -> list[Row]:
         return [row for row in self.data["rows"] if not row["correct"]]
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line. A program that was killed may have left half a line, which is passed
+    over."""
+    objects: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            objects.append(json.loads(line))
+    return objects
 
 
 def rank(order: Sequence[str], value: str) -> tuple[int, str]:

@@ -42,6 +42,7 @@ from rnnfast.benchmark.case import DTYPES
 from rnnfast.benchmark.command import add_measuring_options, listed
 from rnnfast.benchmark.cores import Nearness
 from rnnfast.benchmark.timing import environment, short_name
+from rnnfast.libraries import device_problem
 from shapes import SUITES
 
 # A packed batch's time over that of the same rows padded, and over that of a dense batch of as many tokens.
@@ -116,7 +117,9 @@ class Suite:
                     self.measured[place] = self.measure_case(case, mode)
                     self.nearness.see(self.distance(place))
                     bar.update()
-                    longest = max(longest, time.monotonic() - begin)
+                    # The first has a process to start, and on a GPU a device: seconds that no other takes.
+                    if len(self.measured) > 1 or self.options.device.type == "cpu":
+                        longest = max(longest, time.monotonic() - begin)
             except KeyboardInterrupt:
                 self.interrupted = True
 
@@ -149,7 +152,11 @@ class Suite:
         folder = self.options.out / "interrupted" if self.interrupted else self.options.out
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{short_name(self.options.device)}-{self.name}.json"
-        path.write_text(json.dumps({**where, "suite": self.name, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({**where, "suite": self.name, "rows": self.rows}, indent=1) + "\n"
+        # Whole or not at all: who measures may be killed.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
         return path
 
 
@@ -289,7 +296,10 @@ def terminated(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     options = parse()
-    end = time.monotonic() + options.limit if options.limit else float("inf")
+    if options.device.type == "cuda" and (why := device_problem()) is not None:
+        print(f"run.py: --device {options.device}: {why}", file=sys.stderr)
+        return 2
+    end = time.monotonic() + options.limit if options.limit is not None else float("inf")
     signal.signal(signal.SIGTERM, terminated)
     # Two, unless told otherwise: numbers from different machines are then easier to compare.
     options.threads = options.threads or 2

@@ -51,7 +51,7 @@ def deepbench() -> list[Case]:
 def flashrnn() -> list[Case]:
     """The headline shape, B = 16, T = 1024, H = 768, and sweeps of batch and length around it."""
     shapes = [(16, 1024), *((batch, 1024) for batch in (1, 4, 64, 256)), *((16, steps) for steps in (128, 512, 2048))]
-    # Half as long: what there is time for on a card that is at hand for minutes.
+    # Half as long, for runs of minutes (gpu_check.py).
     shapes += [(1, 512), (64, 512)]
     return [
         Case(cell, batch, 768, steps=steps, source=FLASHRNN)

@@ -23,6 +23,8 @@ from typing import IO
 
 # Of a stage's limit, at most so many seconds are for ending what was told to end.
 GRACE = 5.0
+# Bytes of a line, and of a job, that the log takes: of a program that writes without end it takes the beginning.
+LINE, MOST = 4096, 2 << 20
 # The longest note that a table bears.
 NOTE = 110
 
@@ -34,12 +36,14 @@ class Job:
     Args:
         command: program and arguments.
         name: tells it from others of its stage.
-        most: seconds, at most.
+        most: seconds, at most; of a job that runs by itself.
         stop: what it is sent when its time is up. The suites write what they have on SIGINT.
         output: the file that its standard output is appended to; None: the log.
         environment: variables besides those that are there.
         good: exit statuses that are a success.
+        nothing: a last line in which this is found (a regular expression) says that there was nothing to do: skipped.
         proof: a line in which this is found (a regular expression) makes it a success, whatever its exit status.
+        needs: without a line in which this is found (a regular expression) it is no success.
         informative: its failure is worth knowing, and none of the stage's.
     """
 
@@ -50,8 +54,18 @@ class Job:
     output: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     good: tuple[int, ...] = (0,)
+    nothing: str = ""
     proof: str = ""
+    needs: str = ""
     informative: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A job of a stage that is not run, and why."""
+
+    name: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -61,15 +75,15 @@ class Stage:
     Args:
         name: in the table.
         seconds: its own.
+        most: seconds that it may have where others have left some.
         jobs: given its limit, tells what to run; or, a text, why nothing is.
-        most: seconds that it may have where others have left some; by default not more than its own.
         together: side by side, not one after the other.
     """
 
     name: str
     seconds: float
-    jobs: Callable[[float], Sequence[Job] | str]
-    most: float = 0.0
+    most: float
+    jobs: Callable[[float], Sequence[Job | Missing] | str]
     together: bool = False
 
 
@@ -94,10 +108,10 @@ class Outcome:
 HEAD = f"{'stage':11} {'job':12} {'outcome':8} {'s':>6}  note"
 
 
-def plain(text: str) -> str:
+def plain(text: str, most: int = NOTE) -> str:
     """Without what terminals are told, and no longer than a table bears."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    return "".join(c if " " <= c <= "~" else " " for c in text).strip()[:NOTE]
+    return "".join(c if " " <= c <= "~" else " " for c in text).strip()[:most]
 
 
 class Log:
@@ -108,12 +122,14 @@ class Log:
         self._file = path.open("a", encoding="utf-8", errors="replace")
 
     def write(self, writer: str, text: str) -> None:
-        with self._lock:
+        # A full disk, or a reader that comes late, is no reason to end anything.
+        with self._lock, contextlib.suppress(OSError, ValueError):
             self._file.write(f"{writer}| {text}\n")
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock, contextlib.suppress(OSError):
+            self._file.close()
 
 
 class Running:
@@ -124,6 +140,7 @@ class Running:
         self.begin = time.monotonic()
         self.lines: deque[str] = deque(maxlen=200)
         self.proven = self.told = False
+        self.complete = not job.needs
         self._writer, self._log = writer, log
         log.write(writer, "$ " + " ".join(job.command))
         self._output: IO[bytes] | None = job.output.open("ab") if job.output else None
@@ -138,15 +155,28 @@ class Running:
         stream = self.process.stderr if self._output else self.process.stdout
         self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
         self._reader.start()
+        # Ends the job's group when this process is gone, even if it was killed: then its end of the pipe is closed.
+        self._warden = subprocess.Popen(
+            ["sh", "-c", "read _; kill -9 -$0", str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _read(self, stream: IO[bytes]) -> None:
-        for raw in stream:
+        taken = 0
+        for raw in iter(lambda: stream.readline(LINE), b""):
             # Of a progress bar, which writes over its line again and again, the last state.
             line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
-            self._log.write(self._writer, line)
+            size = len(self._writer) + len(raw) + 2
+            if taken <= MOST:
+                self._log.write(self._writer, line if taken + size <= MOST else "(more than the log takes)")
+            taken += size
             if plain(line):
                 self.lines.append(plain(line))
                 self.proven = self.proven or bool(self.job.proof and re.search(self.job.proof, line))
+                self.complete = self.complete or bool(re.search(self.job.needs, line))
 
     def _signal(self, number: signal.Signals, everything: bool) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -168,11 +198,15 @@ class Running:
         self.end()
         seconds = time.monotonic() - self.begin
         status, last = self.process.returncode, self.last_words()
-        if self.told:
+        if status is None:
+            return Outcome("", self.job.name, "FAILED", seconds, plain(f"cannot be killed: {last}"))
+        if self.told and not self.proven:
             return Outcome("", self.job.name, "TIMEOUT", seconds, plain(f"after {seconds:.0f} s: {last}"))
-        if status in self.job.good or self.proven:
+        if status in self.job.good and self.job.nothing and re.search(self.job.nothing, last):
+            return Outcome("", self.job.name, "skipped", seconds, last)
+        if (status in self.job.good and self.complete) or self.proven:
             return Outcome("", self.job.name, "ok", seconds, last)
-        how = f"status {status}" if status > 0 else signal.Signals(-status).name
+        how = f"status {status}" if status >= 0 else signal.Signals(-status).name
         return Outcome("", self.job.name, "FAILED", seconds, plain(f"{how}: {last}"))
 
     def last_words(self) -> str:
@@ -184,8 +218,12 @@ class Running:
     def end(self) -> None:
         """Kills what is left of the job."""
         self._signal(signal.SIGKILL, everything=True)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A driver may hold on to it.
+            self.process.wait(GRACE)
         self._reader.join(2)
+        self._warden.kill()
+        self._warden.communicate()
         if self._output:
             self._output.close()
 
@@ -222,11 +260,16 @@ class Run:
 
     def run(self) -> None:
         """Runs every stage. On Ctrl-C, or on SIGTERM where it raises the same, ends what runs and writes the table."""
+        number = 0
         try:
             for number in range(len(self.stages)):
                 self._run_stage(number)
                 self.write()
+            number = len(self.stages)
         finally:
+            # Interrupted: this one in its midst.
+            for stage in self.stages[number:]:
+                self._add(stage, Outcome("", "", "ended", 0.0, "interrupted here or before"))
             self.write()
             self.log.close()
 
@@ -235,19 +278,26 @@ class Run:
         stage = self.stages[number]
         others = self._scale * sum(later.seconds for later in self.stages[number + 1 :])
         left = self._end - time.monotonic() - others
-        return min(left, self._scale * max(stage.seconds, stage.most))
+        return min(left, self._scale * stage.most)
 
     def _run_stage(self, number: int) -> None:
         stage, limit, begin = self.stages[number], self.limit(number), time.monotonic()
         print(f"--- {stage.name}, at most {limit:.1f} s", flush=True)
         self.log.write(stage.name, f"at most {limit:.1f} s {self.state()}".rstrip())
-        jobs = stage.jobs(limit)
+        try:
+            jobs = stage.jobs(limit)
+        except Exception as error:  # whatever it is: the other stages are not to pay for it
+            self._add(stage, Outcome("", "", "FAILED", 0.0, plain(f"{type(error).__name__}: {error}")))
+            return
         if isinstance(jobs, str):
             self._add(stage, Outcome("", "", "skipped", 0.0, plain(jobs)))
             return
         running: list[Running] = []
         try:
             for job in jobs:
+                if isinstance(job, Missing):
+                    self._add(stage, Outcome("", job.name, "skipped", 0.0, plain(job.why)))
+                    continue
                 if begin + limit <= time.monotonic():
                     self._add(stage, Outcome("", job.name, "skipped", 0.0, "the stage's time is up"))
                     continue
@@ -268,8 +318,8 @@ class Run:
         """Waits for all, but not beyond `end`: in time they are told to end, and who does not listen is killed."""
         if not running:
             return
-        # One of several has no limit of its own but the stage's.
-        end = min(end, *(one.begin + one.job.most for one in running))
+        if len(running) == 1:
+            end = min(end, running[0].begin + running[0].job.most)
         grace = min(GRACE, (end - running[0].begin) / 4)
         late = [one for one in running if not one.wait_until(end - grace)]
         for one in late:
@@ -294,7 +344,14 @@ class Run:
 
     def write(self) -> None:
         """The table, into its file."""
-        text = "\n\n".join(part for part in (self.head(), self.table(), self.tail()) if part)
+        parts = []
+        for part in (self.head, self.table, self.tail):
+            try:
+                parts.append(part())
+            except Exception as error:  # whatever it is: the rest of the table is not lost for it
+                parts.append(f"{type(error).__name__}: {error}")
+        text = "\n\n".join(part for part in parts if part)
         temporary = self.out / "table.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.out / "table.txt")
+        with contextlib.suppress(OSError):
+            temporary.write_text(text + "\n", encoding="utf-8", errors="replace")
+            temporary.replace(self.out / "table.txt")

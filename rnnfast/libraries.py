@@ -68,6 +68,17 @@ def cuda_problem() -> str | None:
     return _machine_problem or None
 
 
+def device_problem() -> str | None:
+    """Why torch has no CUDA device here, None where it has one."""
+    if torch.cuda.is_available():
+        return None
+    if not (torch.version.cuda or torch.version.hip):
+        return f"no CUDA device; this PyTorch ({torch.__version__}) is built without CUDA"
+    # The CUDA library asks the driver itself.
+    why = cuda_problem() or ""
+    return why if why.startswith("no CUDA device") else "no CUDA device"
+
+
 def cuda_ready() -> bool:
     """Whether the CUDA kernels can run here."""
     return cuda_problem() is None
@@ -86,12 +97,7 @@ def triton_problem() -> str | None:
     """Why the Triton kernels cannot run here, None where they can."""
     if triton_error is not None:
         return triton_error
-    if triton_interpreted() or torch.cuda.is_available():
-        return None
-    built = (
-        "" if torch.version.cuda or torch.version.hip else f"; this PyTorch ({torch.__version__}) is built without CUDA"
-    )
-    return f"no CUDA device{built}"
+    return None if triton_interpreted() else device_problem()
 
 
 def triton_ready() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ FACTS: dict[str, Any] = {
     "libraries": {"cpu": None, "cuda": None, "triton": None},
     "card": "NVIDIA H100 80GB HBM3",
     "short": "h100",
+    "capability": "9.0",
 }
 # A row of a suite's result file, as far as the choice of the worst cases looks at it.
 ROW = {
@@ -50,7 +52,17 @@ ROW = {
     "P": 0,
 }
 BACKENDS = ("cuda", "triton")
+# A file of outcomes; half a line, of a process that was killed, is passed over.
+OUTCOMES = '{{"kernels": "{}"}}\n{{"test": "test_b", "outcome": "passed"}}\n{{"test": "test_c", "outc'
 OK, FIRE, HANG = "echo fine", "echo on fire; exit 3", "echo so far; trap '' INT TERM; sleep 300"
+
+
+def describe(kit: Path) -> None:
+    """Writes the manifest of a folder with programs, that of this tree and of libraries that may not be built here."""
+    description = card_kit.Kit(kit)
+    description.write("abc123", "9.0a")
+    files = {path.name: "not built here" for path in card_kit.LIBRARIES if not path.exists()}
+    assert not files, "make build first"
 
 
 class Machine:
@@ -69,6 +81,7 @@ class Machine:
             "gpu_check.py facts": f"echo '{json.dumps(FACTS)}'",
             "--suite flashrnn": f"echo '{json.dumps(suite)}' > {self.out}/h100-flashrnn.json",
             "-m pytest": f'echo \'{{"test": "test_a", "outcome": "passed"}}\' >> {self.out}/tests.jsonl; echo 1 passed',
+            "--tool": "echo '========= ERROR SUMMARY: 0 errors'",
             "ncu ": "echo '    Duration   us   12.3'; exit 9",
             **{words.replace("__", " "): what for words, what in behaviour.items()},
         }
@@ -81,7 +94,7 @@ class Machine:
             program.parent.mkdir(exist_ok=True)
             program.write_text(text)
             program.chmod(0o755)
-        card_kit.Kit(self.kit).write("abc123", "9.0a")
+        describe(self.kit)
 
     def command(self, run: str, *options: str) -> tuple[list[str], dict[str, str]]:
         given = ["--kit", str(self.kit), "--python", str(self.folder / "bin/python"), *options]
@@ -99,7 +112,9 @@ class Machine:
     def table(self) -> list[tuple[str, str, str, str]]:
         """(stage, job, outcome, note) of each row of the table in the folder."""
         text = (self.out / "table.txt").read_text()
-        rows = re.findall(r"^(\w+) {1,10}(.{12}) (ok|skipped|noted|FAILED|TIMEOUT) +[\d.]+ *(.*)$", text, re.MULTILINE)
+        rows = re.findall(
+            r"^(\w+) {1,10}(.{12}) (ok|skipped|noted|ended|FAILED|TIMEOUT) +[\d.]+ *(.*)$", text, re.MULTILINE
+        )
         return [(stage, job.strip(), outcome, note) for stage, job, outcome, note in rows]
 
 
@@ -107,6 +122,16 @@ def in_order(parts: list[str], calls: list[str]) -> bool:
     """Whether each part is in a call, later than the part before it."""
     rest = iter(calls)
     return all(any(part in call for call in rest) for part in parts)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those that have the folder in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 # ---- both runs, with stand-ins --------------------------------------------------------------------------------------
@@ -121,41 +146,43 @@ def test_first_run(tmp_path: Path) -> None:
     assert {row[2] for row in rows} == {"ok"}, rows
     calls = machine.calls()
     parts = [f"microbench-90a {part}" for part in gpu_check.MICROBENCHMARKS]
-    assert in_order(["gpu_check.py facts", *parts, "card_tests-90a", "test_gpu_ops.py", "pytest gpu -m"], calls)
+    tests = ["test_gpu_ops.py", "pytest gpu test_bench.py -m"]
+    assert in_order(["gpu_check.py facts", *parts, "card_tests-90a", *tests], calls)
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         assert any(call.startswith(f"compute-sanitizer --tool {tool}") for call in calls)
     assert any("memcheck --report-api-errors no" in call for call in calls)
     # The outcomes of the first tests keep the second from running them again; nothing is exhaustive, nothing alone.
     tests = [call for call in calls if "-m pytest" in call]
     assert all("-m gpu and not exhaustive and not alone" in call and "--maxfail=30" in call for call in tests)
-    assert ["--except-passed" in call for call in tests] == [False, False, True, True]
+    assert all("--except-passed now-" in call for call in tests)
     # Where one backend fails in everything, the other has its say.
     assert [call.count("-k triton") for call in tests] in ([0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0])
     assert all(re.search(r"-n \d+ --dist worksteal", call) for call in tests)
     # Nothing is compiled, and torch is imported once to find out what is here.
     assert not any("nvcc" in call or "setup.py" in call for call in calls)
     assert sum("facts" in call for call in calls) == 1
+    assert done.stdout.rstrip().endswith("NVIDIA H100 80GB HBM3: 15 ok, 0 failed, 0 skipped")
     assert "rnnfast: abc123" in (machine.out / "table.txt").read_text()
     assert "1 tests passed" in done.stdout
-    # What comes back: few files, of which none is deep.
-    assert len([path for path in machine.out.rglob("*") if path.is_file()]) <= 8
+    files = {"logs.txt", "table.txt", "tests.jsonl", "h100-microbench.jsonl"}
+    assert {path.name for path in machine.out.iterdir()} == files
 
 
 def test_second_run(tmp_path: Path) -> None:
     machine, after = Machine(tmp_path), tmp_path / "earlier"
     after.mkdir()
-    (after / "tests.jsonl").write_text('{"test": "test_b", "outcome": "passed"}\n')
+    (after / "tests.jsonl").write_text(OUTCOMES.format(card_kit.kernels()))
     done = machine.check("measure", "--after", str(after))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = machine.table()
     assert list(dict.fromkeys(row[0] for row in rows)) == STAGES["measure"]
     assert {row[2] for row in rows} == {"ok"}, rows
-    order = ["pytest gpu -m", "--suite flashrnn", "--suite grid", "--suite corners,models"]
+    order = ["pytest gpu test_bench.py -m", "--suite flashrnn", "--suite grid", "--suite corners,models"]
     order += ["ncu ", "--suite grid", "gpu and not exhaustive and alone"]
     calls = machine.calls()
     assert in_order(order, calls)
-    assert calls[-1].count("-n ") == 0
-    assert "--except-passed tests.jsonl" in next(call for call in calls if "-m pytest" in call)
+    assert "-n 1 " in calls[-1]
+    assert "--except-passed earlier-0.jsonl" in next(call for call in calls if "-m pytest" in call)
     # Triton is timed last, and no suite before it touches it.
     suites = [call for call in calls if "--suite" in call]
     assert ["triton" in call for call in suites] == [False, False, False, True]
@@ -189,8 +216,7 @@ def test_whoever_hangs_takes_no_time_from_the_next(tmp_path: Path, run: str) -> 
     scale = (seconds - min(gpu_check.RESERVE, seconds / 4)) / sum(stage.seconds for stage in stages)
     for stage in stages:
         assert float(limits[stage.name]) >= 0.9 * scale * stage.seconds, stage.name
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout.split()
-    assert not left
+    assert not processes_of(tmp_path)
 
 
 @pytest.mark.parametrize("run", STAGES)
@@ -209,8 +235,34 @@ def test_whoever_fails_does_not_stop_the_next(tmp_path: Path, run: str) -> None:
 def test_a_look_around_that_fails_leaves_nothing_to_run(tmp_path: Path) -> None:
     machine = Machine(tmp_path, facts=FIRE)
     assert machine.check("first").returncode == 1
-    assert {row[2:] for row in machine.table()[1:]} == {("skipped", "stage about did not say what is here")}
-    assert len(machine.calls()) == 1
+    assert {row[2:] for row in machine.table()[1:]} == {("skipped", "stage about failed: logs.txt has the reason")}
+    # Where there is a card, what needs no torch is tried all the same.
+    (tmp_path / "bin/nvidia-smi").symlink_to(tmp_path / "bin/ncu")
+    assert machine.check("first").returncode == 1
+    outcomes = {stage: outcome for stage, _, outcome, _ in machine.table() if stage != "about"}
+    assert outcomes == {"microbench": "ok", "programs": "ok", "kernels": "skipped", "tests": "skipped"}
+
+
+@pytest.mark.parametrize("words", ["yes yes", "tr '\\\\0' x < /dev/zero"], ids=["lines", "one line"])
+def test_a_program_that_writes_without_end_does_not_fill_the_log(tmp_path: Path, words: str) -> None:
+    machine = Machine(tmp_path, card_tests=words)
+    assert machine.check("first", "--stages", "programs", "--seconds", "4").returncode == 1
+    assert ("programs", "", "TIMEOUT") in [row[:3] for row in machine.table()]
+    assert (machine.out / "logs.txt").stat().st_size < 4 << 20
+
+
+def test_nothing_is_left_running_after_a_kill(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, card_tests="echo half way; sleep 60")
+    command, environment = machine.command("first", "--stages", "programs")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    log, deadline = machine.out / "logs.txt", time.monotonic() + 30
+    while "half way" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
 
 
 def test_stages_by_name(tmp_path: Path) -> None:
@@ -218,8 +270,8 @@ def test_stages_by_name(tmp_path: Path) -> None:
     assert machine.check("measure", "--stages", "cudnn,models").returncode == 0
     assert [row[0] for row in machine.table()] == ["about", "cudnn", "models"]
     done = machine.check("first", "--stages", "lunch")
-    assert done.returncode == 1
-    assert "no stage is called lunch; there are: about, microbench" in done.stderr
+    assert done.returncode == 2
+    assert "no stage of first is called lunch; there are: about, microbench" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -233,9 +285,12 @@ def test_what_was_known_is_there_however_it_ends(tmp_path: Path, number: signal.
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
     assert "programs| half way" in log.read_text()
-    assert [row[:3] for row in machine.table()][:2] == [("about", "", "ok"), ("microbench", "device", "ok")]
+    rows = machine.table()
+    assert [row[:3] for row in rows][:2] == [("about", "", "ok"), ("microbench", "device", "ok")]
+    # Who can still say so says what has not been run.
+    ended = [(stage, outcome) for stage, _, outcome, _ in rows if stage in ("programs", "kernels", "tests")]
+    assert ended == [] if number == signal.SIGKILL else [(stage, "ended") for stage in ("programs", "kernels", "tests")]
 
 
 # ---- what is brought along ------------------------------------------------------------------------------------------
@@ -244,24 +299,98 @@ def test_what_was_known_is_there_however_it_ends(tmp_path: Path, number: signal.
 def test_libraries_of_other_sources_are_refused(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     manifest = machine.kit / "manifest.json"
-    good = manifest.read_text()
-    machine.kit.joinpath("card_tests-90a").write_text("another")
+    good = json.loads(manifest.read_text())
+    changed = {**good["compiled"], "csrc/cells.h": "another", "csrc/gone.h": "0"}
+    unnamed = {name: known for name, known in good["files"].items() if not name.startswith("microbench")}
     for text, why in (
-        (good, "card_tests-90a is missing, or not the one"),
-        (json.dumps({**json.loads(good), "sources": "others"}), "manifest.json is of other sources than these"),
-        ("", "manifest.json is not there: run `make card`"),
+        (
+            json.dumps({**good, "compiled": changed}),
+            "(commit abc123; differs: csrc/cells.h, csrc/gone.h): run `make card`",
+        ),
+        (json.dumps({**good, "files": unnamed}), "does not have microbench: run `make card` again"),
+        (
+            json.dumps({**good, "files": {**good["files"], "_C_cuda.so": "0"}}),
+            "_C_cuda.so is not the one of `make card`",
+        ),
+        (
+            json.dumps({**good, "files": {**good["files"], "card_tests-80": "0"}}),
+            "card_tests-80 is not there: bring it",
+        ),
+        (json.dumps(good)[:50], "manifest.json cannot be read: bring it along"),
+        ("", "manifest.json is not there: bring it along"),
     ):
         manifest.write_text(text) if text else manifest.unlink()
-        done = machine.check("first")
-        assert done.returncode == 2
-        assert why in done.stderr
+        for device in ("cuda", "cpu"):
+            done = machine.check("first", "--device", device)
+            assert done.returncode == 2
+            assert why in done.stderr
     assert not machine.journal.exists()
+    assert not machine.out.exists()
 
 
-def test_the_digest_sees_every_change_of_a_source() -> None:
-    names = {path.relative_to(ROOT).as_posix() for path in card_kit.sources()}
-    assert {"csrc/cuda/step.cuh", "csrc/cpu/forward.h", "setup.py", "benchmarks/microbench/kernels.cuh"} <= names
-    assert card_kit.digest([SCRIPT]) != card_kit.digest([ROOT / "benchmarks/stages.py"])
+def test_every_source_counts() -> None:
+    compiled = card_kit.sources(*card_kit.LIBRARY_SOURCES, *card_kit.PROGRAM_SOURCES)
+    python = card_kit.sources(*card_kit.PACKAGE, *card_kit.SCRIPTS)
+    assert {"setup.py", "benchmarks/microbench/kernels.cuh", "tests/cpp/card_tests.cpp"} <= compiled.keys()
+    assert "benchmarks/run.py" in python
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "rnnfast"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert set(tracked.stdout.split()) - {"rnnfast/py.typed"} <= {*compiled, *python}
+
+
+def test_changed_scripts_are_named(tmp_path: Path) -> None:
+    """Nothing compiled is of other sources then, so nothing is refused, but the commit is not what was run."""
+    machine = Machine(tmp_path)
+    manifest = machine.kit / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["python"]["benchmarks/run.py"] = "another"
+    manifest.write_text(json.dumps(changed))
+    done = machine.check("first", "--stages", "programs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rnnfast: abc123-changed" in done.stdout
+
+
+def test_outcomes_of_other_kernels_do_not_count(tmp_path: Path) -> None:
+    """Neither those of a run that is named nor those that lie in the folder."""
+    machine, after = Machine(tmp_path), tmp_path / "after"
+    for folder in (after, machine.out):
+        folder.mkdir()
+        (folder / "tests.jsonl").write_text(OUTCOMES.format("other"))
+    done = machine.check("measure", "--after", str(after), "--stages", "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any("earlier" in call for call in machine.calls())
+    assert f"{after}: its tests are of other kernels, so all are due" in done.stdout
+    assert (machine.out / "tests-other.jsonl").exists()
+    # Of the same kernels they do, wherever the command is given.
+    (after / "tests.jsonl").write_text(OUTCOMES.format(card_kit.kernels()))
+    command, environment = machine.command("measure", "--after", after.name, "--stages", "tests")
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for call in [call for call in machine.calls() if "-m pytest" in call][-2:]:
+        assert "earlier-0.jsonl" in call
+        assert "earlier-1.jsonl" in call
+
+
+def test_whoever_runs_no_test_has_not_passed(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, **{"-m pytest": "echo 638 skipped in 6.63s"})
+    done = machine.check("measure", "--stages", "tests")
+    assert done.returncode == 3
+    assert {row[1:] for row in machine.table() if row[0] == "tests"} == {
+        ("cuda", "skipped", "638 skipped in 6.63s"),
+        ("triton", "skipped", "638 skipped in 6.63s"),
+    }
+    assert done.stdout.rstrip().endswith("NOTHING was checked: see the table")
+
+
+def test_without_a_sanitizer_the_table_says_so(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    (machine.folder / "bin/compute-sanitizer").unlink()
+    command, environment = machine.command("first", "--stages", "kernels")
+    path = os.pathsep.join([str(machine.folder / "bin"), "/usr/bin", "/bin"])
+    environment |= {"PATH": path, "CUDA_HOME": str(tmp_path)}
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    assert ("kernels", "sanitizers", "skipped", "no compute-sanitizer") in machine.table()
 
 
 # ---- what is said to the programs -----------------------------------------------------------------------------------
@@ -311,11 +440,11 @@ def test_the_tests_of_the_card_are_all_run_on_each_backend(check: gpu_check.Chec
         command = command[3 : command.index("-q")]
         parts.append(collected(*command[: command.index("-k")] if "-k" in command else command))
     assert not parts[0] & parts[1]
-    everything = collected("tests/gpu", "-m", "gpu and not exhaustive")
+    everything = collected("-m", "gpu and not exhaustive")
     assert {test for test in everything if "sanitizer" not in test} <= parts[0] | parts[1] <= everything
     for part in parts:
         on = {backend: {re.sub(r"\[.*", "", test) for test in part if f"[{backend}" in test} for backend in BACKENDS}
-        assert on["cuda"] == on["triton"] != set()
+        assert on["cuda"] == on["triton"] != set(), part
     assert sum("[triton" in test for test in everything) > 1500
 
 
@@ -355,8 +484,12 @@ def test_a_process_that_has_lost_its_card_takes_no_test_along(tmp_path: Path) ->
     start = "import torch; torch.cuda.synchronize = lambda *_: None\n"
     (tmp_path / "conftest.py").write_text(start + LOST)
     outcomes = tmp_path / "outcomes"
-    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests/gpu")))
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests/gpu", ROOT / "benchmarks")))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--outcomes", str(outcomes)]
+    # What is left out stands in a file that nobody writes: the process that takes its place finds the same tests.
+    earlier = tmp_path / "earlier"
+    earlier.write_text('{"test": "test_lost.py::test_number[0]", "outcome": "passed"}\n')
+    command += ["--except-passed", str(earlier)]
     environment = {**os.environ, "PYTHONPATH": paths, "RNNFAST_GPU_TESTS_DEVICE": "cpu"}
     done = subprocess.run(
         [*command, "--rootdir", str(tmp_path), str(tmp_path)],
@@ -369,7 +502,7 @@ def test_a_process_that_has_lost_its_card_takes_no_test_along(tmp_path: Path) ->
     )
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    assert sum(row["outcome"] == "passed" for row in rows) == 6
+    assert sum(row["outcome"] == "passed" for row in rows) == 5
     failed = [row for row in rows if row["outcome"] == "failed"]
     assert failed
     assert all("test_number[3]" in row["test"] for row in failed)
@@ -381,7 +514,10 @@ def test_a_process_that_has_lost_its_card_takes_no_test_along(tmp_path: Path) ->
 
 def on_this_machine(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kit = out.parent / "kit"
-    card_kit.Kit(kit).write("abc123", "9.0a")
+    kit.mkdir(exist_ok=True)
+    for name in card_kit.PROGRAMS:
+        (kit / f"{name}-90a").write_text(name)
+    describe(kit)
     command = [sys.executable, str(SCRIPT), arguments[0], str(out), "--kit", str(kit), *arguments[1:]]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -390,12 +526,14 @@ def on_this_machine(out: Path, *arguments: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("run", STAGES)
 def test_without_a_card_every_stage_says_why_it_skips(tmp_path: Path, run: str) -> None:
     done = on_this_machine(tmp_path / "out", run)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 3, done.stdout + done.stderr
     text = (tmp_path / "out/table.txt").read_text()
     for stage in STAGES[run][1:]:
         assert re.search(rf"^{stage} +skipped +0.0  no CUDA device", text, re.MULTILINE)
-    assert done.stdout.rstrip().endswith(text.rstrip())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["facts.jsonl", "logs.txt", "table.txt"]
+    assert text in done.stdout
+    assert "NOTHING was checked: no CUDA device" in done.stdout.splitlines()[-1]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["logs.txt", "table.txt", "tests.jsonl"]
 
 
 def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
@@ -412,13 +550,15 @@ def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     # What has passed is not run again.
     done = on_this_machine(out, "first", "--device", "cpu", "--stages", "kernels")
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^kernels +ok .* \d+ deselected in", done.stdout, re.MULTILINE)
+    assert re.search(r"^kernels +ok .* (no tests ran|deselected) in", done.stdout, re.MULTILINE)
 
 
 def test_wrong_arguments_are_errors(tmp_path: Path) -> None:
     for arguments, why in (
         (["first"], "a folder for the results is needed"),
-        (["measure", str(tmp_path), "--after", str(tmp_path)], "there is no tests.jsonl"),
+        (["measure", str(tmp_path), "--after", str(tmp_path / "lunch")], "there is no such folder"),
+        (["first", str(SCRIPT)], "is no folder"),
+        (["first", str(tmp_path), "--seconds", "-5"], "--seconds -5: a number above 0 is needed"),
         (["second", str(tmp_path)], "invalid choice"),
     ):
         done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)

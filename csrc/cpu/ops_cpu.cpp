@@ -97,7 +97,7 @@ Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weig
       m.bias[i] = nullptr;
       if (biases[i]->empty()) continue;
       const Tensor& bias = (*biases[i])[d];
-      keep.push_back(as_contiguous(op, "bias", bias));
+      keep.push_back(as_contiguous(op, i ? "bias_hh" : "bias_ih", bias));
       m.bias[i] = data_of(keep.back());
       // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
       m.bias_count[i] = i == 1 && mode == Mode::gru ? m.n / 3 * 2 : m.n;

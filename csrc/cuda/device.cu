@@ -10,7 +10,7 @@ namespace rnnfast::gpu {
 
 int device_count() { return 1; }
 std::string device_problem() { return ""; }
-bool has_dependent_launch(int) { return true; }
+bool has_dependent_launch() { return true; }
 std::string device_memory(int, int64_t&, int64_t&) { return ""; }
 
 #else
@@ -45,10 +45,12 @@ std::string device_problem() {
 
 // Not the card alone decides: of a build for 8.0 a later card runs kernels in which the wait is left out, and a launch
 // that may overlap with the one before it would be wrong.
-bool has_dependent_launch(int device) {
+bool has_dependent_launch() {
   constexpr int kMostDevices = 64, kHopper = 90;
   enum Known : int8_t { unknown, no, yes };
   static std::atomic<int8_t> known[kMostDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) static_cast<void>(cudaGetLastError()), device = -1;
   if (device < 0 || device >= kMostDevices) return false;
   int8_t answer = known[device].load(std::memory_order_relaxed);
   if (answer == unknown) {
@@ -69,13 +71,15 @@ std::string device_memory(int device, int64_t& free, int64_t& total) {
   int before = 0;
   size_t free_bytes = 0, total_bytes = 0;
   cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
+  const bool known = error == cudaSuccess;
+  if (known) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaMemGetInfo(&free_bytes, &total_bytes);
   if (error == cudaSuccess) {
     free = static_cast<int64_t>(free_bytes);
     total = static_cast<int64_t>(total_bytes);
-    error = cudaSetDevice(before);
   }
+  // Whatever came of it: who called goes on with its own device.
+  if (known) static_cast<void>(cudaSetDevice(before));
   static_cast<void>(cudaGetLastError());
   if (error == cudaSuccess || error == cudaErrorMemoryAllocation) return "";
   return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";

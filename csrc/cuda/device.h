@@ -9,8 +9,8 @@ namespace rnnfast::gpu {
 int device_count();  // 0 where there is no card or no usable driver
 // "" where kernels can run on the current device, else why not, in words a user can act upon.
 std::string device_problem();
-// Whether launches on this device, the current one, may overlap with their predecessor's end.
-bool has_dependent_launch(int device);
+// Whether launches on the current device may overlap with their predecessor's end.
+bool has_dependent_launch();
 
 // The bytes of a device's memory; "", or the error of a kernel or copy that no call on this device gets past any more.
 std::string device_memory(int device, int64_t& free, int64_t& total);

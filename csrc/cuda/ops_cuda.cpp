@@ -91,8 +91,7 @@ void* current_stream(int32_t device) {
 
 struct CurrentDevice {
   explicit CurrentDevice(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        device{current_stream(tensor.get_device_index()), has_dependent_launch(tensor.get_device_index())} {}
+      : guard(tensor.get_device_index()), device{current_stream(tensor.get_device_index()), has_dependent_launch()} {}
   torch::stable::accelerator::DeviceGuard guard;
   StepDevice device;
 };

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import libraries
 from . import Row, measure
 from .case import CELLS, DTYPES, MODES, Case, Impossible
 from .timing import environment, keep_freed_memory
@@ -111,6 +112,9 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.keep_memory and not keep_freed_memory():
         print("rnnfast bench: --keep-memory needs glibc")
+        return 2
+    if options.device.type == "cuda" and (why := libraries.device_problem()) is not None:
+        print(f"rnnfast bench: --device {options.device}: {why}")
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,6 +1,6 @@
 // Checks and named cases for the C++ test programs. Without arguments a program runs every case but those that are
-// meant to fail under a sanitizer; with arguments, the cases named, where `a` names all of a/...; with --list, it
-// prints all names. Exit code 1: a check failed; 2: no such case.
+// meant to fail under a sanitizer; with arguments, the cases named, where `a` names all of a/... and `-a` leaves them
+// out; with --list, it prints all names. Exit code 1: a check failed; 2: no such case.
 #pragma once
 
 #include <algorithm>

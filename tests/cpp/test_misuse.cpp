@@ -70,6 +70,38 @@ void test_cp_async_refuses_addresses() {
   CHECK_CONTAINS(run(blocks(1, 1, 32), cp_async_at, data + 1, size_t(0)), "cp_async");
 }
 
+// A block that ends leaves its shared memory to another: what it has begun to copy would arrive there.
+void leaves_cp_async(uint32_t* global) {
+  cp_async<4>(shared_memory(), global);
+  cp_async_commit();
+}
+void leaves_uncommitted_cp_async(uint32_t* global) { cp_async<4>(shared_memory(), global); }
+void leaves_bulk_store(uint32_t* global) {
+  auto* mine = reinterpret_cast<uint32_t*>(shared_memory());
+  for (unsigned i = 0; i < 4; ++i) mine[i] = i;
+  fence_async_proxy();
+  bulk_store(global, mine, 16);
+  bulk_commit();
+}
+
+// On some schedule the copy is there before the thread ends, which nobody can tell from a copy that was waited for.
+void check_left_copies(void (*kernel)(uint32_t*), const char* what) {
+  unsigned refused = 0;
+  for_each_seed(20, [&] {
+    alignas(16) uint32_t data[4] = {};
+    const std::string error = run(blocks(1, 1, 16), kernel, data);
+    if (!error.empty()) CHECK_CONTAINS(error, std::string("issued with ") + what + " and not waited for");
+    refused += !error.empty();
+  });
+  CHECK(refused > 10);
+}
+
+void test_copies_must_be_waited_for() {
+  check_left_copies(leaves_cp_async, "cp_async");
+  check_left_copies(leaves_uncommitted_cp_async, "cp_async");
+  check_left_copies(leaves_bulk_store, "bulk_store");
+}
+
 // ---- bulk copies ----
 
 void bulk_copy_of(const uint32_t* input, uint32_t bytes) {
@@ -176,6 +208,7 @@ CHECK_CASES(misuse) {
       {"cp_async_left_out_wait_shows", test_cp_async_left_out_wait_shows},
 #endif
       {"cp_async_refuses_addresses", test_cp_async_refuses_addresses},
+      {"copies_must_be_waited_for", test_copies_must_be_waited_for},
       {"bulk_copy_refuses_sizes", test_bulk_copy_refuses_sizes},
       {"mbarrier_misuse_is_an_error", test_mbarrier_misuse_is_an_error},
       {"st_async_wants_the_barrier_beside_the_data", test_st_async_wants_the_barrier_beside_the_data},

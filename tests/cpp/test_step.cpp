@@ -136,7 +136,7 @@ void fill_shared(const Call& call, DType dtype, std::deque<Buffer>& keep, Recurr
 }
 
 // On the null stream, as torch's is by default.
-gpu::StepDevice stream_of(bool dependent) { return {nullptr, dependent && gpu::has_dependent_launch(0)}; }
+gpu::StepDevice stream_of(bool dependent) { return {nullptr, dependent && gpu::has_dependent_launch()}; }
 
 void run_forward(Call& call, const TypeCase& type, bool dependent) {
   const DType dtype = dtype_of(type.arithmetic);

@@ -15,6 +15,7 @@ import gpu_device
 import pytest
 import torch
 
+from records import whole_lines
 from rnnfast import backend as use_backend
 
 HERE = Path(__file__).parent
@@ -30,8 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def passed_in(file: Path) -> set[str]:
     """The tests whose last outcome in the file is that they passed."""
-    outcomes = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    last = {outcome["test"]: outcome["outcome"] for outcome in outcomes}
+    last = {outcome["test"]: outcome["outcome"] for outcome in whole_lines(file) if "test" in outcome}
     return {test for test, outcome in last.items() if outcome == "passed"}
 
 

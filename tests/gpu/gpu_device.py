@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from rnnfast import libraries
+
 DEVICE = os.environ.get("RNNFAST_GPU_TESTS_DEVICE", "cuda")
 ON_CARD = DEVICE != "cpu"
 
 
-def _missing() -> str | None:
-    if not ON_CARD or torch.cuda.is_available():
-        return None
-    built = "" if torch.version.cuda else f"; this PyTorch ({torch.__version__}) is built without CUDA"
-    return f"no CUDA device{built}"
-
-
 # Why the tests cannot run here.
-MISSING = _missing()
+MISSING = libraries.device_problem() if ON_CARD else None
 
 only_on_card = pytest.mark.skipif(not ON_CARD, reason="RNNFAST_GPU_TESTS_DEVICE=cpu: means something on a card only")
 
