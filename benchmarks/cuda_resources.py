@@ -37,7 +37,8 @@ class Kernel(NamedTuple):
 
 
 def cuda_tool(name: str) -> str | None:
-    """cuobjdump or nvdisasm: the toolkit's, that of the packages nvidia-cuda-cuobjdump and -nvdisasm, or triton's."""
+    """A program of the CUDA toolkit: on PATH, where the toolkit is, in the packages of NVIDIA's that carry some of them
+    (nvidia-cuda-cuobjdump, -nvdisasm), or triton's."""
     packages = Path(sysconfig.get_paths()["platlib"])
     folders = [Path(home) / "bin" for home in [os.environ.get("CUDA_HOME"), "/usr/local/cuda"] if home]
     folders += [*packages.glob("nvidia/cu*/bin"), packages / "triton/backends/nvidia/bin"]

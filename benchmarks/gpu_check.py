@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 import card_kit
+from cuda_resources import cuda_tool
 from records import Record, load, short_table, whole_lines, worst_of
 from stages import Job, Missing, Run, Stage, plain
 
@@ -132,12 +133,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, or where the toolkit puts it."""
-    place = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    return shutil.which(name) or shutil.which(name, path=place)
 
 
 def cores() -> int:
@@ -332,7 +327,7 @@ class Check:
         if self.device == "cpu":
             # Some, as a rehearsal.
             return [self.pytest(limit, "tests/gpu/test_gpu_precision.py", "-m", "gpu", "-k", "nan")]
-        sanitizer = find_tool("compute-sanitizer")
+        sanitizer = cuda_tool("compute-sanitizer")
         without = self.no_program("card_tests") or (None if sanitizer else "no compute-sanitizer")
         if without or not sanitizer:
             return [*self.both(limit, "tests/gpu/test_gpu_ops.py"), Missing("sanitizers", str(without))]
@@ -390,7 +385,7 @@ class Check:
         """Reports of the kernels of the two worst cases. The clocks stay as they are."""
         if why := self.problem(on_card=True):
             return why
-        program = find_tool("ncu")
+        program = cuda_tool("ncu")
         if program is None:
             return "no ncu"
         cases = worst_of(self.records(), 2)

@@ -117,8 +117,10 @@ class Suite:
                     self.measured[place] = self.measure_case(case, mode)
                     self.nearness.see(self.distance(place))
                     bar.update()
-                    # The first has a process to start, and on a GPU a device: seconds that no other takes.
-                    if len(self.measured) > 1 or self.options.device.type == "cpu":
+                    # The first has a process to start, and on a GPU a device: seconds that no other takes. One that
+                    # failed, at the limit of a case perhaps, says nothing of the others.
+                    usual = len(self.measured) > 1 or self.options.device.type == "cpu"
+                    if usual and all(row["correct"] for row in self.measured[place]):
                         longest = max(longest, time.monotonic() - begin)
             except KeyboardInterrupt:
                 self.interrupted = True

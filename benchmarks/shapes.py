@@ -6,8 +6,8 @@
   compared with the same rows padded and with dense ones.
 * `ragged`: packed rows, and padded ones with `lengths`.
 * `grid`: every cell over hidden sizes and batch sizes, for heat maps. `flashrnn` and `deepbench`: others' benchmarks.
-* `corners`: where cuDNN leaves its fast paths. Its kernel for small H takes H up to 192 whatever the batch; packed
-  rows, two directions and several layers go the slow way.
+* `corners`: where cuDNN is expected to leave its fast paths: at the upper end of its kernel for small H, at batches
+  that it is not made for; packed rows with two directions and several layers.
 * `models`: layers of real models. Layer sizes are the source's; where it leaves batch or length open, they are a usual
   choice that a processor can do in seconds.
 * `smoke`: as small as can be, for tests.

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -329,12 +329,12 @@ class Run:
         while running:
             outcome = running[0].outcome()
             if outcome.failed and running[0].job.informative:
-                outcome = Outcome("", outcome.job, "noted", outcome.seconds, outcome.note)
+                outcome = replace(outcome, outcome="noted")
             self._add(stage, outcome)
             running.pop(0)
 
     def _add(self, stage: Stage, outcome: Outcome) -> None:
-        outcome = Outcome(stage.name, outcome.job, outcome.outcome, outcome.seconds, outcome.note)
+        outcome = replace(outcome, stage=stage.name)
         self.outcomes.append(outcome)
         self.log.write(stage.name, outcome.line())
         print(outcome.line(), flush=True)

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from card_kit import FOLDER as BUILD  # noqa: E402
+from card_kit import PROGRAMS  # noqa: E402
 from setup import CUDA_BUILD, NVCC_FLAGS, Ninja, code_flags, cuda_sources, find_nvcc, host_compiler  # noqa: E402
 
-BUILD = ROOT / "build" / "card"
-PROGRAMS = ("card_tests", "microbench")
 MICROBENCH = ROOT / "benchmarks/microbench/microbench.cu"
 # Of the emulator alone: the emulator itself, and what it refuses.
 EMULATOR_ONLY = {"test_emulator", "test_misuse"}

@@ -90,6 +90,20 @@ class Sleeps(Case):
         return time.sleep, (60,)
 
 
+class Broken(Case):
+    """Fails where nobody expects it: before there are candidates that could."""
+
+    @property
+    def row_lengths(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+
+def test_an_error_of_the_device_fails_the_case_and_not_the_suite(processes):
+    (row,) = processes.measure(Broken("GRU", 2, 8, packed=True), "fwd", SETTINGS, nothing_skipped)
+    assert row["failure"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert not row["correct"]
+
+
 @pytest.fixture
 def lasting():
     processes = Processes(lasting=True, most=30)

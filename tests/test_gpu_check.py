@@ -20,6 +20,7 @@ import pytest
 import card_kit
 import gpu_check
 import shapes
+from stages import Missing
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
@@ -58,11 +59,9 @@ OK, FIRE, HANG = "echo fine", "echo on fire; exit 3", "echo so far; trap '' INT 
 
 
 def describe(kit: Path) -> None:
-    """Writes the manifest of a folder with programs, that of this tree and of libraries that may not be built here."""
-    description = card_kit.Kit(kit)
-    description.write("abc123", "9.0a")
-    files = {path.name: "not built here" for path in card_kit.LIBRARIES if not path.exists()}
-    assert not files, "make build first"
+    """Writes the manifest of a folder with programs: that of this tree and of its libraries."""
+    card_kit.Kit(kit).write("abc123", "9.0a")
+    assert all(path.exists() for path in card_kit.LIBRARIES), "the CUDA library is not built: make cuda"
 
 
 class Machine:
@@ -83,7 +82,7 @@ class Machine:
             "-m pytest": f'echo \'{{"test": "test_a", "outcome": "passed"}}\' >> {self.out}/tests.jsonl; echo 1 passed',
             "--tool": "echo '========= ERROR SUMMARY: 0 errors'",
             "ncu ": "echo '    Duration   us   12.3'; exit 9",
-            **{words.replace("__", " "): what for words, what in behaviour.items()},
+            **behaviour,
         }
         cases = "\n".join(f'  *"{words}"*) {what} ;;' for words, what in reversed(does.items()))
         text = (
@@ -151,6 +150,7 @@ def test_first_run(tmp_path: Path) -> None:
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         assert any(call.startswith(f"compute-sanitizer --tool {tool}") for call in calls)
     assert any("memcheck --report-api-errors no" in call for call in calls)
+    assert all("--launch-timeout 0 --error-exitcode 99" in call for call in calls if "--tool" in call)
     # The outcomes of the first tests keep the second from running them again; nothing is exhaustive, nothing alone.
     tests = [call for call in calls if "-m pytest" in call]
     assert all("-m gpu and not exhaustive and not alone" in call and "--maxfail=30" in call for call in tests)
@@ -232,6 +232,27 @@ def test_whoever_fails_does_not_stop_the_next(tmp_path: Path, run: str) -> None:
     assert [row[2] for row in rows if row[1] == "initcheck"] == ["noted"] * (run == "first")
 
 
+def test_half_a_result_file_is_passed_over(tmp_path: Path) -> None:
+    """Of a suite that was killed; ncu and the table look for the others."""
+    machine = Machine(tmp_path)
+    machine.out.mkdir()
+    (machine.out / "h100-grid.json").write_text('{"suite": "grid", "rows": [')
+    done = machine.check("measure", "--stages", "flashrnn,ncu,triton")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row[:3] for row in machine.table()[1:]] == [
+        ("flashrnn", "", "ok"),
+        ("ncu", "case 1", "ok"),
+        ("triton", "", "ok"),
+    ]
+
+
+def test_a_sanitizer_that_looked_at_nothing_has_not_passed(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, **{"--tool racecheck": "echo Awaiting target completion"})
+    assert machine.check("first", "--stages", "kernels").returncode == 1
+    outcomes = {job: outcome for stage, job, outcome, _ in machine.table() if stage == "kernels"}
+    assert outcomes == {**dict.fromkeys(outcomes, "ok"), "racecheck": "FAILED"}
+
+
 def test_a_look_around_that_fails_leaves_nothing_to_run(tmp_path: Path) -> None:
     machine = Machine(tmp_path, facts=FIRE)
     assert machine.check("first").returncode == 1
@@ -278,7 +299,14 @@ def test_stages_by_name(tmp_path: Path) -> None:
 def test_what_was_known_is_there_however_it_ends(tmp_path: Path, number: signal.Signals) -> None:
     machine = Machine(tmp_path, card_tests="echo half way; sleep 60")
     command, environment = machine.command("first")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    # As in the background of a shell, where SIGINT is ignored.
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     log = machine.out / "logs.txt"
     deadline = time.monotonic() + 30
     while "programs| half way" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
@@ -383,16 +411,6 @@ def test_whoever_runs_no_test_has_not_passed(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("NOTHING was checked: see the table")
 
 
-def test_without_a_sanitizer_the_table_says_so(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    (machine.folder / "bin/compute-sanitizer").unlink()
-    command, environment = machine.command("first", "--stages", "kernels")
-    path = os.pathsep.join([str(machine.folder / "bin"), "/usr/bin", "/bin"])
-    environment |= {"PATH": path, "CUDA_HOME": str(tmp_path)}
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
-    assert ("kernels", "sanitizers", "skipped", "no compute-sanitizer") in machine.table()
-
-
 # ---- what is said to the programs -----------------------------------------------------------------------------------
 
 
@@ -406,6 +424,15 @@ def check(tmp_path: Path) -> gpu_check.Check:
     result = gpu_check.Check(options(tmp_path), tmp_path)
     result.facts = FACTS
     return result
+
+
+def test_without_a_sanitizer_the_table_says_so(check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    (check.kit.folder / "card_tests-90a").touch()
+    jobs = [job.name for job in check.kernels(50.0)]
+    assert {"memcheck", "racecheck"} <= set(jobs) or gpu_check.cuda_tool("compute-sanitizer") is None
+    monkeypatch.setattr(gpu_check, "cuda_tool", lambda name: None)
+    assert check.kernels(50.0)[-1] == Missing("sanitizers", "no compute-sanitizer")
+    assert check.ncu(50.0) == "no ncu"
 
 
 @pytest.mark.parametrize("stage", ["flashrnn", "grid", "models", "triton"])

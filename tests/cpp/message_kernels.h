@@ -66,10 +66,4 @@ template <bool releases> void flag_case() {
   CHECK_EQUAL(data[0], 2);
 }
 
-#if defined(__SANITIZE_THREAD__)
-constexpr unsigned kManySeeds = 100;
-#else
-constexpr unsigned kManySeeds = 200;
-#endif
-
 }  // namespace rnnfast::test

@@ -63,6 +63,13 @@ inline gpu::LaunchConfig cooperative(unsigned grid, unsigned threads, size_t sha
   return config;
 }
 
+// How many schedules show what depends on them. The race detector takes long for each, and needs less luck.
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned kUsualSeeds = 10, kManySeeds = 100;
+#else
+constexpr unsigned kUsualSeeds = 40, kManySeeds = 200;
+#endif
+
 // Seed 0 is the plain schedule.
 template <class Body> void for_each_seed(unsigned seeds, Body body) {
   const uint64_t before = seed();

@@ -19,12 +19,6 @@ using namespace rnnfast::gpu;
 using namespace rnnfast::test;
 namespace emulator = rnnfast::emulator;
 
-#if defined(__SANITIZE_THREAD__)
-constexpr unsigned kSeeds = 10;
-#else
-constexpr unsigned kSeeds = 40;
-#endif
-
 // Runs once with the seed, and leaves the options as they were.
 class Seed {
  public:
@@ -104,7 +98,7 @@ void asynchronous() {
 // ---- launches ----
 
 // Not under TSan, which reports it.
-void dependent_without_wait() { CHECK(stale_after_dependent_launch<false>(true, kSeeds) > 0); }
+void dependent_without_wait() { CHECK(stale_after_dependent_launch<false>(true, kUsualSeeds) > 0); }
 
 RNNFAST_KERNEL void empty_kernel() {}
 

@@ -14,11 +14,6 @@ namespace {
 using namespace rnnfast::gpu;
 using namespace rnnfast::test;
 
-#if defined(__SANITIZE_THREAD__)
-constexpr unsigned kSeeds = 10;
-#else
-constexpr unsigned kSeeds = 40;
-#endif
 constexpr unsigned kFewSeeds = 5;
 
 RNNFAST_DEVICE int* shared_ints() { return reinterpret_cast<int*>(shared_memory()); }
@@ -56,7 +51,7 @@ RNNFAST_KERNEL void producer_consumer_kernel(int* out, int rounds) {
 }
 
 void named_barriers() {
-  for_each_seed(kSeeds, [] {
+  for_each_seed(kUsualSeeds, [] {
     Array<int> out(32 * 5, -1);
     CHECK_EQUAL(run(blocks(1, 64, 32 * sizeof(int)), producer_consumer_kernel, out.device(), 5), "");
     for (int i = 0; i < 5 * 32; ++i) CHECK_EQUAL(out[static_cast<size_t>(i)], i / 32 * 100 + 31 - i % 32);
@@ -134,8 +129,8 @@ void grids() {
 // ---- launches ----
 
 void dependent_launches() {
-  CHECK_EQUAL(stale_after_dependent_launch<true>(true, kSeeds), 0);
-  CHECK_EQUAL(stale_after_dependent_launch<false>(false, kSeeds), 0);
+  CHECK_EQUAL(stale_after_dependent_launch<true>(true, kUsualSeeds), 0);
+  CHECK_EQUAL(stale_after_dependent_launch<false>(false, kUsualSeeds), 0);
 }
 
 void long_chains() {

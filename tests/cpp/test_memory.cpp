@@ -11,12 +11,6 @@ namespace {
 using namespace rnnfast::gpu;
 using namespace rnnfast::test;
 
-#if defined(__SANITIZE_THREAD__)
-constexpr unsigned kSeeds = 10;
-#else
-constexpr unsigned kSeeds = 40;
-#endif
-
 void message_passing() {
   CHECK_EQUAL(lost_messages<Order::release_acquire>(kManySeeds), 0);
   CHECK_EQUAL(lost_messages<Order::fences>(kManySeeds), 0);
@@ -68,7 +62,7 @@ RNNFAST_KERNEL void tagged_word_kernel(Word16* word, int* torn, int steps) {
 }
 
 void tagged_words() {
-  for_each_seed(kSeeds, [] {
+  for_each_seed(kUsualSeeds, [] {
     Array<Word16> words(2);
     Array<int> torn{0};
     CHECK_EQUAL(run(cooperative(2, 32), tagged_word_kernel, words.device(), torn.device(), 10), "");
@@ -96,7 +90,7 @@ RNNFAST_KERNEL void coherence_kernel(int* location, int* errors) {
 }
 
 void coherence() {
-  for_each_seed(kSeeds, [] {
+  for_each_seed(kUsualSeeds, [] {
     Array<int> location{0}, errors{0};
     CHECK_EQUAL(run(cooperative(2, 32), coherence_kernel, location.device(), errors.device()), "");
     CHECK_EQUAL(errors[0], 0);

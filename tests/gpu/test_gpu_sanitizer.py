@@ -1,7 +1,6 @@
 """compute-sanitizer over small calls of every kernel, and a check that the calls themselves run."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ import gpu_device
 import pytest
 from gpu_device import only_on_card
 
+from cuda_resources import cuda_tool
+
 SCRIPT = Path(__file__).parent / "sanitized.py"
 
 
@@ -17,12 +18,6 @@ SCRIPT = Path(__file__).parent / "sanitized.py"
 def backend(_card: None) -> str:
     """Once: the script has the CUDA kernels run, in a process of its own."""
     return gpu_device.DEVICE
-
-
-def sanitizer() -> str | None:
-    """The program: on PATH, or where the CUDA toolkit puts it."""
-    places = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
 def test_the_calls_run() -> None:
@@ -36,9 +31,9 @@ def test_the_calls_run() -> None:
 # Not initcheck: told to look at our kernels only, it does not know what others wrote; and torch's take too long.
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str) -> None:
-    program = sanitizer()
+    program = cuda_tool("compute-sanitizer")
     if program is None:
-        pytest.skip("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+        pytest.skip("compute-sanitizer was not found; it comes with the CUDA toolkit")
     # Only our kernels (their names begin with step); without torch's cache every tensor is an allocation of its own,
     # so that an access beyond its end is seen.
     command = [program, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", "kns=step"]
