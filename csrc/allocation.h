@@ -70,6 +70,10 @@ inline std::string text_of(const Wanted& wanted) {
          traits_of(wanted.type).name;
 }
 
+[[noreturn]] inline void fail_uncountable(const char* op, const std::string& what) {
+  fail(op, ": could not allocate ", what, ": so many bytes that 64 bits do not count them");
+}
+
 inline int64_t bytes_of(const Wanted& wanted) {
   int64_t bytes = traits_of(wanted.type).size;
   bool overflow = false;
@@ -77,8 +81,7 @@ inline int64_t bytes_of(const Wanted& wanted) {
     if (size == 0) return 0;
     overflow |= __builtin_mul_overflow(bytes, size, &bytes);
   }
-  RNNFAST_CHECK(!overflow, wanted.op, ": could not allocate ", text_of(wanted),
-                ": so many bytes that 64 bits do not count them");
+  if (overflow) fail_uncountable(wanted.op, text_of(wanted));
   return bytes;
 }
 

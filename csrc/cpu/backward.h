@@ -55,23 +55,23 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
 
   void place() {
     schedule_.place(p_.rows, workspace_);
-    barriers_ = workspace_.template take<Barrier>(p_.directions * groups_each_);
-    groups_ = workspace_.template take<Group>(p_.directions * groups_each_);
+    barriers_ = workspace_.template take<Barrier>(p_.directions, groups_each_);
+    groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
     const int64_t rows = divide_up(p_.rows.batch, groups_each_);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
       Group group;
       group.dgates[0].place(workspace_, rows, gates_width_);
       group.dgates[1].place(workspace_, rows, gates_width_);
       if (kCarries) group.carry.place(workspace_, rows, round_up(p_.hidden_size, kTileUnits));
-      if (p_.projected) group.dh.place(workspace_, rows, tiles_ * kTileUnits);
+      if (p_.projected) group.dh.place(workspace_, rows, product(tiles_, kTileUnits));
       if (groups_) {
         groups_[g] = group;
         barriers_[g] = Barrier();
       }
     }
     for (int64_t d = 0; d < p_.directions; ++d) {
-      packed_hh_[d] = workspace_.template take<Compute>(tiles_ * kTileUnits * gates_width_);
-      if (p_.projected) packed_hr_[d] = workspace_.template take<Compute>(inner_tiles_ * kTileUnits * p_.state_size);
+      packed_hh_[d] = workspace_.template take<Compute>(tiles_, kTileUnits, gates_width_);
+      if (p_.projected) packed_hr_[d] = workspace_.template take<Compute>(inner_tiles_, kTileUnits, p_.state_size);
     }
   }
 

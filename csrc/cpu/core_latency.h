@@ -8,6 +8,9 @@
 namespace rnnfast::cpu {
 namespace {
 
+// More rounds add nothing to a mean, and nobody could end them: microseconds each, more where other programs run.
+constexpr int64_t kMostRounds = 10'000;
+
 // Seconds in which a word that one thread wrote is read by the next, mean over `rounds` rounds through all threads of
 // the pool. 0 where there is one thread. On a virtual machine it changes while a program runs, as its processors move
 // to other cores; what synchronises every step becomes faster or slower with it.

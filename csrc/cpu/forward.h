@@ -30,7 +30,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
         // With one row a step each weight is used once: reading it as it lies beats packing it, unless there are many
         // steps.
         direct_(params.rows.batch == 1 ? params.rows.steps < kDirectSteps
-                                       : params.rows.steps * params.rows.batch < kDirectRows),
+                                       : product(params.rows.steps, params.rows.batch) < kDirectRows),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
         chunk_steps_(params.from_input ? chunk_steps() : params.rows.steps) {}
 
@@ -60,7 +60,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
   // Steps whose input gates fit a part of the L2 cache, one thread's share.
   int64_t chunk_steps() const {
     constexpr int64_t kChunkBytes = 448 << 10;
-    const int64_t step_bytes = group_rows_ * tiles_ * kVectors * kVectorBytes / members_planned_;
+    const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / members_planned_;
     int64_t steps = kChunkBytes / (step_bytes > 0 ? step_bytes : 1);
     if (steps > kMostChunkSteps) steps = kMostChunkSteps;
     if (steps > p_.rows.steps) steps = p_.rows.steps;
@@ -90,31 +90,31 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
     // The rows of consecutive steps follow each other in memory and in the group: no copy of the input is needed.
     input_in_place_ = sizeof(Storage) == sizeof(Compute) && groups_each_ == 1 && !p_.rows.lengths &&
                       (p_.rows.batch_sizes || p_.rows.batch_stride == 1);
-    barriers_ = workspace_.template take<Barrier>(p_.directions * groups_each_);
-    groups_ = workspace_.template take<Group>(p_.directions * groups_each_);
-    const int64_t rows = group_rows_, chunk_rows = chunk_steps_ * rows;
+    barriers_ = workspace_.template take<Barrier>(p_.directions, groups_each_);
+    groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
+    const int64_t rows = group_rows_, chunk_rows = product(chunk_steps_, rows);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
       Group group;
       group.h[0].place(workspace_, rows, p_.state_size);
       group.h[1].place(workspace_, rows, p_.state_size);
-      if (Cell::kHasCell) group.c.place(workspace_, rows, tiles_ * kTileUnits);
-      if (p_.projected) group.inner.place(workspace_, rows, tiles_ * kTileUnits);
-      if (p_.from_input) group.gates = workspace_.template take<Value>(tiles_ * chunk_rows * kVectors);
+      if (Cell::kHasCell) group.c.place(workspace_, rows, product(tiles_, kTileUnits));
+      if (p_.projected) group.inner.place(workspace_, rows, product(tiles_, kTileUnits));
+      if (p_.from_input) group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
       if (groups_) {
         groups_[g] = group;
         barriers_[g] = Barrier();
       }
     }
     for (int64_t d = 0; d < p_.directions; ++d) {
-      if (!direct_) packed_hh_[d] = workspace_.template take<Compute>(tiles_ * kVectors * kL * p_.state_size);
-      if (p_.projected) packed_hr_[d] = workspace_.template take<Compute>(state_tiles_ * kL * p_.hidden_size);
+      if (!direct_) packed_hh_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.state_size);
+      if (p_.projected) packed_hr_[d] = workspace_.template take<Compute>(state_tiles_, kL, p_.hidden_size);
       if (!p_.from_input) continue;
-      if (!direct_) packed_ih_[d] = workspace_.template take<Compute>(tiles_ * kVectors * kL * p_.input_size);
-      bias_[d] = workspace_.template take<Value>(tiles_ * kVectors);
+      if (!direct_) packed_ih_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.input_size);
+      bias_[d] = workspace_.template take<Value>(tiles_, kVectors);
     }
     input_stride_ = round_up(p_.input_size, kL);
     if (p_.from_input && !input_in_place_)
-      input_copies_ = workspace_.template take<Compute>(threads_ * chunk_rows * input_stride_);
+      input_copies_ = workspace_.template take<Compute>(threads_, chunk_rows, input_stride_);
   }
 
   // Where a tile's vector v comes from: its gate, its first unit, and how many of its units there are.
@@ -190,8 +190,6 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
     }
     zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size,
                         p_.state_size, rank, members);
-    zero_beyond_lengths(rows, static_cast<Storage*>(p_.reserve), p_.directions * Cell::kReserve * p_.hidden_size,
-                        d * Cell::kReserve * p_.hidden_size, Cell::kReserve * p_.hidden_size, rank, members);
     if (Cell::kHasCell)
       zero_beyond_lengths(rows, static_cast<Storage*>(p_.cells), p_.directions * p_.hidden_size, d * p_.hidden_size,
                           p_.hidden_size, rank, members);

@@ -38,7 +38,11 @@ inline int64_t run_with_blocks(const Params& params, int64_t units, int threads)
   return Loop<CellOf, Storage, 2>(params, threads).run(threads);
 }
 
+// Whatever the number of steps: they are not counted through.
+bool has_empty_results(const Recurrence& r) { return r.rows.batch == 0 || (r.hidden_size == 0 && r.state_size == 0); }
+
 int64_t forward(const ForwardParams& params, int threads) {
+  if (has_empty_results(params)) return 0;
   return with_storage(params.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     const int64_t units = params.hidden_size;
@@ -54,6 +58,7 @@ int64_t forward(const ForwardParams& params, int threads) {
 }
 
 int64_t backward(const BackwardParams& params, int threads) {
+  if (has_empty_results(params)) return 0;
   return with_storage(params.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     const int64_t units = params.state_size;

@@ -5,6 +5,9 @@
 
 namespace rnnfast::cpu {
 
+// Bytes that 64 bits do not count.
+constexpr int64_t kUncountable = INT64_MAX;
+
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {
   const char* isa;

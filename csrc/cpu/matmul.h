@@ -59,8 +59,8 @@ template <class Storage> class MatmulLoop {
 
  private:
   void place() {
-    packed_b_ = workspace_.template take<Compute>(n_tiles_ * kWidth * block_k_);
-    if (pack_a_) packed_a_ = workspace_.template take<Compute>(m_tiles_ * kRows * block_k_);
+    packed_b_ = workspace_.template take<Compute>(n_tiles_, kWidth, block_k_);
+    if (pack_a_) packed_a_ = workspace_.template take<Compute>(m_tiles_, kRows, block_k_);
   }
 
   void pack(int64_t k, int64_t k_count, int member, int members) {

@@ -5,6 +5,7 @@
 
 #include "../recurrence.h"
 #include "memory.h"
+#include "sizes.h"
 #include "team.h"
 
 namespace rnnfast::cpu {
@@ -20,15 +21,16 @@ class Workspace {
   ~Workspace() { std::free(memory_); }
 
   // First pass: sizes are added up. Second pass, after allocate(): pointers are handed out in the same order.
-  template <class T> T* take(int64_t count) {
+  template <class T, class... Sizes> T* take(Sizes... sizes) {
     const int64_t at = used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    used_ = sum(used_, round_up(product(sizes..., sizeof(T)), kAlignment));
     return memory_ ? reinterpret_cast<T*>(static_cast<char*>(memory_) + at) : nullptr;
   }
   // 0, or how many bytes could not be had.
   int64_t allocate() {
     const int64_t bytes = used_ ? used_ : kAlignment;
     used_ = 0;
+    if (bytes == kUncountable) return bytes;
     memory_ = std::aligned_alloc(kAlignment, static_cast<size_t>(bytes));
     if (!memory_) return bytes;
     prefer_huge_pages(memory_, bytes);
@@ -147,7 +149,7 @@ inline Split choose_split(const Recurrence& p, int threads, int64_t element_size
   constexpr double kBarrier = 0.5e-6;
   const int64_t per_direction = threads / p.directions;
   if (per_direction <= 1 || p.rows.batch < 2) return {1};
-  const double weights = static_cast<double>(gates_of(p.mode) * p.hidden_size * p.state_size * element_size);
+  const double weights = static_cast<double>(product(gates_of(p.mode), p.hidden_size, p.state_size, element_size));
   const double flops = 2.0 * weights / element_size * p.rows.batch;
   const auto seconds = [&](double share_of_flops, double bytes) {
     const double compute = flops * share_of_flops / kFlops, memory = bytes / (bytes > kL2 ? kBytesL3 : kBytesL2);

@@ -9,9 +9,6 @@
 namespace rnnfast::cpu {
 namespace {
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 // A state buffer of the group's rows: (rows, row stride), whole vectors wide, so that vectors may be read past the last
 // unit.
 template <class Compute> struct StateBuffer {
@@ -20,8 +17,8 @@ template <class Compute> struct StateBuffer {
 
   void place(Workspace& workspace, int64_t rows, int64_t width) {
     // One more vector keeps rows of a power-of-two width out of the same cache sets.
-    stride = round_up(width, kLanes<Compute>) + kLanes<Compute>;
-    data = workspace.take<Compute>(rows * stride);
+    stride = sum(round_up(width, kLanes<Compute>), kLanes<Compute>);
+    data = workspace.take<Compute>(rows, stride);
   }
   Compute* row(int64_t r) const { return data + r * stride; }
 };

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../recurrence.h"
 
 namespace rnnfast::cpu {
@@ -73,15 +77,28 @@ RNNFAST_INLINE HalfBits narrow(Vector<float> value, BFloat16) {
   return __builtin_convertvector((WideBits)(value != value ? quiet : rounded), HalfBits);
 }
 
+#if defined(__AVX512F__)
+// These instructions heed subnormal float16 in every mode of the processor. Masked: GCC 12 warns of its own unmasked
+// ones.
+RNNFAST_INLINE Vector<float> widen(HalfBits half, Float16) { return _mm512_maskz_cvtph_ps(-1, (__m256i)half); }
+RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
+  return (HalfBits)_mm512_maskz_cvtps_ph(-1, value, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
 RNNFAST_INLINE Vector<float> widen(HalfBits half, Float16) {
   const WideBits bits = __builtin_convertvector(half, WideBits);
   const WideBits sign = (bits & 0x8000u) << 16;
   const WideBits shifted = (bits & 0x7fffu) << 13;
-  // float16's exponent bias is 15, float32's 127: multiply by 2^112, which is exact and handles subnormals too.
-  const Vector<float> scaled = (Vector<float>)shifted * 0x1p112f;
-  const WideBits finite = (WideBits)scaled;
+  // float16's exponent bias is 15, float32's 127.
+  const WideBits normal = shifted + 0x38000000u;
+  // A subnormal is read as what stands behind the 1 of 2^-14, which is then taken off: no float32 here is subnormal, as
+  // a thread that takes those for zeros would have it.
+  const WideBits subnormal = (WideBits)((Vector<float>)(shifted + 0x38800000u) - 0x1p-14f);
   const WideBits special = shifted | 0x7f800000u;  // infinity or NaN
-  return (Vector<float>)(sign | ((bits & 0x7c00u) == 0x7c00u ? special : finite));
+  const WideBits exponent = bits & 0x7c00u;
+  WideBits magnitude = exponent == 0u ? subnormal : normal;
+  magnitude = exponent == 0x7c00u ? special : magnitude;
+  return (Vector<float>)(sign | magnitude);
 }
 
 RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
@@ -89,7 +106,7 @@ RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
   const WideBits sign = (bits >> 16) & 0x8000u;
   const WideBits magnitude = bits & 0x7fffffffu;
   // Normal results: re-bias and round to nearest even in the integer domain. Subnormal: adding 0.5 lets the FPU round
-  // at float16's last subnormal bit, 2^-24.
+  // at float16's last subnormal bit, 2^-24; whether it takes subnormal float32 for zeros makes no difference.
   const WideBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const WideBits subnormal = (WideBits)((Vector<float>)magnitude + 0.5f) - 0x3f000000u;
   const WideBits infinite = magnitude - magnitude + 0x7c00u;
@@ -98,6 +115,7 @@ RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
   result = magnitude > 0x7f800000u ? (infinite | 0x200u) : result;  // NaN
   return __builtin_convertvector((WideBits)(result | sign), HalfBits);
 }
+#endif
 
 // The first `count` values at `from` as a vector, zeros behind them. A whole vector where count is not less than its
 // lanes.
@@ -150,6 +168,37 @@ template <class Compute> RNNFAST_INLINE Vector<Compute> broadcast(Compute value)
   return value - Vector<Compute>{};  // x - 0 is x, and compiles to one broadcast
 }
 
+// The value, at most or at least `limit`; a NaN stays one, as the instructions give their second operand where one is.
+// The compiler would make two of a comparison and a choice.
+#if defined(__AVX512F__)
+#define RNNFAST_VECTOR(name, ...) _mm512_maskz_##name(-1, __VA_ARGS__)
+#elif defined(__AVX__)
+#define RNNFAST_VECTOR(name, ...) _mm256_##name(__VA_ARGS__)
+#elif defined(__x86_64__)
+#define RNNFAST_VECTOR(name, ...) _mm_##name(__VA_ARGS__)
+#endif
+#if defined(RNNFAST_VECTOR)
+RNNFAST_INLINE Vector<float> at_most(Vector<float> value, float limit) {
+  return RNNFAST_VECTOR(min_ps, broadcast(limit), value);
+}
+RNNFAST_INLINE Vector<double> at_most(Vector<double> value, double limit) {
+  return RNNFAST_VECTOR(min_pd, broadcast(limit), value);
+}
+RNNFAST_INLINE Vector<float> at_least(Vector<float> value, float limit) {
+  return RNNFAST_VECTOR(max_ps, broadcast(limit), value);
+}
+RNNFAST_INLINE Vector<double> at_least(Vector<double> value, double limit) {
+  return RNNFAST_VECTOR(max_pd, broadcast(limit), value);
+}
+#else
+template <class Compute> RNNFAST_INLINE Vector<Compute> at_most(Vector<Compute> value, Compute limit) {
+  return value > limit ? broadcast(limit) : value;
+}
+template <class Compute> RNNFAST_INLINE Vector<Compute> at_least(Vector<Compute> value, Compute limit) {
+  return value < limit ? broadcast(limit) : value;
+}
+#endif
+
 // Constants of the exponential: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2.
 template <class Compute> struct ExpConstants;
 template <> struct ExpConstants<float> {
@@ -159,8 +208,9 @@ template <> struct ExpConstants<float> {
   static constexpr float kRoundMagic = 0x1.8p23f;
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
-  static constexpr float kExpMin = -87.0f, kExpMax = 89.0f;  // from a normal 2^n to infinity
-  static constexpr float kTanhOne = 10.0f;                   // tanh(x) rounds to 1 beyond it
+  static constexpr float kExpMin = -87.0f;                           // sigmoid(-x) is 1 from there on
+  static constexpr float kExpMax = 88.72283f, kExpInfinite = 89.5f;  // the last finite exp; where 2^(n - 1) overflows
+  static constexpr float kTanhOne = 10.0f;                           // tanh(x) rounds to 1 beyond it
   // Chebyshev fit of (exp(r) - 1 - r) / r^2 on |r| <= 0.35, highest power first; exp to 8.4e-9.
   static constexpr int kTerms = 5;
   static constexpr float kCoefficients[kTerms] = {0.001392692661402190648f, 0.0083637738744055734983f,
@@ -173,7 +223,8 @@ template <> struct ExpConstants<double> {
   static constexpr double kRoundMagic = 0x1.8p52;
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
-  static constexpr double kExpMin = -708.0, kExpMax = 709.9;
+  static constexpr double kExpMin = -708.0;
+  static constexpr double kExpMax = 709.782712893384, kExpInfinite = 710.5;
   static constexpr double kTanhOne = 20.0;
   // As above; exp to 1.9e-19.
   static constexpr int kTerms = 11;
@@ -195,39 +246,42 @@ template <class Compute> struct VectorMath {
   using Bits = BitsVector<Compute>;
   using Constants = ExpConstants<Compute>;
 
-  // scale = 2^n and minus_one = exp(r) - 1 with x = n ln 2 + r. A NaN ends up in minus_one.
+  // scale = 2^(n - kHalvings) and minus_one = exp(r) - 1 with x = n ln 2 + r. A NaN ends up in minus_one.
   struct Split {
     Value scale, minus_one;
   };
-  RNNFAST_INLINE static Split split_exp(Value x) {
-    const Value shifted = x * Constants::kLog2e + Constants::kRoundMagic;
-    const Value n = shifted - Constants::kRoundMagic;
+  template <int kHalvings> RNNFAST_INLINE static Split split_exp(Value x) {
+    // Rounds to an integer, which then stands in the low mantissa bits, as the exponent of 2^(n - kHalvings) has it.
+    constexpr Compute kMagic = Constants::kRoundMagic + (Constants::kExponentBias - kHalvings);
+    const Value shifted = x * Constants::kLog2e + kMagic;
+    const Value n = shifted - kMagic;
     const Value r = (x - n * Constants::kLn2High) - n * Constants::kLn2Low;
     Value q = broadcast<Compute>(Constants::kCoefficients[0]);
 #pragma GCC unroll 16
     for (int i = 1; i < Constants::kTerms; ++i) q = q * r + Constants::kCoefficients[i];
-    // The integer n stands in the low mantissa bits of `shifted`.
-    const Bits exponent = (Bits)shifted - (Bits)broadcast<Compute>(Constants::kRoundMagic) + Constants::kExponentBias;
-    return {(Value)(exponent << Constants::kMantissaBits), r + r * r * q};
+    return {(Value)((Bits)shifted << Constants::kMantissaBits), r + r * r * q};
   }
 
   RNNFAST_INLINE static Value sigmoid(Value x) {
-    Value y = -x;
-    y = y < Constants::kExpMin ? broadcast<Compute>(Constants::kExpMin) : y;  // a NaN compares false and stays
-    y = y > Constants::kExpMax ? broadcast<Compute>(Constants::kExpMax) : y;
-    const Split e = split_exp(y);
-    return 1 / (1 + e.scale * (1 + e.minus_one));
+    Value y = at_least(-x, Constants::kExpMin);
+    y = y > Constants::kExpMax ? broadcast<Compute>(Constants::kExpInfinite) : y;
+    // Half of 1 / (1 + exp(y)) above and below: the largest exp have n = 128 (1024), and 2^n is infinite there.
+    const Split e = split_exp<1>(y);
+    return Compute(0.5) / (Compute(0.5) + e.scale * (1 + e.minus_one));
   }
 
-  // tanh |x| = -m / (m + 2) with m = exp(-2 |x|) - 1, which keeps its relative precision near 0.
+  // tanh |x| = -m / (m + 2) with m = exp(-2 |x|) - 1, which keeps its relative precision near 0. From ln 2 on it is
+  // 1 - 2 exp(-2 |x|) / (m + 2), as exact as 1 - tanh^2, the derivative, can be had from it.
   RNNFAST_INLINE static Value tanh(Value x) {
     const Bits sign_bit = (Bits)broadcast<Compute>(Compute(-0.0));
     const Bits sign = (Bits)x & sign_bit;
-    Value magnitude = (Value)((Bits)x & ~sign_bit);
-    magnitude = magnitude > Constants::kTanhOne ? broadcast<Compute>(Constants::kTanhOne) : magnitude;
-    const Split e = split_exp(magnitude * -2);
+    const Value magnitude = at_most((Value)((Bits)x & ~sign_bit), Constants::kTanhOne);
+    const Split e = split_exp<0>(magnitude * -2);
     const Value m = e.scale * e.minus_one + (e.scale - 1);
-    return (Value)((Bits)(-m / (m + 2)) ^ sign);
+    const Value exp = e.scale * e.minus_one + e.scale;
+    const Bits far = m < Compute(-0.75);
+    const Value limit = far ? broadcast<Compute>(1) : Value{};
+    return (Value)((Bits)(limit - (far ? exp + exp : m) / (m + 2)) ^ sign);
   }
 
   // NaN stays NaN and lets the gradient through, as in torch.
