@@ -30,7 +30,7 @@ struct RowLayout {
   int64_t batch_stride = 0;      // dense: rows from (t, b) to (t, b + 1)
   const int64_t* batch_sizes{};  // packed (T,), host memory: row (t, b) follows those of all earlier steps; else null
   const int64_t* lengths{};      // dense (B,) or null: row b ends after lengths[b] steps
-  const bool* resets{};          // dense, one a row in the same layout, or null
+  const uint8_t* resets{};  // dense, one a row in the same layout, or null; not 0: true, whatever torch's bool holds
 };
 
 // The sizes and inputs that forward and backward share. Tensors are contiguous; shapes as in docs/design.md.

@@ -4,13 +4,13 @@ lstm = rnnfast.LSTM(128, 256, num_layers=2)     # instead of torch.nn.LSTM
 print(rnnfast.accelerate(model))                # or: swap them all inside a model, in place
 """
 
-from . import _dynamo_hook, functional
+from . import _dynamo_hook, functional, registration
 
 # This hides the submodule of the same name: `from rnnfast.backends import ...` still reaches it.
 from .backends import backend, backends, explain
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
-from .patch import accelerate, restore
+from .patch import accelerate, exporting, restore
 
 __version__ = "0.1.0"
 
@@ -26,8 +26,10 @@ __all__ = [
     "backend",
     "backends",
     "explain",
+    "exporting",
     "functional",
     "restore",
 ]
 
+registration.register_all()
 _dynamo_hook.install()

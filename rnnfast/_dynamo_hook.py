@@ -10,15 +10,10 @@ later torch has no such function, nothing is changed.
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .modules import Recurrent
+from ._after_import import after_import
 
 _BUILDER = "torch._dynamo.variables.builder"
 
@@ -33,7 +28,8 @@ def _wrap(builder: ModuleType) -> None:
 
     @functools.wraps(original)
     def wrap_module(self: Any, value: Any) -> Any:
-        if not isinstance(value, Recurrent) or config.allow_rnn:
+        # Not isinstance: the class may have been imported anew since.
+        if config.allow_rnn or not getattr(type(value), "_rnnfast_layer", False):
             return original(self, value)
         config.allow_rnn = True
         try:
@@ -45,32 +41,6 @@ def _wrap(builder: ModuleType) -> None:
     owner.wrap_module = wrap_module
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds Dynamo's builder the usual way, once, and has `_wrap` run right after it is executed."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _BUILDER:
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _wrap(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
     """Arranges it, without importing Dynamo where nobody has yet."""
-    if _BUILDER in sys.modules:
-        _wrap(sys.modules[_BUILDER])
-    elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_BUILDER, _wrap)

@@ -4,7 +4,7 @@
 the gates and of the states, and turns them into the gradients of the weights and of the input with matrix products.
 `RecurrenceBackward` is differentiable through `reference.py`, so a backward pass with create_graph=True can itself be
 differentiated, any number of times. There is no `jvp` rule (Dynamo refuses a Function that has one): forward-mode
-differentiation runs `reference_layer`, ordinary differentiable PyTorch.
+differentiation runs `reference.layer_forward`, ordinary differentiable PyTorch.
 """
 
 from __future__ import annotations
@@ -17,54 +17,12 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .signatures import BIAS_HH, BIAS_IH, HH, HR, IH, OPS, PLACES, of_kind, rows_of_one_step
+from .vmap import batched_call
 
-Tensors = Sequence[Tensor]
-
-
-# A layer's parameters have a fixed number of places, None where there is none: five a direction. (Dynamo does not
-# understand a Function with setup_context that takes *arguments.)
-Places = tuple[Tensor | None, ...]
-IH, HH, BIAS_IH, BIAS_HH, HR = range(5)
-
-
-def place_weights(weights: Tensors, directions: int, bias: bool) -> Places:
-    """One layer's parameters, in torch.nn's order, in their ten places."""
-    each = len(weights) // directions
-    places: list[Tensor | None] = [None] * 10
-    for d in range(directions):
-        own = weights[d * each : (d + 1) * each]
-        places[5 * d + IH], places[5 * d + HH] = own[0], own[1]
-        if bias:
-            places[5 * d + BIAS_IH], places[5 * d + BIAS_HH] = own[2], own[3]
-        if each % 2:
-            places[5 * d + HR] = own[-1]
-    return tuple(places)
-
-
-def lists_of(
-    places: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """The lists that the ops take: (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), one tensor a direction."""
-
-    def kind(place: int) -> list[Tensor]:
-        return [weight for weight in (places[place], places[5 + place]) if weight is not None]
-
-    return kind(IH), kind(HH), kind(BIAS_IH), kind(BIAS_HH), kind(HR)
-
-
-def reference_layer(
-    mode: str,
-    batch_first: bool,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer in plain PyTorch, every result differentiable: (output, h_n, c_n, cells, reserve)."""
-    return reference.layer_forward(mode, input, *lists_of(places), hx, cx, batch_sizes, lengths, resets, batch_first)
+# Bound once: on the path of every call.
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -74,11 +32,30 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext()
 
 
-# Roles of the tensors for vmap (ops.batched_call), in the order of the Functions' arguments.
-_LAYER_ROLES = (ops.ROWS, ops.STATE, ops.STATE, ops.SIZES, ops.BATCH, ops.ROWS, *[ops.WEIGHT] * 10)
-_LAYER_RESULTS = (ops.ROWS, ops.STATE, ops.STATE, ops.ROWS, ops.ROWS)
-_BACKWARD_ROLES = (ops.ROWS, ops.STATE, ops.STATE, *[ops.ROWS] * 4, *_LAYER_ROLES)
-_BACKWARD_RESULTS = (ops.ROWS, ops.ROWS, ops.STATE, ops.STATE, ops.ROWS, ops.ROWS)
+# What the Functions' arguments are for vmap: those of the ops. (RecurrenceBackward has the layer's input besides.)
+_LAYER, _BACKWARD = OPS["layer_forward"], OPS["recurrence_backward"]
+_BACKWARD_ROLES = (*_BACKWARD.roles[2:9], *_LAYER.roles[2:])
+_BACKWARD_RESULTS = (*_BACKWARD.results, _BACKWARD.results[-1])
+
+# The places that a first derivative leaves alone, where the input wants a gradient and where it does not.
+_NOT_NEEDED = [i for i, place in enumerate(PLACES) if place.startswith("bias")]
+_NOT_NEEDED_OF_DATA = [i for i, place in enumerate(PLACES) if place.startswith(("bias", "weight_ih"))]
+
+# The Functions name every place: Dynamo does not understand a Function with setup_context that takes *arguments.
+
+
+def _keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Saves those tensors that there are: a None among saved tensors breaks tools that look at them."""
+    ctx.kept = kept = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    ctx.save_for_backward(*[tensors[i] for i in kept])
+
+
+def _kept(ctx: Any, count: int) -> list[Any]:
+    """What `_keep` was given, so many tensors."""
+    tensors: list[Any] = [None] * count
+    for i, tensor in zip(ctx.kept, ctx.saved_tensors, strict=True):
+        tensors[i] = tensor
+    return tensors
 
 
 class Layer(torch.autograd.Function):
@@ -96,29 +73,42 @@ class Layer(torch.autograd.Function):
         lengths: Tensor | None,
         resets: Tensor | None,
         weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
         weight_ih_reverse: Tensor | None,
+        weight_hh: Tensor,
         weight_hh_reverse: Tensor | None,
+        bias_ih: Tensor | None,
         bias_ih_reverse: Tensor | None,
+        bias_hh: Tensor | None,
         bias_hh_reverse: Tensor | None,
+        weight_hr: Tensor | None,
         weight_hr_reverse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        places = (
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse,
-            bias_hh_reverse, weight_hr_reverse,
+        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = ops.kernels[backend].layer_forward(
+            mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, weight_ih, weight_ih_reverse,
+            weight_hh, weight_hh_reverse, bias_ih, bias_ih_reverse, bias_hh, bias_hh_reverse, weight_hr,
+            weight_hr_reverse,
         )  # fmt: skip
-        return ops.layer_forward(
-            mode, input, *lists_of(places), hx, cx, batch_sizes, lengths, resets, batch_first, backend=backend
-        )
+        return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, ctx.mode, ctx.batch_first = inputs[:3]
+        out: Tensor | None
         out, _, _, cells, reserve = output
-        ctx.save_for_backward(*inputs[3:9], out, cells, reserve, *inputs[9:])
+        input, hx, cx, batch_sizes, lengths, resets, *places = inputs[3:]
+        if ctx.mode in ("LSTM", "GRU") and rows_of_one_step(input, batch_sizes):
+            # Backward needs the state that entered alone, so whoever called may write into the new one.
+            out = None
+        ctx.unsaved = None
+        if not _is_compiling() and not _functorch_active():
+            # What the first derivative does not need may change in the meantime; the second looks whether it did.
+            unsaved = ctx.unsaved = []
+            for place in _NOT_NEEDED if input.requires_grad else _NOT_NEEDED_OF_DATA:
+                tensor = places[place]
+                if tensor is not None:
+                    unsaved.append((place, tensor, tensor._version))
+                    places[place] = None
+        _keep(ctx, [input, hx, cx, batch_sizes, lengths, resets, out, cells, reserve, *places])
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
 
@@ -131,23 +121,38 @@ class Layer(torch.autograd.Function):
         grad_cells: Tensor | None,
         _: Tensor | None,
     ) -> tuple[Any, ...]:
-        input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve, *places = ctx.saved_tensors
+        kept = _kept(ctx, 9 + len(PLACES))
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
             return (None,) * len(ctx.needs_input_grad)
-        with _without_autocast(output.device.type):
+        for place, tensor, version in ctx.unsaved or ():
+            if torch.is_grad_enabled() and tensor._version != version:
+                name = PLACES[place]
+                raise RuntimeError(
+                    f"rnnfast: {name} has been modified by an inplace operation since the forward pass, and the second "
+                    f"derivative needs it as it was: expected version {version}, got {tensor._version}"
+                )
+            kept[9 + place] = tensor
+        if rows_of_one_step(kept[0], kept[3]):
+            # The h_n of one step is empty: the output stands for it.
+            grad_h_n = None
+        with _without_autocast(kept[0].device.type):
             grad_input, grad_hx, grad_cx, grad_weights = _layer_backward(
-                ctx, grad_output, grad_h_n, grad_c_n, grad_cells, input, hx, cx, batch_sizes, lengths, resets, output,
-                cells, reserve, places,
-            )  # fmt: skip
+                ctx, (grad_output, grad_h_n, grad_c_n, grad_cells), kept[:9], kept[9:]
+            )
         return (None, None, None, grad_input, grad_hx, grad_cx, None, None, None, *grad_weights)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         flags, tensors = args[:3], args[3:]
-        return ops.batched_call(
+        return batched_call(
             lambda *folded: Layer.apply(*flags, *folded),
-            info.batch_size, in_dims[3:], tensors, _LAYER_ROLES, _LAYER_RESULTS, tensors[3] is not None, flags[2],
+            info.batch_size, in_dims[3:], tensors, _LAYER.roles[2:], _LAYER.results, flags[2],
         )  # fmt: skip
+
+
+# What Layer.apply comes to where neither Dynamo nor torch.func looks on. On the way there it binds the arguments to
+# forward's signature, for defaults that we do not have, which takes as long as the rest of a small layer.
+apply_layer: Any = super(torch.autograd.Function, Layer).apply  # type: ignore[misc]
 
 
 def layer_in_graph(*arguments: Any) -> Any:
@@ -172,69 +177,73 @@ mark_layer_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _layer_backward(
     ctx: Any,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    reserve: Tensor,
-    places: Sequence[Tensor | None],
+    cotangents: tuple[Tensor | None, ...],
+    saved: Sequence[Any],
+    places: Sequence[Any],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """What `Layer.backward` returns: gradients of input, hx and cx, and of the places.
+
+    Args:
+        ctx: of Layer.
+        cotangents: the gradients of output, h_n, c_n and cells, None for zero.
+        saved: input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve.
+        places: the parameters.
+    """
+    input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve = saved
     needs_input, needs_hx, needs_cx, *_ = ctx.needs_input_grad[3:]
     needs = ctx.needs_input_grad[9:]
     arguments = (
-        ctx.backend, ctx.mode, ctx.batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve,
-        input, hx, cx, batch_sizes, lengths, resets, *places,
+        ctx.backend, ctx.mode, ctx.batch_first, *cotangents, output, cells, reserve, input, hx, cx, batch_sizes,
+        lengths, resets, *places,
     )  # fmt: skip
     # The Function is only worth its overhead where somebody may differentiate this backward pass.
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or _functorch_active():
         results = RecurrenceBackward.apply(*arguments)
     else:
         results = RecurrenceBackward.forward(*arguments)
     grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected, hidden = results
 
-    weight_ih, weight_hh, _, _, _ = lists_of(places)
-    directions = len(weight_hh)
+    weight_ih = of_kind(places, IH)
+    directions = len(weight_ih)
     # (rows, D*G*H) as a matrix, whatever the leading dimensions; a view, because results are contiguous.
-    flat = grad_gates.flatten(0, -2)
-    flat_hh = grad_gates_hh.flatten(0, -2) if ctx.mode == "GRU" else flat
-    grads: list[Tensor | None] = [None] * 10
+    flat = _matrix(grad_gates)
+    flat_hh = _matrix(grad_gates_hh) if ctx.mode == "GRU" else flat
+    # Nothing that is handed out shares memory: callers write into gradients.
+    grads: list[Tensor | None] = [None] * len(needs)
     grad_input = None
     if needs_input:
         grad_input = ops.matmul(flat, weight_ih[0] if directions == 1 else torch.cat(weight_ih)).view(input.shape)
-
-    if any(needs[IH::5]):
-        grads[IH::5] = _split(ops.matmul(flat.t(), input.contiguous().flatten(0, -2)), directions)
-    if any(needs[BIAS_IH::5]) or any(needs[BIAS_HH::5]):
-        grads[BIAS_IH::5] = _split(flat.sum(0), directions)
-        grads[BIAS_HH::5] = grads[BIAS_IH::5] if ctx.mode != "GRU" else _split(flat_hh.sum(0), directions)
+    rows = None
+    if any(needs[IH : IH + 2]):
+        rows = input if lengths is None else reference.zero_beyond(input, lengths, ctx.batch_first)
+        rows = rows.contiguous().flatten(0, -2)
+    sums = None
+    if any(needs[BIAS_IH : BIAS_IH + 2]) or any(needs[BIAS_HH : BIAS_HH + 2]):
+        sums = flat.sum(0)
     for d in range(directions):
-        if needs[5 * d + HH]:
-            grads[5 * d + HH] = _grad_weight_hh(
-                _columns(flat_hh, d, directions), _columns(output, d, directions), hx, d, batch_sizes, lengths, resets,
-                ctx.batch_first,
+        if needs[IH + d]:
+            assert rows is not None
+            grads[IH + d] = ops.matmul(_columns(flat, d, directions).t(), rows)
+        if sums is not None:
+            own = _columns(sums, d, directions)
+            if needs[BIAS_IH + d]:
+                grads[BIAS_IH + d] = own if directions == 1 else own.clone()
+            if needs[BIAS_HH + d]:
+                grads[BIAS_HH + d] = own.clone() if ctx.mode != "GRU" else _columns(flat_hh, d, directions).sum(0)
+        if needs[HH + d]:
+            grads[HH + d] = _grad_weight_hh(
+                _columns(flat_hh, d, directions), None if output is None else _columns(output, d, directions), hx, d,
+                batch_sizes, lengths, resets, ctx.batch_first, places[HH + d],
             )  # fmt: skip
-        if needs[5 * d + HR]:
+        if needs[HR + d]:
             projected, unprojected = _columns(grad_projected, d, directions), _columns(hidden, d, directions)
-            grads[5 * d + HR] = ops.matmul(projected.flatten(0, -2).t(), unprojected.flatten(0, -2))
-    return (
-        grad_input,
-        grad_hx if needs_hx else None,
-        grad_cx if needs_cx else None,
-        [g if need else None for g, need in zip(grads, needs, strict=True)],
-    )
+            grads[HR + d] = ops.matmul(_matrix(projected).t(), _matrix(unprojected))
+    return grad_input, grad_hx if needs_hx else None, grad_cx if needs_cx else None, grads
 
 
-def _split(value: Tensor, directions: int) -> tuple[Tensor | None, ...]:
-    """(D*K, ...) into one part for each of two directions, None for the one that is not there."""
-    return (value, None) if directions == 1 else value.chunk(2)
+def _matrix(rows: Tensor) -> Tensor:
+    """(rows, K) whatever the leading dimensions. (Not by flatten: autograd's own batched gradients do not know it.)"""
+    return rows.reshape(-1, rows.size(-1))
 
 
 def _columns(rows: Tensor, direction: int, directions: int) -> Tensor:
@@ -244,29 +253,36 @@ def _columns(rows: Tensor, direction: int, directions: int) -> Tensor:
 
 def _grad_weight_hh(
     grad: Tensor,
-    output: Tensor,
+    output: Tensor | None,
     hx: Tensor | None,
     direction: int,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     batch_first: bool,
+    weight: Tensor,
 ) -> Tensor:
     """Gradient of one direction's weight_hh (G*H, P or H): over all rows, grad times the state that entered the step.
 
     Args:
         grad: (T*B, G*H), or packed (rows, G*H): the gradient of `W_hh h`, as a matrix.
-        output: (rows, P or H), this direction's.
-        hx: (D, B, P or H), all directions', or None.
+        output: (rows, P or H), this direction's; None for one step that did not keep it.
+        hx: (D, B, P or H), all directions', of one step (B, P or H), or None.
+        weight: the parameter itself, for its shape.
     """
+    if output is None or rows_of_one_step(output, batch_sizes):
+        return torch.zeros_like(weight) if hx is None else ops.matmul(grad.t(), hx)
     state = None if hx is None else hx[direction]
     reverse = direction == 1
     if batch_sizes is not None:
         entered = _previous_packed_views if _on_device(output, batch_sizes) else _previous_packed
         return ops.matmul(grad.t(), entered(output, state, batch_sizes, reverse))
-    if lengths is None and resets is None and not batch_first:
+    if lengths is None and resets is None and (not batch_first or output.size(1) == 1):
         # Time-major: the state that entered is the output, shifted by one step. Two views and two products, no copy.
-        batch, rows = output.size(1), grad.size(0)
+        batch, rows = output.size(0 if batch_first else 1), grad.size(0)
+        if output.size(1 if batch_first else 0) == 1:
+            # One step: the state alone. (Empty products would be made, and added, for nothing.)
+            return torch.zeros_like(weight) if state is None else ops.matmul(grad.t(), state)
         output = output.flatten(0, 1)
         if reverse:
             inner, entry, shifted = grad[: rows - batch], grad[rows - batch :], output[batch:]
@@ -275,6 +291,9 @@ def _grad_weight_hh(
         product = ops.matmul(inner.t(), shifted)
         return product if state is None else product + ops.matmul(entry.t(), state)
     previous = _previous_dense(output, state, lengths, resets, reverse, 1 if batch_first else 0)
+    if lengths is not None:
+        # A row without a step has a state all the same, which may hold anything.
+        previous = reference.zero_beyond(previous, lengths, batch_first)
     return ops.matmul(grad.t(), previous.flatten(0, 1))
 
 
@@ -366,12 +385,13 @@ def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
 
 
-def _hidden(cells: Tensor, reserve: Tensor, directions: int) -> Tensor:
+def _hidden(cells: Tensor, reserve: Tensor, directions: int, lengths: Tensor | None, batch_first: bool) -> Tensor:
     """What a projection multiplies, `o * tanh(c)`: (rows, D*H) in the type of the cells, zero beyond a row's length."""
     # 16-bit types: round once, as forward does.
     kind = torch.float32 if cells.dtype in (torch.float16, torch.bfloat16) else cells.dtype
     out_gate = reserve.unflatten(-1, (directions, 4, -1)).select(-2, 3).flatten(-2)
-    return (out_gate.to(kind) * cells.to(kind).tanh()).to(cells.dtype)
+    hidden = (out_gate.to(kind) * cells.to(kind).tanh()).to(cells.dtype)
+    return hidden if lengths is None else reference.zero_beyond(hidden, lengths, batch_first)
 
 
 class RecurrenceBackward(torch.autograd.Function):
@@ -391,7 +411,7 @@ class RecurrenceBackward(torch.autograd.Function):
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
         grad_cells: Tensor | None,
-        output: Tensor,
+        output: Tensor | None,
         cells: Tensor,
         reserve: Tensor,
         input: Tensor,
@@ -401,39 +421,39 @@ class RecurrenceBackward(torch.autograd.Function):
         lengths: Tensor | None,
         resets: Tensor | None,
         weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
         weight_ih_reverse: Tensor | None,
+        weight_hh: Tensor,
         weight_hh_reverse: Tensor | None,
+        bias_ih: Tensor | None,
         bias_ih_reverse: Tensor | None,
+        bias_hh: Tensor | None,
         bias_hh_reverse: Tensor | None,
+        weight_hr: Tensor | None,
         weight_hr_reverse: Tensor | None,
     ) -> tuple[Tensor, ...]:
         places = (
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse,
-            bias_hh_reverse, weight_hr_reverse,
+            weight_ih, weight_ih_reverse, weight_hh, weight_hh_reverse, bias_ih, bias_ih_reverse, bias_hh,
+            bias_hh_reverse, weight_hr, weight_hr_reverse,
         )  # fmt: skip
-        _, every_hh, _, _, every_hr = lists_of(places)
-        results = ops.recurrence_backward(
-            mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, every_hh, every_hr, hx, cx,
-            batch_sizes, lengths, resets, batch_first, backend=backend,
+        results = ops.kernels[backend].recurrence_backward(
+            mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx, batch_sizes,
+            lengths, resets, *places,
         )  # fmt: skip
-        hidden = _hidden(cells, reserve, len(every_hh)) if every_hr else output.new_empty(0)
-        return (*results, hidden)
+        if weight_hr is None:
+            return (*results, weight_hh.new_empty(0))
+        return (*results, _hidden(cells, reserve, len(of_kind(places, HH)), lengths, batch_first))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mode, ctx.batch_first = inputs[1:3]
         # output, cells and reserve (7, 8, 9) are recomputed.
-        ctx.save_for_backward(*inputs[3:7], *inputs[10:])
+        _keep(ctx, [*inputs[3:7], *inputs[10:]])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         mode, batch_first = ctx.mode, ctx.batch_first
-        saved = ctx.saved_tensors
+        saved = _kept(ctx, 10 + len(PLACES))
         needs = ctx.needs_input_grad[3:7] + ctx.needs_input_grad[10:]
         wanted = [i for i, need in enumerate(needs) if need and saved[i] is not None]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
@@ -446,14 +466,14 @@ class RecurrenceBackward(torch.autograd.Function):
                     values[i] = variable
                 grad_output, grad_h_n, grad_c_n, grad_cells, *layer = values
                 _, hx, cx, batch_sizes, lengths, resets, *places = layer
-                _, weight_hh, _, _, weight_hr = lists_of(places)
-                output, _, _, cells, reserve = reference_layer(mode, batch_first, *layer)
-                nothing = output.new_empty(0)
+                output, _, _, cells, reserve = reference.layer_forward(mode, batch_first, *layer)
                 results = reference.recurrence_backward(
-                    mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr,
-                    hx, cx, batch_sizes, lengths, resets, batch_first,
+                    mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx,
+                    batch_sizes, lengths, resets, *places,
                 )  # fmt: skip
-                hidden = _hidden(cells, reserve, len(weight_hh)) if weight_hr else nothing
+                hidden = output.new_empty(0)
+                if places[HR] is not None:
+                    hidden = _hidden(cells, reserve, len(of_kind(places, HH)), lengths, batch_first)
                 every = (*results, hidden)
                 return tuple(every[i] for i in given)
 
@@ -466,8 +486,7 @@ class RecurrenceBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         flags, tensors = args[:3], args[3:]
-        return ops.batched_call(
+        return batched_call(
             lambda *folded: RecurrenceBackward.apply(*flags, *folded),
-            info.batch_size, in_dims[3:], tensors, _BACKWARD_ROLES, _BACKWARD_RESULTS, tensors[10] is not None,
-            flags[2],
+            info.batch_size, in_dims[3:], tensors, _BACKWARD_ROLES, _BACKWARD_RESULTS, flags[2],
         )  # fmt: skip

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .autograd import Layer, layer_in_graph, lists_of, mark_layer_in_graph, place_weights, reference_layer
-from .backends import select
+from . import ops, reference
+from .autograd import Layer, apply_layer, layer_in_graph, mark_layer_in_graph
+from .backends import select, torch_runs_layers
+from .signatures import place_weights
 
 Tensors = Sequence[Tensor]
 
@@ -21,9 +23,6 @@ Tensors = Sequence[Tensor]
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
-# What Layer.apply comes to where neither Dynamo nor torch.func looks on. On the way there it binds the arguments to
-# forward's signature, for defaults that we do not have, which takes as long as the rest of a small layer.
-_apply_layer = super(torch.autograd.Function, Layer).apply
 
 
 def run_layers(
@@ -74,63 +73,75 @@ def run_layers(
     graph = _needs_graph(input, hx, cx, weights)
     if num_layers == 1 and not graph and not return_cell_states and not bidirectional:
         # The shortest way, for calls of one step: no loop, no slices.
-        has_projection = len(weights) % 2
-        output, h_n, c_n = ops.layer_inference(
-            mode, input, [weights[0]], [weights[1]], [weights[2]] if bias else [], [weights[3]] if bias else [],
-            [weights[-1]] if has_projection else [], hx, cx, batch_sizes, lengths, resets, batch_first,
-            backend=select(input),
+        output, h_n, c_n = ops.kernels[select(input)].layer(
+            mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, weights[0], None, weights[1], None,
+            weights[2] if bias else None, None, weights[3] if bias else None, None,
+            weights[-1] if len(weights) % 2 else None,
         )  # fmt: skip
         return output, h_n, (c_n if mode == "LSTM" else None), None
 
-    # torch.nn draws its dropout masks on time-major outputs, also with batch_first: so do we, for the same masks.
-    drops = dropout > 0 and training and num_layers > 1
-    transposed = drops and batch_first and batch_sizes is None
-    if transposed:
-        input, batch_first = input.transpose(0, 1), False
-        resets = None if resets is None else resets.transpose(0, 1).contiguous()
+    # One step in plain training, where torch's own op is faster.
+    one_step = input.dim() == 3 and batch_sizes is None and lengths is None and resets is None
+    if one_step and _grad_enabled() and torch_runs_layers(mode, batch_first, input, hx, weights):
+        count, batch = num_layers * (2 if bidirectional else 1), input.shape[0 if batch_first else 1]
+        own: Callable[..., Any] = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
+        state = input.new_zeros(count, batch, weights[1].shape[1]) if hx is None else hx
+        output, h_n = own(
+            input, state, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first
+        )  # fmt: skip
+        return output, h_n, None, None
 
     backend = select(input)
+    dual = forward_ad._current_level >= 0
+    run: Callable[..., Any]
+    if dual:
+        run = reference.layer_forward
+    elif _captures() and not _functorch_active():
+        # The op itself, whether or not gradients are wanted now: it carries its derivative.
+        run = ops.differentiable(backend).layer_forward if return_cell_states else ops.differentiable(backend).layer
+    elif graph:
+        apply = apply_layer
+        if torch.compiler.is_compiling() or _functorch_active():
+            apply = Layer.apply
+            if torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
+                apply = layer_in_graph
+
+        def run(*arguments: Any) -> Any:
+            return apply(backend, *arguments)
+    else:
+        run = ops.kernels[backend].layer_forward if return_cell_states else ops.kernels[backend].layer
+
+    # torch.nn draws its dropout masks on time-major outputs, also with batch_first: so do we, for the same masks. The
+    # last layer turns back, so that the result is laid out as it always is.
+    drops = dropout > 0 and training and num_layers > 1
+    transposed = drops and batch_first and batch_sizes is None
+    layer_resets = resets
+    if transposed:
+        input, batch_first = input.transpose(0, 1), False
+        layer_resets = None if resets is None else resets.transpose(0, 1).contiguous()
+
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
-    dual = forward_ad._current_level >= 0
-    apply = _apply_layer
-    if graph and (torch.compiler.is_compiling() or _functorch_active()):
-        apply = Layer.apply
-        if torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
-            apply = layer_in_graph
     output, cells = input, None
     states_h, states_c = [], []
     for layer in range(num_layers):
         last = layer == num_layers - 1
+        if transposed and last:
+            output, batch_first, layer_resets = output.transpose(0, 1), True, resets
         layer_weights = weights[layer * each : (layer + 1) * each]
         if num_layers == 1:
             layer_hx, layer_cx = hx, cx
         else:
             layer_hx = None if hx is None else hx.narrow(0, layer * directions, directions)
             layer_cx = None if cx is None else cx.narrow(0, layer * directions, directions)
-        places = place_weights(layer_weights, directions, bias)
-        if dual:
-            output, h_n, c_n, cells, _ = reference_layer(
-                mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets, *places
-            )
-        elif graph:
-            output, h_n, c_n, cells, _ = apply(
-                backend, mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, resets, *places
-            )
-        else:
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = lists_of(places)
-            if return_cell_states and last:
-                output, h_n, c_n, cells, _ = ops.layer_forward(
-                    mode, output, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, layer_hx, layer_cx, batch_sizes,
-                    lengths, resets, batch_first, backend=backend,
-                )  # fmt: skip
-            else:
-                output, h_n, c_n = ops.layer_inference(
-                    mode, output, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, layer_hx, layer_cx, batch_sizes,
-                    lengths, resets, batch_first, backend=backend,
-                )  # fmt: skip
+        output, h_n, c_n, *saved = run(
+            mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, layer_resets,
+            *place_weights(layer_weights, directions, bias),
+        )  # fmt: skip
         states_h.append(h_n)
         states_c.append(c_n)
+        if last and return_cell_states and mode == "LSTM":
+            cells = saved[0]
         if drops and not last:
             output = torch.dropout(output, dropout, True)
 
@@ -138,12 +149,12 @@ def run_layers(
     all_c = None
     if mode == "LSTM":
         all_c = states_c[0] if num_layers == 1 else torch.cat(states_c)
-    if not return_cell_states or mode != "LSTM":
-        cells = None
-    if transposed:
-        output = output.transpose(0, 1)
-        cells = None if cells is None else cells.transpose(0, 1)
     return output, all_h, all_c, cells
+
+
+def _captures() -> bool:
+    """Whether a program is being made of this call that runs without us: by torch.jit.trace or torch.export."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def _autocast_available(device: str) -> bool:
@@ -192,6 +203,9 @@ def _autocast(
         [cast(weight) for weight in weights],
     )
 
+
+# What there are kernels for. Autocast would make any other type one of these without a word, token ids among them.
+COMPUTED_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 # --- the public functions -----------------------------------------------------------------------------------------
 
@@ -379,6 +393,7 @@ def _check_weights(
         )
     bias, projection = each >= 4, each % 2 == 1
     gates = ops.GATES[mode]
+    _check_type(name, "weights[0]", weights[0])
     if weights[1].dim() != 2 or weights[1].size(0) % gates:
         raise ValueError(f"{name}: weight_hh should be ({gates}*H, P or H), got {list(weights[1].shape)}")
     hidden_size, out_size = weights[1].size(0) // gates, weights[1].size(1)
@@ -408,6 +423,13 @@ def _check_weights(
     return bias, hidden_size, out_size
 
 
+def _check_type(name: str, label: str, tensor: Tensor) -> None:
+    if tensor.dtype not in COMPUTED_TYPES:
+        raise ValueError(
+            f"{name}: {label} should be of a floating type (float32, float64, bfloat16, float16), got {tensor.dtype}"
+        )
+
+
 def _check_input(
     name: str,
     input: Tensor,
@@ -418,12 +440,16 @@ def _check_input(
     lengths: Tensor | None,
     resets: Tensor | None,
 ) -> None:
-    if not input.dtype.is_floating_point:
-        raise ValueError(f"{name}: input should be of a floating type, got {input.dtype}")
+    _check_type(name, "input", input)
     if weights and input.dtype != weights[0].dtype and not _autocast_active():
         raise ValueError(f"{name}: input is {input.dtype}, the weights are {weights[0].dtype}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"{name}: dropout should be in [0, 1], got {dropout}")
+    if input.dim() > 1 and input.size(1 if batch_first and batch_sizes is None else 0) == 0:
+        # torch.nn's words
+        raise ValueError(
+            f"{name}: Expected sequence length to be larger than 0 in RNN, got input of shape {list(input.shape)}"
+        )
     if batch_sizes is not None:
         if input.dim() != 2:
             raise ValueError(f"{name}: with batch_sizes input should be packed rows, 2-D, got {input.dim()}-D")
@@ -472,7 +498,9 @@ def _check_state(
     ):
         expected = f"[{count}, {'B' if batch is None else batch}, {features}]"
         raise ValueError(f"{name}: {label} should be {expected}, got {list(state.shape)}")
-    if state.dtype != input.dtype and not _autocast_active():
-        raise ValueError(f"{name}: {label} is {state.dtype}, input is {input.dtype}")
+    if state.dtype != input.dtype:
+        _check_type(name, label, state)
+        if not _autocast_active():
+            raise ValueError(f"{name}: {label} is {state.dtype}, input is {input.dtype}")
     if state.device != input.device:
         raise ValueError(f"{name}: {label} is on {state.device}, input on {input.device}")

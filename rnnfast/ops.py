@@ -1,26 +1,31 @@
 """The ops of rnnfast: the compiled kernels where they are built, plain PyTorch (`reference.py`) otherwise.
 
-Each function here has the signature of the op of the same name (docs/design.md lists shapes and meanings) and one more
-argument, `backend`: the name of the backend that runs it, None for the one that `backends.select` chooses.
+Each function here has the signature of the op of the same name (`signatures.py`; docs/design.md lists shapes and
+meanings) and one more argument, `backend`: the name of the backend that runs it, None for the one that
+`backends.select` chooses. They are for direct calls: the layers go to `kernels` themselves.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import libraries, reference
-from .reference import GATES
-
-Tensors = Sequence[Tensor]
+from .reference import GATES as GATES
 
 # None where the C++ library is loaded, else why it is not.
 library_error = libraries.cpu_error
+
+# Bound once: on the path of every call.
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 class Kernels(NamedTuple):
@@ -30,12 +35,41 @@ class Kernels(NamedTuple):
     recurrence_forward: Callable[..., Any]
     recurrence_backward: Callable[..., Any]
     layer_forward: Callable[..., Any]
-    layer_inference: Callable[..., Any]
+    layer: Callable[..., Any]
+
+
+def overloads(namespace: str) -> Kernels:
+    """The ops of a loaded library as torch calls them: with their derivatives (`registration.py`)."""
+    # Bound once: looking one up through torch.ops costs as much as a small call.
+    return Kernels(*(getattr(getattr(torch.ops, namespace), name).default for name in Kernels._fields))
+
+
+def _without_derivative(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op for callers that need no derivative or bring one: the dispatcher goes past Autograd, in half the time."""
+
+    def call(*arguments: Any) -> Any:
+        # Those who trace want to see the op itself.
+        if _is_compiling() or _functorch_active() or _grad_enabled():
+            return op(*arguments)
+        with _below_autograd():
+            return op(*arguments)
+
+    return call
 
 
 def _library_kernels(namespace: str) -> Kernels:
-    """The ops of a loaded library. Bound once: looking one up through torch.ops costs as much as a small call."""
-    return Kernels(*(getattr(getattr(torch.ops, namespace), name).default for name in Kernels._fields))
+    return Kernels(*map(_without_derivative, overloads(namespace)))
+
+
+def add_kernels(backend: str, namespace: str) -> None:
+    """Makes the ops of a namespace those of a backend."""
+    kernels[backend] = _library_kernels(namespace)
+    _overloads[backend] = overloads(namespace)
+
+
+def differentiable(backend: str) -> Kernels:
+    """A backend's ops for programs that run without rnnfast's Python: with their derivatives."""
+    return _overloads.get(backend) or kernels[backend]
 
 
 def _missing_kernels(backend: str, why: str | None) -> Kernels:
@@ -73,11 +107,19 @@ kernels: dict[str, Kernels] = {
     "reference": Kernels(*(getattr(reference, name) for name in Kernels._fields)),
     "cpu": _library_kernels("rnnfast") if library_error is None else _missing_kernels("cpu", library_error),
     "cuda": _cuda_kernels(),
-    # Registered at the end of this file.
+    # Registered by registration.py.
     "triton": _missing_kernels("triton", libraries.triton_error),
     "emulated": _missing_kernels("emulated", "call rnnfast.ops.load_emulated first"),
 }
-_matmul: Callable[..., Any] = torch.mm if library_error is not None else torch.ops.rnnfast.matmul.default
+_overloads: dict[str, Kernels] = {}
+if library_error is None:
+    _overloads["cpu"] = overloads("rnnfast")
+if libraries.cuda_error is None:
+    _overloads["cuda"] = overloads("rnnfast")
+
+_matmul: Callable[..., Any] = (
+    torch.mm if library_error is not None else _without_derivative(torch.ops.rnnfast.matmul.default)
+)
 
 # Whether `kernels` has the emulated library's functions.
 emulated_loaded = False
@@ -95,8 +137,10 @@ def load_emulated(path: str | None = None) -> None:
     global emulated_loaded
     if not emulated_loaded:
         libraries.load_emulated_library(path)
-        kernels["emulated"] = _library_kernels("rnnfast_emulated")
-        _register("rnnfast_emulated")
+        add_kernels("emulated", "rnnfast_emulated")
+        from .registration import register
+
+        register("rnnfast_emulated", lambda _: "emulated")
         emulated_loaded = True
 
 
@@ -126,111 +170,100 @@ def _backend_for(tensor: Tensor) -> str:
     return select(tensor)
 
 
-def input_gates(
-    mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors, *, backend: str | None = None
-) -> Tensor:
+def _run(name: str, tensor: Tensor, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+    return getattr(kernels[backend or _backend_for(tensor)], name)(*arguments)
+
+
+def input_gates(mode: str, input: Tensor, *places: Tensor | None, backend: str | None = None) -> Tensor:
     """All gates' input part, (rows, D*G*H): `W_ih x + b_ih + b_hh` (without b_hn for the GRU's n gate)."""
-    return kernels[backend or _backend_for(input)].input_gates(mode, input, weight_ih, bias_ih, bias_hh)
+    result: Tensor = _run("input_gates", input, backend, (mode, input, *places))
+    return result
 
 
 def recurrence_forward(
     mode: str,
+    batch_first: bool,
+    save_reserve: bool,
     gates: Tensor,
-    weight_hh: Tensors,
-    bias_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    save_reserve: bool,
-    *,
+    *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
-    return kernels[backend or _backend_for(gates)].recurrence_forward(
-        mode, gates, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, save_reserve
-    )
+    arguments = (mode, batch_first, save_reserve, gates, hx, cx, batch_sizes, lengths, resets, *places)
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("recurrence_forward", gates, backend, arguments)
+    return results
 
 
 def recurrence_backward(
     mode: str,
+    batch_first: bool,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
-    output: Tensor,
+    output: Tensor | None,
     cells: Tensor,
     reserve: Tensor,
-    weight_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    *,
+    *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
-    return kernels[backend or _backend_for(output)].recurrence_backward(
-        mode, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, weight_hh, weight_hr, hx, cx,
-        batch_sizes, lengths, resets, batch_first,
+    arguments = (
+        mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx, batch_sizes,
+        lengths, resets, *places,
     )  # fmt: skip
+    model = reserve if output is None else output
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("recurrence_backward", model, backend, arguments)
+    return results
 
 
 def layer_forward(
     mode: str,
+    batch_first: bool,
     input: Tensor,
-    weight_ih: Tensors,
-    weight_hh: Tensors,
-    bias_ih: Tensors,
-    bias_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    *,
+    *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, with what backward needs: (output, h_n, c_n, cells, reserve)."""
-    return kernels[backend or _backend_for(input)].layer_forward(
-        mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
-        batch_first,
-    )  # fmt: skip
+    arguments = (mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, *places)
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("layer_forward", input, backend, arguments)
+    return results
 
 
-def layer_inference(
+def layer(
     mode: str,
+    batch_first: bool,
     input: Tensor,
-    weight_ih: Tensors,
-    weight_hh: Tensors,
-    bias_ih: Tensors,
-    bias_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    *,
+    *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer without anything kept for backward: (output, h_n, c_n)."""
-    return kernels[backend or _backend_for(input)].layer_inference(
-        mode, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, hx, cx, batch_sizes, lengths, resets,
-        batch_first,
-    )  # fmt: skip
+    """One layer, (output, h_n, c_n): keeps what backward needs only where somebody may differentiate it."""
+    arguments = (mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, *places)
+    results: tuple[Tensor, Tensor, Tensor] = _run("layer", input, backend, arguments)
+    return results
 
 
-class _Matmul(torch.autograd.Function):
+class Matmul(torch.autograd.Function):
     """The C++ product of two matrices, differentiable any number of times."""
 
     @staticmethod
@@ -254,7 +287,7 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        return _matmul_vmap(info, in_dims, a, b)
+        return batched_matmul(info, in_dims, a, b)
 
 
 # The types whose products the C++ library does faster than ATen's BLAS; oneDNN does the 16-bit ones well.
@@ -267,261 +300,17 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return _matmul(a, b)
-    return _Matmul.apply(a, b)
+    return Matmul.apply(a, b)
 
 
-# --- vmap ---------------------------------------------------------------------------------------------------------
-# Batched data are folded into the batch: the vmapped dimension (V) goes right behind B, where it does no harm to packed
-# rows either: row (t, b) becomes rows (t, b*V) .. (t, b*V + V-1), and every batch size V times itself. Batched weights
-# leave nothing to share: one call a member.
-
-# What an argument or a result is, for folding: ROWS (T, B, ...), (B, T, ...) or packed (rows, ...); STATE (D, B, ...);
-# BATCH (B,); SIZES batch_sizes; WEIGHT a tensor or a list of them; OTHER anything that is not a tensor.
-ROWS, STATE, BATCH, SIZES, WEIGHT, OTHER = range(6)
-
-
-def is_batched(dims: Any) -> bool:
-    """Whether any of `dims`, an in_dims entry (int, None or a list of them), names a vmapped dimension."""
-    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
-
-
-def _member(arg: Any, dims: Any, index: int) -> Any:
-    if isinstance(arg, (list, tuple)):
-        return [_member(a, d, index) for a, d in zip(arg, dims, strict=True)]
-    return arg if dims is None else arg.select(dims, index)
-
-
-def batched_call(
-    call: Callable[..., tuple[Tensor, ...]],
-    size: int,
-    in_dims: Sequence[Any],
-    args: Sequence[Any],
-    roles: Sequence[int],
-    out_roles: Sequence[int],
-    packed: bool,
-    batch_first: bool,
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Runs `call` on arguments with a vmapped dimension of `size`: the results and their out_dims."""
-    for dims, role in zip(in_dims, roles, strict=True):
-        if role == SIZES and is_batched(dims):
-            raise RuntimeError("rnnfast: vmap over batch_sizes is not possible; map over the packed data")
-    if any(is_batched(dims) for dims, role in zip(in_dims, roles, strict=True) if role == WEIGHT):
-        members = [call(*[_member(a, d, i) for a, d in zip(args, in_dims, strict=True)]) for i in range(size)]
-        # Results that do not apply, of shape (0,), stay as they are.
-        stacked = [r[0] if _is_placeholder(r[0]) else torch.stack(r) for r in zip(*members, strict=True)]
-        return tuple(stacked), tuple(None if _is_placeholder(r) else 0 for r in stacked)
-
-    # Where V goes, before folding, by role.
-    axes = {ROWS: 1 if packed or batch_first else 2, STATE: 2, BATCH: 1}
-    folded = []
-    for arg, dims, role in zip(args, in_dims, roles, strict=True):
-        if arg is None or role in (WEIGHT, OTHER) or _is_placeholder(arg):
-            folded.append(arg)
-        elif role == SIZES:
-            folded.append(arg * size)
-        else:
-            axis = axes[role]
-            if dims is None:
-                arg = arg.unsqueeze(axis).expand(*arg.shape[:axis], size, *arg.shape[axis:])
-            else:
-                arg = arg.movedim(dims, axis)
-            folded.append(arg.flatten(axis - 1, axis))
-    results: list[Tensor] = []
-    out_dims: list[int | None] = []
-    for result, role in zip(call(*folded), out_roles, strict=True):
-        if _is_placeholder(result):
-            results.append(result)
-            out_dims.append(None)
-        else:
-            axis = axes[role]
-            results.append(result.unflatten(axis - 1, (result.size(axis - 1) // size, size)))
-            out_dims.append(axis)
-    return tuple(results), tuple(out_dims)
-
-
-def _is_placeholder(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.size(0) == 0
-
-
-_FORWARD_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER, OTHER)
-_BACKWARD_ROLES = (
-    OTHER, ROWS, STATE, STATE, ROWS, ROWS, ROWS, ROWS, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER,
-)  # fmt: skip
-_FORWARD_RESULTS = (ROWS, STATE, STATE, ROWS, ROWS)
-_INFERENCE_ROLES = (OTHER, ROWS, WEIGHT, WEIGHT, WEIGHT, WEIGHT, WEIGHT, STATE, STATE, SIZES, BATCH, ROWS, OTHER)
-
-
-def _vmap_rules(own: Kernels) -> dict[str, Callable[..., Any]]:
-    """By op: how one library's ops run on arguments with a vmapped dimension."""
-
-    def rule(
-        op: Callable[..., Any], roles: Sequence[int], out_roles: Sequence[int], sizes: int, first: int
-    ) -> Callable[..., Any]:
-        # sizes, first: where batch_sizes and batch_first stand among the arguments
-        def run(info: Any, in_dims: Any, *args: Any) -> Any:
-            packed = args[sizes] is not None
-            return batched_call(op, info.batch_size, in_dims, args, roles, out_roles, packed, args[first])
-
-        return run
-
-    def input_gates(info: Any, in_dims: Any, mode: Any, input: Any, *weights: Any) -> tuple[Tensor, int | None]:
-        results, out_dims = batched_call(
-            lambda x, *w: (own.input_gates(mode, x, *w),), info.batch_size, in_dims[1:], (input, *weights),
-            (ROWS, WEIGHT, WEIGHT, WEIGHT), (ROWS,), True, False,
-        )  # fmt: skip
-        return results[0], out_dims[0]
-
-    backward_results = (ROWS, ROWS, STATE, STATE, ROWS)
-    return {
-        "input_gates": input_gates,
-        "recurrence_forward": rule(own.recurrence_forward, _FORWARD_ROLES, _FORWARD_RESULTS, 7, 10),
-        "recurrence_backward": rule(own.recurrence_backward, _BACKWARD_ROLES, backward_results, 12, 15),
-        "layer_forward": rule(own.layer_forward, _INFERENCE_ROLES, _FORWARD_RESULTS, 9, 12),
-        "layer_inference": rule(own.layer_inference, _INFERENCE_ROLES, _FORWARD_RESULTS[:3], 9, 12),
-        "matmul": _matmul_vmap,
-    }
-
-
-def _matmul_vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+def batched_matmul(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    """The rule of `torch.vmap` for the product."""
     a = a if in_dims[0] is None else a.movedim(in_dims[0], 0)
     b = b if in_dims[1] is None else b.movedim(in_dims[1], 0)
     return torch.matmul(a, b), 0
 
 
-# --- shapes, for tracing ------------------------------------------------------------------------------------------
-# Sizes are only ever passed on, never compared: T and B stay symbols.
-
-
-def _state_batch(
-    rows: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, batch_first: bool
-) -> Any:
-    if hx is not None:
-        return hx.size(1)
-    if cx is not None:
-        return cx.size(1)
-    if batch_sizes is not None:
-        # The first batch size is a number in a tensor: a size that only the run knows.
-        return torch.library.get_ctx().new_dynamic_size()
-    return rows.size(0 if batch_first else 1)
-
-
-def _input_gates_fake(mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors) -> Tensor:
-    return input.new_empty(*input.shape[:-1], len(weight_ih) * weight_ih[0].size(0))
-
-
-def _states_fake(
-    mode: str, rows: Tensor, weight_hh: Tensors, weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None,
-    batch_sizes: Tensor | None, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    directions = len(weight_hh)
-    batch = _state_batch(rows, hx, cx, batch_sizes, batch_first)
-    output = rows.new_empty(*rows.shape[:-1], directions * weight_hh[0].size(1))
-    h_n = rows.new_empty(directions, batch, weight_hh[0].size(1))
-    c_n = rows.new_empty(directions, batch, weight_hh[0].size(0) // 4) if mode == "LSTM" else rows.new_empty(0)
-    return output, h_n, c_n
-
-
-def _saved_fake(mode: str, rows: Tensor, weight_hh: Tensors, save_reserve: bool) -> tuple[Tensor, Tensor]:
-    width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
-    cells = rows.new_empty(*rows.shape[:-1], width) if save_reserve and mode == "LSTM" else rows.new_empty(0)
-    keeps = save_reserve and mode in ("LSTM", "GRU")
-    return cells, rows.new_empty(*rows.shape[:-1], 4 * width) if keeps else rows.new_empty(0)
-
-
-def _recurrence_forward_fake(
-    mode: str, gates: Tensor, weight_hh: Tensors, bias_hh: Tensors, weight_hr: Tensors, hx: Tensor | None,
-    cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool,
-    save_reserve: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    states = _states_fake(mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
-    return (*states, *_saved_fake(mode, gates, weight_hh, save_reserve))
-
-
-def _recurrence_backward_fake(
-    mode: str, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, grad_cells: Tensor | None,
-    output: Tensor, cells: Tensor, reserve: Tensor, weight_hh: Tensors, weight_hr: Tensors, hx: Tensor | None,
-    cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = output.shape[:-1]
-    width = len(weight_hh) * weight_hh[0].size(0)
-    grad_gates = output.new_empty(*rows, width)
-    grad_gates_hh = output.new_empty(*rows, width) if mode == "GRU" else output.new_empty(0)
-    grad_hx = output.new_empty(0 if hx is None else hx.shape)
-    grad_cx = output.new_empty(0 if cx is None or mode != "LSTM" else cx.shape)
-    grad_projected = output.new_empty(output.shape if weight_hr else (0,))
-    return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
-
-
-def _layer_forward_fake(
-    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors,
-    weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None,
-    resets: Tensor | None, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    states = _states_fake(mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
-    return (*states, *_saved_fake(mode, input, weight_hh, True))
-
-
-def _layer_inference_fake(
-    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors,
-    weight_hr: Tensors, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None,
-    resets: Tensor | None, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _states_fake(mode, input, weight_hh, weight_hr, hx, cx, batch_sizes, batch_first)
-
-
-def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.size(0), b.size(1))
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "input_gates": _input_gates_fake,
-    "recurrence_forward": _recurrence_forward_fake,
-    "recurrence_backward": _recurrence_backward_fake,
-    "layer_forward": _layer_forward_fake,
-    "layer_inference": _layer_inference_fake,
-    "matmul": _matmul_fake,
-}
-
-
-def _register(namespace: str) -> None:
-    """Tells torch the shapes of one library's results, for tracing, and its vmap rules."""
-    rules = _vmap_rules(_library_kernels(namespace))
-    for name, fake in _FAKES.items():
-        if not hasattr(getattr(torch.ops, namespace), name):
-            continue
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-        torch.library.register_vmap(f"{namespace}::{name}", rules[name])
-
-
 if library_error is None:
-    _register("rnnfast")
     _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)
-
-
-def _define_triton() -> torch.library.Library:
-    """The ops of rnnfast/triton as torch sees them: opaque, with the signatures of the shapes' functions above."""
-
-    def late(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            from .triton import layers  # imports Triton, which takes a second
-
-            return getattr(layers, name)(*arguments)
-
-        return call
-
-    library = torch.library.Library("rnnfast_triton", "DEF")
-    for name in Kernels._fields:
-        library.define(name + torch.library.infer_schema(_FAKES[name], mutates_args=()))
-        # On the CPU they run in Triton's interpreter.
-        for key in ("CUDA", "CPU"):
-            library.impl(name, late(name), key)
-    return library
-
-
-if libraries.triton_error is None:
-    # An op lives as long as its Library.
-    _triton_library = _define_triton()
-    kernels["triton"] = _library_kernels("rnnfast_triton")
-    _register("rnnfast_triton")

@@ -10,8 +10,11 @@ The step equations and their derivatives stand once, in :func:`cell_step` and :f
 https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html, .../torch.nn.GRU.html and .../torch.nn.RNN.html; for
 the projection https://arxiv.org/abs/1402.1128.
 
+Parameters come as the ops take them, in the places of :mod:`rnnfast.signatures`.
+
 Shapes: T steps, B batch, I input size, H hidden size, P projection size, D directions, G gates (LSTM 4: i f g o, GRU 3:
 r z n, RNN 1). "rows" stands for the leading dimensions: (T, B), with batch_first (B, T), packed (sum of batch_sizes,).
+One step without any has rows (B,): there states are (B, .), and h_n, which would be the output again, is (0,).
 """
 
 import dataclasses
@@ -22,6 +25,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .signatures import BIAS_HH, BIAS_IH, HH, HR, IH, as_sequence, is_one_step, of_kind
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1, "RNN_IDENTITY": 1}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -142,9 +147,9 @@ class _Rows:
     batch_first: bool
     alive: Tensor | None
     boundary: Tensor | None
-    # packed only: the row that (t, b) is read from, (T*B,), and the place t*B + b where each row is found, (rows,)
+    # packed only: the row that (t, b) is read from, (T*B,), and the position t*B + b where each row is found, (rows,)
     sources: Tensor | None = None
-    places: Tensor | None = None
+    positions: Tensor | None = None
 
     @staticmethod
     def of(
@@ -158,8 +163,8 @@ class _Rows:
             row = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + torch.arange(batch)
             # a place without a row reads row 0, and read() masks it
             sources = torch.where(taken, row, 0).flatten().to(like.device)
-            places = taken.flatten().nonzero().squeeze(1).to(like.device)
-            return _Rows(steps, batch, False, taken.unsqueeze(2).to(like.device), None, sources, places)
+            positions = taken.flatten().nonzero().squeeze(1).to(like.device)
+            return _Rows(steps, batch, False, taken.unsqueeze(2).to(like.device), None, sources, positions)
         batch, steps = like.shape[:2] if batch_first else (like.shape[1], like.shape[0])
         alive: Tensor | None = None
         boundary: Tensor | None = None
@@ -180,8 +185,8 @@ class _Rows:
 
     def write(self, value: Tensor) -> Tensor:
         """(T, B, F) to (rows, F), contiguous, zero where a row has ended."""
-        if self.places is not None:
-            return value.flatten(0, 1).index_select(0, self.places)
+        if self.positions is not None:
+            return value.reshape(self.steps * self.batch, value.shape[-1]).index_select(0, self.positions)
         value = _masked(self.alive, value)
         return (value.transpose(0, 1) if self.batch_first else value).contiguous()
 
@@ -221,6 +226,17 @@ class _Rows:
         return before
 
 
+def zero_beyond(rows: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """`rows` (T, B, ...), or (B, T, ...), with zeros beyond each row's length.
+
+    The time loop never reads what stands there, but a weight's gradient is one product over all steps, in which even a
+    NaN times a gradient of zero would spread.
+    """
+    step = torch.arange(rows.shape[1 if batch_first else 0], device=rows.device)
+    beyond = step >= lengths.unsqueeze(1) if batch_first else step.unsqueeze(1) >= lengths
+    return rows.masked_fill(beyond.unsqueeze(-1), 0)
+
+
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -228,15 +244,21 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _without_autocast(function: _Function) -> _Function:
-    """Autocast would round the products inside a step; what is asked for is decided by the dtypes that come in."""
+def _op(function: _Function) -> _Function:
+    """What every op's function here has round it.
+
+    Autocast would round the products inside a step; what is asked for is decided by the dtypes that come in.
+    """
+    name = function.__name__
 
     @functools.wraps(function)
-    def wrapper(mode: str, *arguments: Any, **named: Any) -> Any:
+    def wrapper(mode: str, *given: Any) -> Any:
         if mode not in GATES:
-            raise ValueError(f"{function.__name__}: mode must be one of {', '.join(GATES)}, got {mode!r}")
+            raise ValueError(f"{name}: mode must be one of {', '.join(GATES)}, got {mode!r}")
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(mode, *arguments, **named)
+            if is_one_step(name, (mode, *given)):
+                return as_sequence(name, function, (mode, *given))
+            return function(mode, *given)
 
     return wrapper  # type: ignore[return-value]
 
@@ -261,21 +283,14 @@ def _stack(values: Sequence[Tensor], empty: Tensor) -> Tensor:
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
 
-@_without_autocast
-def input_gates(
-    mode: str,
-    input: Tensor,
-    weight_ih: Sequence[Tensor],
-    bias_ih: Sequence[Tensor],
-    bias_hh: Sequence[Tensor],
-) -> Tensor:
+@_op
+def input_gates(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
     """The pre-activations' part that does not depend on the state, for all steps and directions.
 
     Args:
         mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
         input: (rows, I).
-        weight_ih: D tensors (G*H, I).
-        bias_ih, bias_hh: D tensors (G*H,) each, or both empty.
+        places: weight_ih (G*H, I) and, with bias, bias_ih, bias_hh (G*H,) are read, of each direction.
 
     Returns:
         gates (rows, D*G*H), ``W_ih x + b_ih + b_hh``. For the GRU's n gate ``W_in x + b_in``: b_hn stands inside
@@ -286,31 +301,30 @@ def input_gates(
     """
     dtype = _compute_dtype(input.dtype)
     parts = []
-    for d, weight in enumerate(weight_ih):
-        bias = None
-        if bias_ih:
-            bias = bias_ih[d].to(dtype)
+    bias_ih, bias_hh = of_kind(places, BIAS_IH), of_kind(places, BIAS_HH)
+    for d, weight in enumerate(of_kind(places, IH)):
+        bias = bias_ih[d].to(dtype) if bias_ih else None
+        if bias_hh:
             # all gates but the GRU's n
             size = weight.shape[0] // 3 * 2 if mode == "GRU" else weight.shape[0]
-            bias = torch.cat([bias[:size] + bias_hh[d][:size].to(dtype), bias[size:]])
+            inner = F.pad(bias_hh[d][:size].to(dtype), (0, weight.shape[0] - size))
+            bias = inner if bias is None else bias + inner
         parts.append(F.linear(input.to(dtype), weight.to(dtype), bias))
     return torch.cat(parts, dim=-1).to(input.dtype)
 
 
-@_without_autocast
+@_op
 def recurrence_forward(
     mode: str,
+    batch_first: bool,
+    save_reserve: bool,
     gates: Tensor,
-    weight_hh: Sequence[Tensor],
-    bias_hh: Sequence[Tensor],
-    weight_hr: Sequence[Tensor],
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    save_reserve: bool,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps of one layer, in all its directions.
 
@@ -318,17 +332,16 @@ def recurrence_forward(
 
     Args:
         mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
+        batch_first: whether dense rows are (B, T).
+        save_reserve: whether cells and reserve are wanted.
         gates: (rows, D*G*H), from :func:`input_gates`.
-        weight_hh: D tensors (G*H, P or H); the second direction runs reversed in time.
-        bias_hh: GRU with bias: D tensors (3*H,), of which the n gate's part is read; otherwise empty.
-        weight_hr: D tensors (P, H), empty without projection.
         hx, cx: (D, B, P or H), (D, B, H), None for zeros. cx is read by the LSTM only.
         batch_sizes: (T,) int64 on the CPU, for packed rows: row (t, b) stands at ``batch_sizes[:t].sum() + b``.
         lengths: (B,) int64, dense only: row b ends after lengths[b] steps, which may be 0.
         resets: bool (T, B), with batch_first (B, T), dense only: True at t starts a new segment at t. The state is
             zeroed before step t; in the reversed direction between step t and step t-1.
-        batch_first: whether dense rows are (B, T).
-        save_reserve: whether cells and reserve are wanted.
+        places: of each direction weight_hh (G*H, P or H), with projection weight_hr (P, H), and for the GRU with bias
+            bias_hh (3*H,), of which the n gate's part is read. The second direction runs reversed in time.
 
     Returns:
         output (rows, D*P or D*H), zero beyond a row's length; h_n (D, B, P or H) and c_n (D, B, H), the state after a
@@ -339,6 +352,7 @@ def recurrence_forward(
     Raises:
         ValueError: mode is unknown.
     """
+    weight_hh, weight_hr, bias_hh = of_kind(places, HH), of_kind(places, HR), of_kind(places, BIAS_HH)
     directions, is_lstm = len(weight_hh), mode == "LSTM"
     storage, compute = gates.dtype, _compute_dtype(gates.dtype)
     rows = _Rows.of(gates, batch_sizes, lengths, resets, batch_first)
@@ -375,7 +389,7 @@ def recurrence_forward(
         if c is not None:
             c_n.append(c)
             cells.append(_stack([c_t for c_t in every_c if c_t is not None], c))
-        reserves.append(_stack(every_saved, h))
+        reserves.append(_stack(every_saved, h.new_zeros((rows.batch, 4 * hidden_size))))
 
     def of_rows(parts: list[Tensor]) -> Tensor:
         return rows.write(torch.cat(parts, dim=-1).to(storage))
@@ -390,24 +404,23 @@ def recurrence_forward(
     )
 
 
-@_without_autocast
+@_op
 def recurrence_backward(
     mode: str,
+    batch_first: bool,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
-    output: Tensor,
+    output: Tensor | None,
     cells: Tensor,
     reserve: Tensor,
-    weight_hh: Sequence[Tensor],
-    weight_hr: Sequence[Tensor],
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`recurrence_forward`, written out: no autograd in here.
 
@@ -417,7 +430,7 @@ def recurrence_backward(
         grad_output, grad_h_n, grad_c_n, grad_cells: the gradients of the results of those names, of their shapes; None
             for zero.
         output, cells, reserve: as returned by the forward pass with save_reserve. What lies beyond a row's length does
-            not matter.
+            not matter. The output of one step of an LSTM or GRU may be None.
         others: as given to the forward pass.
 
     Returns:
@@ -429,7 +442,11 @@ def recurrence_backward(
     Raises:
         ValueError: mode is unknown.
     """
+    weight_hh, weight_hr = of_kind(places, HH), of_kind(places, HR)
     directions, is_lstm = len(weight_hh), mode == "LSTM"
+    if output is None:
+        # One step: the state that entered it is hx, and no cell but the RNN looks at the one that came of it.
+        output = reserve.new_zeros((*reserve.shape[:-1], weight_hh[0].shape[1]))
     storage, compute = output.dtype, _compute_dtype(output.dtype)
     rows = _Rows.of(output, batch_sizes, lengths, resets, batch_first)
     hidden_size = weight_hh[0].shape[0] // GATES[mode]
@@ -499,26 +516,23 @@ def recurrence_backward(
     )
 
 
+@_op
 def layer_forward(
     mode: str,
+    batch_first: bool,
     input: Tensor,
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    bias_ih: Sequence[Tensor],
-    bias_hh: Sequence[Tensor],
-    weight_hr: Sequence[Tensor],
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`input_gates` and :func:`recurrence_forward` in one call: a whole layer.
 
     Args:
         input: (rows, I).
-        others: as there; bias_hh is passed whole for every mode.
+        others: as there.
 
     Returns:
         output, h_n, c_n, cells, reserve, as of :func:`recurrence_forward`.
@@ -526,15 +540,14 @@ def layer_forward(
     Raises:
         ValueError: mode is unknown.
     """
-    gates = input_gates(mode, input, weight_ih, bias_ih, bias_hh)
-    inner_bias = bias_hh if mode == "GRU" else []
-    return recurrence_forward(
-        mode, gates, weight_hh, inner_bias, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first, True
-    )
+    if lengths is not None:
+        input = zero_beyond(input, lengths, batch_first)
+    gates = input_gates(mode, input, *places)
+    return recurrence_forward(mode, batch_first, True, gates, hx, cx, batch_sizes, lengths, resets, *places)
 
 
-def layer_inference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`layer_forward` for when no gradient is wanted: (output, h_n, c_n)."""
+def layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`layer_forward` without what only a backward pass needs: (output, h_n, c_n)."""
     output, h_n, c_n, _, _ = layer_forward(*arguments)
     return output, h_n, c_n
 

@@ -72,8 +72,15 @@ class Call:
         return self.map(lambda _: next(iterator))
 
     @property
-    def inner_bias(self) -> list[Tensor]:
-        return self.bias_hh if self.mode == "GRU" else []
+    def places(self) -> list[Tensor | None]:
+        """The parameters in their places among an op's arguments."""
+        kinds = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr]
+        return [kind[d] if d < len(kind) else None for kind in kinds for d in range(2)]
+
+    @property
+    def shared(self) -> list[Tensor | None]:
+        """The arguments that forward and backward share."""
+        return [self.hx, self.cx, self.batch_sizes, self.lengths, self.resets, *self.places]
 
     @property
     def directions(self) -> int:
@@ -94,63 +101,22 @@ class Call:
         return self.input.shape[0 if self.batch_first else 1]
 
     def gates(self, ops: Any) -> Tensor:
-        return ops.input_gates(self.mode, self.input, self.weight_ih, self.bias_ih, self.bias_hh)
+        return ops.input_gates(self.mode, self.input, *self.places)
 
     def forward(self, ops: Any, gates: Tensor | None = None, save_reserve: bool = True) -> dict[str, Tensor]:
-        results = ops.recurrence_forward(
-            self.mode,
-            self.gates(ops) if gates is None else gates,
-            self.weight_hh,
-            self.inner_bias,
-            self.weight_hr,
-            self.hx,
-            self.cx,
-            self.batch_sizes,
-            self.lengths,
-            self.resets,
-            self.batch_first,
-            save_reserve,
-        )
+        gates = self.gates(ops) if gates is None else gates
+        results = ops.recurrence_forward(self.mode, self.batch_first, save_reserve, gates, *self.shared)
         return dict(zip(RESULTS, results, strict=True))
 
     def backward(self, ops: Any, grads: dict[str, Tensor | None], saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """grads: by the names of results, missing for None. saved: what forward returned."""
-        results = ops.recurrence_backward(
-            self.mode,
-            grads.get("output"),
-            grads.get("h_n"),
-            grads.get("c_n"),
-            grads.get("cells"),
-            saved["output"],
-            saved["cells"],
-            saved["reserve"],
-            self.weight_hh,
-            self.weight_hr,
-            self.hx,
-            self.cx,
-            self.batch_sizes,
-            self.lengths,
-            self.resets,
-            self.batch_first,
-        )
+        given = [grads.get(name) for name in RESULTS[:4]]
+        saved_tensors = [saved["output"], saved["cells"], saved["reserve"]]
+        results = ops.recurrence_backward(self.mode, self.batch_first, *given, *saved_tensors, *self.shared)
         return dict(zip(GRADIENTS, results, strict=True))
 
     def inference(self, ops: Any) -> dict[str, Tensor]:
-        results = ops.layer_inference(
-            self.mode,
-            self.input,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            self.weight_hr,
-            self.hx,
-            self.cx,
-            self.batch_sizes,
-            self.lengths,
-            self.resets,
-            self.batch_first,
-        )
+        results = ops.layer(self.mode, self.batch_first, self.input, *self.shared)
         return dict(zip(RESULTS, results, strict=False))
 
     def rows_to_dense(self, rows: Tensor) -> Tensor:

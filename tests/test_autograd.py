@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import rnnfast
 from cases import MODES, Call, make_call, random_grads
 from emulated_library import emulated_problem
-from rnnfast import autograd, ops
-from rnnfast.autograd import place_weights, reference_layer
+from rnnfast import autograd, ops, reference
 from rnnfast.functional import run_layers
 from tolerances import check_equal
 
@@ -94,7 +93,7 @@ def plain(call: Call, values: list[Tensor] | None = None) -> Results:
     call = call if values is None else call.with_tensors(values)
     return named(
         call.mode,
-        reference_layer(
+        reference.layer_forward(
             call.mode,
             call.batch_first,
             call.input,
@@ -103,7 +102,7 @@ def plain(call: Call, values: list[Tensor] | None = None) -> Results:
             call.batch_sizes,
             call.lengths,
             call.resets,
-            *place_weights(flat_weights(call), call.directions, bool(call.bias_ih)),
+            *call.places,
         ),
     )
 
@@ -533,6 +532,9 @@ def test_matmul_derivatives() -> None:
 @only_cpu
 def test_opcheck(mode: str, P: int, layout: str, initial: bool) -> None:
     call = make_call(mode, P=P, D=2, T=3, initial=initial, **LAYOUTS[layout])
+    if call.lengths is not None:
+        # The reserve is undefined beyond a row's length, and opcheck compares all of it.
+        call.lengths.fill_(call.steps)
     namespace = torch.ops.rnnfast
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 

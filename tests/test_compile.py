@@ -260,3 +260,21 @@ def test_export_in_training_mode(strict: bool) -> None:
     T, B = torch.export.Dim("T", min=2, max=1000), torch.export.Dim("B", min=2, max=1000)
     program = torch.export.export(model, (tokens(3, 6),), dynamic_shapes={"tokens": {0: B, 1: T}}, strict=strict)
     assert program.module()(tokens(5, 9)).shape == (5, 9, 3)
+
+
+@pytest.mark.parametrize("kind", [rnnfast.LSTM, rnnfast.GRU, rnnfast.RNN])
+@pytest.mark.parametrize("initial", [True, False])
+def test_packed_rows_in_one_graph(kind: type[torch.nn.RNNBase], initial: bool) -> None:
+    """Of any order, with a state or without: the number of rows is a shape, and no number is read from a tensor."""
+    module = kind(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(6, 3, 3, dtype=torch.float64)
+    packed = pack_padded_sequence(x, torch.tensor([2, 6, 3]), enforce_sorted=False)
+    packed.data.requires_grad_()
+    h = torch.randn(4, 3, 4, dtype=torch.float64)
+    hx: Any = None if not initial else (h, h) if kind is rnnfast.LSTM else h
+
+    def function(packed: PackedSequence) -> tuple[Tensor, ...]:
+        output, states = module(packed, hx)
+        return (output.data, *(states if isinstance(states, tuple) else (states,)))
+
+    same_results_and_gradients(compiled(function)(packed), function(packed), [packed.data, *module.parameters()])

@@ -21,9 +21,9 @@ def test_sigmoid_and_tanh(backend, dtype):
     nothing = [None] * 5
 
     def run(mode, gates):
-        weight_hh = [torch.zeros(gates, 1, dtype=dtype)]
+        weight_hh = torch.zeros(gates, 1, dtype=dtype)
         every = x.view(1, -1, 1).repeat(1, 1, gates)
-        return ops.recurrence_forward(mode, every, weight_hh, [], [], *nothing, False, True)
+        return ops.recurrence_forward(mode, False, True, every, *nothing, None, None, weight_hh)
 
     assert in_ulps(run("RNN_TANH", 1)[0].flatten(), x.double().tanh()) <= ULPS
     assert in_ulps(run("LSTM", 4)[4].view(-1, 4)[:, 0], x.double().sigmoid()) <= ULPS

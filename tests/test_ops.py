@@ -106,7 +106,7 @@ def test_against_float64(backend: str, device: str, mode: str, family: str, dtyp
         assert mode != "LSTM" or not actual["cells"][~beyond].any()
     actual = call.backward(ops, on(device, arguments["grads"]), on(device, own["forward"]))
     check_results(call, actual, own["backward"], expected["backward"], "recurrence_backward")
-    check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer_inference")
+    check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

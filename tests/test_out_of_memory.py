@@ -38,9 +38,7 @@ def library(request: pytest.FixtureRequest) -> str:
 def layer(op: Callable[..., Any], input: Tensor, backend: str | None, mode: str = "LSTM") -> Any:
     gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
     weight_ih, weight_hh = torch.zeros(gates * H, input.size(-1)), torch.zeros(gates * H, H)
-    return op(
-        mode, input, [weight_ih], [weight_hh], [], [], [], None, None, None, None, None, False, backend=backend
-    )  # fmt: skip
+    return op(mode, False, input, *[None] * 5, weight_ih, None, weight_hh, backend=backend)
 
 
 def message_of(run: Callable[[], Any]) -> str:
@@ -54,7 +52,7 @@ def message_of(run: Callable[[], Any]) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ["layer_forward", "layer_inference"])
+@pytest.mark.parametrize("name", ["layer_forward", "layer"])
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
 def test_results(library: str, name: str, mode: str) -> None:
     text = message_of(lambda: layer(getattr(ops, name), torch.zeros(ROWS, 64, 0), library, mode))
@@ -83,8 +81,8 @@ def test_backward(library: str) -> None:
     nothing = torch.zeros(0)
     text = message_of(
         lambda: ops.recurrence_backward(
-            "RNN_TANH", None, None, None, None, output, nothing, nothing, [torch.zeros(H, H)], [], None, None, None,
-            None, None, False, backend=library,
+            "RNN_TANH", False, None, None, None, None, output, nothing, nothing, *[None] * 7, torch.zeros(H, H),
+            backend=library,
         )
     )  # fmt: skip
     wanted = f"a contiguous copy of output of shape ({ROWS}, 64, {H}), float32, needs {RESULT} bytes"
@@ -100,10 +98,10 @@ def test_a_product() -> None:
 
 
 def test_sizes_that_64_bits_do_not_count(library: str) -> None:
-    text = message_of(lambda: layer(ops.layer_inference, torch.zeros(2**50, 64, 0), library))
+    text = message_of(lambda: layer(ops.layer, torch.zeros(2**47, 1024, 0), library))
     assert "out of memory" not in text
     assert re.match(
-        r"rnnfast::\w+: could not allocate \w+ of shape \(1125899906842624, 64, \d+\), float32: so many", text
+        r"rnnfast::\w+: could not allocate \w+ of shape \(140737488355328, 1024, \d+\), float32: so many", text
     )
 
 
@@ -133,9 +131,7 @@ print(text)
 
 
 # By mode, and output, cells and reserve; without gradients, states or rows of their own lengths.
-BACKWARD = (
-    "ops.recurrence_backward('{}', None, None, None, None, {}, [weight], [], *[None] * 5, False, backend=backend)"
-)
+BACKWARD = "ops.recurrence_backward('{}', False, None, None, None, None, {}, *[None] * 7, weight, backend=backend)"
 
 
 def lacking(library: str, megabytes: int, prepared: str, call: str) -> str:
@@ -162,8 +158,7 @@ def test_what_forward_saves(library: str) -> None:
         library,
         112,
         "gates, weight = zeros(512, 64, 1024), zeros(1024, 256)",
-        "ops.recurrence_forward('LSTM', gates, [weight], [], [], None, None, None, None, None, False, True,"
-        " backend=backend)",
+        "ops.recurrence_forward('LSTM', False, True, gates, *[None] * 7, weight, backend=backend)",
     )
     wanted = "reserve of shape (512, 64, 1024), float32, needs 134217728 bytes (128.0 MiB) on cpu"
     assert text.startswith(f"rnnfast::recurrence_forward: out of memory: {wanted}")
@@ -201,8 +196,7 @@ def test_the_workspace() -> None:
         "cpu",
         40,
         "gates, weight = zeros(16, 16, 4096), zeros(4096, 4096)",
-        "ops.recurrence_forward('RNN_TANH', gates, [weight], [], [], None, None, None, None, None, False, True,"
-        " backend=backend)",
+        "ops.recurrence_forward('RNN_TANH', False, True, gates, *[None] * 7, weight, backend=backend)",
     )
     assert re.match(
         r"rnnfast::recurrence_forward: out of memory: the workspace needs \d+ bytes \([\d.]+ MiB\) on cpu\n", text
@@ -241,8 +235,8 @@ def test_out_of_memory_is_torchs_own_error() -> None:
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_other_errors_stay_what_they_are() -> None:
-    message_of(lambda: layer(ops.layer_inference, torch.zeros(2**50, 64, 0), "cpu"))
-    assert message_of(lambda: layer(ops.layer_inference, torch.zeros(2, 3), "cpu")).endswith("dimensions, got 2")
+    message_of(lambda: layer(ops.layer, torch.zeros(2**50, 64, 0), "cpu"))
+    assert message_of(lambda: layer(ops.layer, torch.zeros(1, 1, 2, 3), "cpu")).endswith("dimensions, got 4")
 
 
 @pytest.mark.usefixtures("as_on_cuda")

@@ -401,4 +401,4 @@ def test_no_rows(mode: str, P: int, layout: str) -> None:
 
 def test_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match="mode must be one of LSTM, GRU, RNN_TANH, RNN_RELU, RNN_IDENTITY, got 'QRNN'"):
-        reference.input_gates("QRNN", torch.zeros(1, 1, 1), [torch.zeros(1, 1)], [], [])
+        reference.input_gates("QRNN", torch.zeros(1, 1, 1), torch.zeros(1, 1))

@@ -431,7 +431,8 @@ if "{order}".startswith("import rnnfast"):
 {order}
 from torch._dynamo.variables.builder import VariableBuilder
 assert VariableBuilder.wrap_module._rnnfast
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("rnnfast")]
+waiting = [finder.name for finder in sys.meta_path if type(finder).__module__.startswith("rnnfast")]
+assert waiting in ([], ["torch.utils.flop_counter"]), waiting
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 

@@ -300,17 +300,16 @@ def test_opcheck(mode: str, P: int) -> None:
     gates = call.gates(reference)
     saved = call.forward(reference, gates)
     grads = random_grads(saved)
-    rest = (call.hx, call.cx, None, call.lengths, call.resets, False)
-    weights = (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.weight_hr)
+    shared = call.shared
+    saved_tensors = (saved["output"], saved["cells"], saved["reserve"])
     checks = {
-        "input_gates": (mode, call.input, call.weight_ih, call.bias_ih, call.bias_hh),
-        "recurrence_forward": (mode, gates, call.weight_hh, call.inner_bias, call.weight_hr, *rest, True),
+        "input_gates": (mode, call.input, *call.places),
+        "recurrence_forward": (mode, False, True, gates, *shared),
         "recurrence_backward": (
-            mode, *(grads.get(name) for name in ("output", "h_n", "c_n", "cells")), saved["output"], saved["cells"],
-            saved["reserve"], call.weight_hh, call.weight_hr, *rest,
+            mode, False, *(grads.get(name) for name in ("output", "h_n", "c_n", "cells")), *saved_tensors, *shared,
         ),
-        "layer_forward": (mode, call.input, *weights, *rest),
-        "layer_inference": (mode, call.input, *weights, *rest),
+        "layer_forward": (mode, False, call.input, *shared),
+        "layer": (mode, False, call.input, *shared),
     }  # fmt: skip
     for name, arguments in checks.items():
         found = torch.library.opcheck(getattr(namespace, name).default, arguments)

@@ -93,16 +93,16 @@ def run(self, *arguments, grid, warmup, **options):
 JITFunction.run = run
 
 def call(T, B, H, dtype, packed=False, **given):
-    weight = [torch.zeros(4 * H, H, dtype=dtype)]
+    weight = (None, None, torch.zeros(4 * H, H, dtype=dtype))
     rows = (T * B,) if packed else (T, B)
     sizes = torch.full((T,), B) if packed else None
     tensor = lambda *shape: torch.zeros(shape, dtype=dtype)
     state = {name: tensor(1, B, H) if given.get("initial") else None for name in ("hx", "cx")}
     lengths = torch.full((B,), T) if given.get("lengths") else None
-    results = layers.recurrence_forward("LSTM", tensor(*rows, 4 * H), weight, [], [], *state.values(), sizes, lengths,
-                                        None, False, bool(given.get("save")))
-    layers.recurrence_backward("LSTM", tensor(*rows, H), None, None, None, tensor(*rows, H), tensor(*rows, H),
-                               tensor(*rows, 4 * H), weight, [], *state.values(), sizes, lengths, None, False)
+    shared = (*state.values(), sizes, lengths, None, *weight)
+    layers.recurrence_forward("LSTM", False, bool(given.get("save")), tensor(*rows, 4 * H), *shared)
+    layers.recurrence_backward("LSTM", False, tensor(*rows, H), None, None, None, tensor(*rows, H), tensor(*rows, H),
+                               tensor(*rows, 4 * H), *shared)
 
 counts = {}
 for family, H, dtype in (("persistent", 64, torch.bfloat16), ("step", 160, torch.bfloat16)):

@@ -32,11 +32,11 @@ import torch
 from rnnfast import libraries, ops
 assert libraries.cpu_error is None, libraries.cpu_error
 assert libraries.cuda_error is None or {without_cuda}, libraries.cuda_error
-weights = [torch.zeros(4096, 0)], [torch.zeros(4096, 1024)]
+weights = torch.zeros(4096, 0), None, torch.zeros(4096, 1024)
 try:
-    ops.layer_inference("LSTM", torch.zeros(2**36, 64, 0), *weights, [], [], [], *[None] * 5, False, backend="cpu")
+    ops.layer("LSTM", False, torch.zeros(2**36, 64, 0), *[None] * 5, *weights, backend="cpu")
 except RuntimeError as error:
-    wanted = "rnnfast::layer_inference: out of memory: output of shape (68719476736, 64, 1024), float32, needs "
+    wanted = "rnnfast::layer: out of memory: output of shape (68719476736, 64, 1024), float32, needs "
     assert str(error).startswith(wanted), error
 else:
     raise AssertionError("petabytes were there")

@@ -40,6 +40,7 @@ int threads_for(double flops, double flops_between_barriers) {
 
 // `missing` is what a kernel returned: the bytes of a workspace that it could not have.
 void check_memory(const char* op, const Tensor& like, int64_t missing) {
+  if (missing == kUncountable) fail_uncountable(op, "the workspace");
   if (missing) fail_for_memory(op, "the workspace", missing, like, "", false);
 }
 
@@ -61,24 +62,22 @@ struct CpuBackend {
     check_memory(op, like, kernels().forward(p, threads_for(p, context.row_count)));
   }
   static void backward(const char* op, const BackwardParams& p, const Context& context, const Tensor& like,
-                       const Tensors&, const Tensors&) {
+                       const Places&) {
     check_memory(op, like, kernels().backward(p, threads_for(p, context.row_count)));
   }
-  static Tensor input_gates(std::string mode, Tensor input, Tensors weight_ih, Tensors bias_ih, Tensors bias_hh);
+  static Tensor input_gates(std::string mode, Tensor input, Places places);
   static Tensor matmul(Tensor a, Tensor b);
 };
 
-Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weight_ih, Tensors bias_ih,
-                               Tensors bias_hh) {
+Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Places places) {
   const char* op = "rnnfast::input_gates";
   const Mode mode = mode_of(op, mode_name);
-  check_gate_arguments(op, input, weight_ih, bias_ih, bias_hh);
-  const Tensor x = as_contiguous(op, "input", input);
-  const int64_t directions = static_cast<int64_t>(weight_ih.size());
   MatmulParams m;
+  m.n = check_gate_arguments(op, mode, input, places);
+  const Tensor x = as_contiguous(op, "input", input);
+  const int64_t directions = places.directions();
   m.dtype = dtype_of(op, input);
   m.m = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
-  m.n = weight_ih[0].size(0);
   m.k = x.size(x.dim() - 1);
   m.a = data_of(x);
   m.a_row = m.k;
@@ -88,16 +87,16 @@ Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Tensors weig
   Tensor gates = LayerOps<CpuBackend>::empty_rows(op, "gates", input, directions * m.n);
   for (int64_t d = 0; d < directions; ++d) {
     Tensors keep;
-    const Matrix weight = row_major(op, "weight_ih", weight_ih[d], keep);
+    keep.reserve(3);
+    const Matrix weight = row_major(op, "weight_ih", *places[d].weight_ih, keep);
     m.b = weight.data;
     m.b_col = weight.stride;
     m.c = static_cast<char*>(mutable_data_of(gates)) + d * m.n * static_cast<int64_t>(gates.element_size());
-    const Tensors* biases[2] = {&bias_ih, &bias_hh};
+    const OptionalTensor* biases[2] = {&places[d].bias_ih, &places[d].bias_hh};
     for (int i = 0; i < 2; ++i) {
       m.bias[i] = nullptr;
-      if (biases[i]->empty()) continue;
-      const Tensor& bias = (*biases[i])[d];
-      keep.push_back(as_contiguous(op, i ? "bias_hh" : "bias_ih", bias));
+      if (!*biases[i]) continue;
+      keep.push_back(as_contiguous(op, i ? "bias_hh" : "bias_ih", **biases[i]));
       m.bias[i] = data_of(keep.back());
       // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
       m.bias_count[i] = i == 1 && mode == Mode::gru ? m.n / 3 * 2 : m.n;
@@ -138,6 +137,8 @@ std::string use_cpu_isa(std::string name) {
 
 double core_latency(int64_t rounds) {
   RNNFAST_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
+  RNNFAST_CHECK(rounds <= kMostRounds, "rnnfast::core_latency: rounds: expected at most ", kMostRounds, ", got ",
+                rounds);
   if (forked.load(std::memory_order_relaxed)) return 0;
   return core_to_core_seconds(static_cast<int>(torch::stable::get_num_threads()), rounds);
 }

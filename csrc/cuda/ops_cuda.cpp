@@ -126,7 +126,7 @@ struct CudaBackend {
   }
 
   static void backward(const char* op, const BackwardParams& p, const Context&, const Tensor& like,
-                       const Tensors& weight_hh, const Tensors& weight_hr) {
+                       const Places& places) {
     const CurrentDevice current(like);
     const Tensor carry = p.mode == Mode::lstm || p.mode == Mode::gru ? compute_state(op, p, like) : Ops::none(op, like);
     StepWorkspace workspace;
@@ -136,28 +136,27 @@ struct CudaBackend {
       keep.push_back(contiguous_copy(op, name, torch::stable::transpose(detached(weight), 0, 1)));
       return data_of(keep.back());
     };
-    for (size_t d = 0; d < weight_hh.size(); ++d) {
-      workspace.weight_hh_t[d] = transposed("weight_hh transposed", weight_hh[d]);
-      if (p.projected) workspace.weight_hr_t[d] = transposed("weight_hr transposed", weight_hr[d]);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      workspace.weight_hh_t[d] = transposed("weight_hh transposed", *places[d].weight_hh);
+      if (p.projected) workspace.weight_hr_t[d] = transposed("weight_hr transposed", *places[d].weight_hr);
     }
     finish(op, run_steps_backward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
   }
 
   // One product for all steps and directions.
-  static Tensor input_gates(std::string mode_name, Tensor input, Tensors weight_ih, Tensors bias_ih, Tensors bias_hh) {
+  static Tensor input_gates(std::string mode_name, Tensor input, Places places) {
     const char* op = "rnnfast::input_gates";
     const Mode mode = mode_of(op, mode_name);
-    check_gate_arguments(op, input, weight_ih, bias_ih, bias_hh);
+    const int64_t width = check_gate_arguments(op, mode, input, places), hidden = width / gates_of(mode);
     dtype_of(op, input);
-    const int64_t width = weight_ih[0].size(0), hidden = width / gates_of(mode);
     Tensors weights, biases;
-    for (size_t d = 0; d < weight_ih.size(); ++d) {
-      weights.push_back(detached(weight_ih[d]));
+    for (int64_t d = 0; d < places.directions(); ++d) {
+      weights.push_back(detached(*places[d].weight_ih));
       Tensors parts;
-      if (!bias_ih.empty()) parts.push_back(detached(bias_ih[d]));
-      if (!bias_hh.empty()) {
+      if (places[d].bias_ih) parts.push_back(detached(*places[d].bias_ih));
+      if (places[d].bias_hh) {
         // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
-        Tensor bias = detached(bias_hh[d]);
+        Tensor bias = detached(*places[d].bias_hh);
         if (mode == Mode::gru) {
           const Tensor zeros = zeros_of(op, "bias_hh", bias, hidden);
           bias = concatenated(op, "bias_hh", {torch::stable::narrow(bias, 0, 0, 2 * hidden), zeros});

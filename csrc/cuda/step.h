@@ -18,7 +18,7 @@ struct Turn {
 struct StepRows {
   int64_t steps = 0, batch = 0, batch_stride = 0;  // T, B, rows from batch index b to b + 1
   const int64_t* lengths{};                        // device memory, or null
-  const bool* resets{};                            // device memory, or null
+  const uint8_t* resets{};                         // device memory, or null
   Turn turn[kMaxDirections];
 };
 

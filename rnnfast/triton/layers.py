@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import libraries
 from ..reference import GATES
+from ..signatures import BIAS_HH, BIAS_IH, HH, HR, IH, as_sequence, is_one_step, of_kind
 from . import cells, graphs, persistent, plan, step
 from . import table as tb
 
@@ -138,21 +139,21 @@ def _call(
     op: str,
     mode: str,
     model: Tensor,
-    weight_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     batch_first: bool,
+    places: Sequence[Tensor | None],
 ) -> _Call:
     """Checks the arguments that forward and backward share. model: has the rows, the dtype and the device."""
     _check(mode in GATES, op, f"mode must be one of {', '.join(GATES)}, got {mode!r}")
     _check(model.dtype in _TYPES, op, f"expected a floating type of 16, 32 or 64 bits, got {model.dtype}")
     layout = _layout(op, model, batch_sizes, lengths, resets, batch_first)
+    weight_hh, weight_hr = of_kind(places, HH), of_kind(places, HR)
     directions = len(weight_hh)
-    _check(directions in (1, 2), op, f"weight_hh: expected 1 or 2 tensors, got {directions}")
+    _check(bool(places) and places[HH] is not None, op, "weight_hh: expected a tensor, got None")
     hidden_size, state_size = weight_hh[0].size(0) // GATES[mode], weight_hh[0].size(1)
     _check(hidden_size * state_size < 2**31, op, f"hidden sizes {hidden_size}, {state_size}: too large")
     for weight in weight_hh:
@@ -269,45 +270,47 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> Any:
         with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            if is_one_step(function.__name__, arguments):
+                return as_sequence(function.__name__, function, arguments)
             return function(*arguments)
 
     return wrapper
 
 
 @_plainly
-def input_gates(mode: str, input: Tensor, weight_ih: Tensors, bias_ih: Tensors, bias_hh: Tensors) -> Tensor:
+def input_gates(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
     """One product for all steps and directions: (rows, D*G*H)."""
     _check(mode in GATES, "input_gates", f"mode must be one of {', '.join(GATES)}, got {mode!r}")
-    bias = None
-    if bias_ih:
-        inner = list(bias_hh)
+    weight_ih = of_kind(places, IH)
+    _check(bool(weight_ih), "input_gates", "weight_ih: expected a tensor, got None")
+    outer = of_kind(places, BIAS_IH)
+    bias = torch.cat(outer) if outer else None
+    if inner := of_kind(places, BIAS_HH):
         if mode == "GRU":
             # b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
             size = weight_ih[0].size(0) // 3 * 2
-            inner = [torch.cat([part[:size], torch.zeros_like(part[size:])]) for part in bias_hh]
-        bias = torch.cat(list(bias_ih)) + torch.cat(inner)
-    weight = weight_ih[0] if len(weight_ih) == 1 else torch.cat(list(weight_ih))
+            inner = [torch.cat([part[:size], torch.zeros_like(part[size:])]) for part in inner]
+        bias = torch.cat(inner) if bias is None else bias + torch.cat(inner)
+    weight = weight_ih[0] if len(weight_ih) == 1 else torch.cat(weight_ih)
     return torch.nn.functional.linear(input, weight, bias).contiguous()
 
 
 @_plainly
 def recurrence_forward(
     mode: str,
+    batch_first: bool,
+    save_reserve: bool,
     gates: Tensor,
-    weight_hh: Tensors,
-    bias_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
-    save_reserve: bool,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
     op = "recurrence_forward"
-    call = _call(op, mode, gates, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first)
+    call = _call(op, mode, gates, hx, cx, batch_sizes, lengths, resets, batch_first, places)
     D, B, H, K = call.directions, call.layout.batch, call.hidden_size, call.state_size
     rows = gates.shape[:-1]
     _check_tensor(op, "gates", gates, gates, (*rows, D * GATES[mode] * H))
@@ -317,7 +320,7 @@ def recurrence_forward(
     cell_states = gates.new_empty((*rows, D * H) if is_lstm and save_reserve else 0)
     reserve = gates.new_empty((*rows, D * 4 * H) if mode in ("LSTM", "GRU") and save_reserve else 0)
     compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
-    if mode == "GRU" and bias_hh:
+    if mode == "GRU" and (bias_hh := of_kind(places, BIAS_HH)):
         for bias in bias_hh:
             _check_tensor(op, "bias_hh", bias, gates, (3 * H,))
         _put(call, bias_n=_stacked(bias_hh)[:, 2 * H :])
@@ -334,27 +337,27 @@ def recurrence_forward(
 @_plainly
 def recurrence_backward(
     mode: str,
+    batch_first: bool,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
-    output: Tensor,
+    output: Tensor | None,
     cells: Tensor,
     reserve: Tensor,
-    weight_hh: Tensors,
-    weight_hr: Tensors,
     hx: Tensor | None,
     cx: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
-    batch_first: bool,
+    *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
     op = "recurrence_backward"
-    call = _call(op, mode, output, weight_hh, weight_hr, hx, cx, batch_sizes, lengths, resets, batch_first)
+    model = reserve if output is None else output
+    call = _call(op, mode, model, hx, cx, batch_sizes, lengths, resets, batch_first, places)
     D, B, H, K, G = call.directions, call.layout.batch, call.hidden_size, call.state_size, GATES[mode]
-    rows = output.shape[:-1]
+    rows = model.shape[:-1]
     is_lstm = mode == "LSTM"
     given = {
         "output": (output, (*rows, D * K)),
@@ -369,40 +372,34 @@ def recurrence_backward(
         given["reserve"] = (reserve, (*rows, D * 4 * H))
     for name, (tensor, shape) in given.items():
         if tensor is not None:
-            _check_tensor(op, name, tensor, output, shape)
-    grad_gates = output.new_empty(*rows, D * G * H)
-    grad_gates_hh = output.new_empty((*rows, D * G * H) if mode == "GRU" else 0)
-    grad_hx = output.new_empty((D, B, K) if hx is not None else 0)
-    grad_cx = output.new_empty((D, B, H) if is_lstm and cx is not None else 0)
-    grad_projected = output.new_empty((*rows, D * K) if call.projected else 0)
-    compute = torch.float64 if output.dtype == torch.float64 else torch.float32
+            _check_tensor(op, name, tensor, model, shape)
+    grad_gates = model.new_empty(*rows, D * G * H)
+    grad_gates_hh = model.new_empty((*rows, D * G * H) if mode == "GRU" else 0)
+    grad_hx = model.new_empty((D, B, K) if hx is not None else 0)
+    grad_cx = model.new_empty((D, B, H) if is_lstm and cx is not None else 0)
+    grad_projected = model.new_empty((*rows, D * K) if call.projected else 0)
+    compute = torch.float64 if model.dtype == torch.float64 else torch.float32
     _put(
         call, **{name: tensor for name, (tensor, _) in given.items()}, grad_gates=grad_gates,
         grad_gates_hh=grad_gates_hh, grad_hx=grad_hx, grad_cx=grad_cx, grad_projected=grad_projected,
-        carry=output.new_empty((D, B, H), dtype=compute) if G > 1 else None,
+        carry=model.new_empty((D, B, H), dtype=compute) if G > 1 else None,
     )  # fmt: skip
     # One turn more than there are steps: rows whose first step is done hand their gradients on to hx and cx.
-    launch(call, output, "backward", call.layout.steps + (1 if grad_hx.numel() or grad_cx.numel() else 0))
+    launch(call, model, "backward", call.layout.steps + (1 if grad_hx.numel() or grad_cx.numel() else 0))
     return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
 
 
-def layer_forward(
-    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors, *rest: Any
-) -> Any:
-    """A whole layer: (output, h_n, c_n, cells, reserve). rest: weight_hr to batch_first, as of recurrence_forward."""
-    return _layer(mode, input, weight_ih, weight_hh, bias_ih, bias_hh, *rest, True)
+def layer_forward(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """A whole layer: (output, h_n, c_n, cells, reserve). rest: hx to resets, and the places."""
+    return _layer(True, mode, batch_first, input, *rest)
 
 
-def layer_inference(
-    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors, *rest: Any
-) -> Any:
+def layer(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """`layer_forward` with nothing kept for backward: (output, h_n, c_n)."""
-    return _layer(mode, input, weight_ih, weight_hh, bias_ih, bias_hh, *rest, False)[:3]
+    return _layer(False, mode, batch_first, input, *rest)[:3]
 
 
-def _layer(
-    mode: str, input: Tensor, weight_ih: Tensors, weight_hh: Tensors, bias_ih: Tensors, bias_hh: Tensors, *rest: Any
-) -> tuple[Tensor, ...]:
-    gates = input_gates(mode, input, weight_ih, bias_ih, bias_hh)
-    results: tuple[Tensor, ...] = recurrence_forward(mode, gates, weight_hh, bias_hh if mode == "GRU" else [], *rest)
+def _layer(save_reserve: bool, mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gates = input_gates(mode, input, *rest[5:])
+    results: tuple[Tensor, ...] = recurrence_forward(mode, batch_first, save_reserve, gates, *rest)
     return results

@@ -119,7 +119,7 @@ void fill_shared(const Call& call, DType dtype, std::deque<Buffer>& keep, Recurr
   r.rows.batch_stride = s.batch_first ? s.T : 1;
   r.rows.batch_sizes = s.packed ? call.batch_sizes.data() : nullptr;
   r.rows.lengths = s.lengths ? call.lengths.device() : nullptr;
-  r.rows.resets = s.resets ? reinterpret_cast<const bool*>(call.resets.device()) : nullptr;
+  r.rows.resets = s.resets ? reinterpret_cast<const uint8_t*>(call.resets.device()) : nullptr;
   r.hidden_size = s.H;
   r.state_size = s.state();
   r.directions = s.D;

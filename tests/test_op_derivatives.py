@@ -1,0 +1,196 @@
+"""The ops by themselves, as a captured program calls them: their schemas, and that each carries its derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnfast
+from cases import MODES, Call, make_call
+from rnnfast import libraries, ops, reference
+from rnnfast.autograd import Layer, RecurrenceBackward
+from rnnfast.signatures import OPS, PLACES
+from tolerances import check_equal
+
+pytestmark = pytest.mark.skipif(ops.library_error is not None, reason=f"no C++ library: {ops.library_error}")
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dense": {"D": 2},
+    "batch first, lengths, resets": {"D": 2, "layout": "batch_first", "lengths": True, "resets": True},
+    "packed": {"D": 2, "layout": "packed"},
+    "no bias, no states": {"bias": False, "initial": False},
+    "one step": {"T": 1},
+}
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+over_modes = pytest.mark.parametrize(("mode", "P"), [*((mode, 0) for mode in MODES), ("LSTM", 2)])
+
+
+def random_call(mode: str, P: int, layout: str, dtype: torch.dtype = torch.float64) -> Call:
+    call = make_call(mode, P=P, dtype=dtype, **LAYOUTS[layout])
+    if layout == "one step":
+        call.input = call.input.squeeze(0)
+        call.hx = None if call.hx is None else call.hx.squeeze(0)
+        call.cx = None if call.cx is None else call.cx.squeeze(0)
+    return call
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_both_tables_of_arguments_agree(name: str) -> None:
+    schema = OPS[name].schema(f"rnnfast::{name}")
+    assert str(getattr(torch.ops.rnnfast, name).default._schema) == schema
+    if libraries.triton_error is None:
+        assert str(getattr(torch.ops.rnnfast_triton, name).default._schema) == schema.replace(
+            "rnnfast", "rnnfast_triton", 1
+        )
+
+
+def test_the_functions_name_every_place() -> None:
+    for function in (Layer, RecurrenceBackward):
+        assert tuple(inspect.signature(function.forward).parameters)[-len(PLACES) :] == PLACES
+
+
+def test_no_op_takes_lists() -> None:
+    """A list of tensors is emptied by the stable interface, and comes as None where it is empty."""
+    for name in [*OPS, "matmul"]:
+        schema = getattr(torch.ops.rnnfast, name).default._schema
+        assert not [argument for argument in schema.arguments if "List" in str(argument.type)], schema
+
+
+def of_op(name: str, call: Call, namespace: Any, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One op on a call's tensors. saved: what forward returned, and gradients of it."""
+    op = getattr(namespace, name)
+    if name == "input_gates":
+        return (op(call.mode, call.input, *call.places),)
+    if name == "recurrence_forward":
+        gates = reference.input_gates(call.mode, call.input, *call.places)
+        return tuple(op(call.mode, call.batch_first, True, gates, *call.shared))
+    if name == "recurrence_backward":
+        return tuple(op(call.mode, call.batch_first, *saved, *call.shared))
+    return tuple(op(call.mode, call.batch_first, call.input, *call.shared))
+
+
+@over_layouts
+@over_modes
+@pytest.mark.parametrize("name", OPS)
+def test_derivatives_of_every_op(name: str, mode: str, P: int, layout: str) -> None:
+    """First and second, of a call that knows nothing of our autograd Functions."""
+    call = random_call(mode, P, layout).leaves()
+    saved: list[Tensor | None] = []
+    if name == "recurrence_backward":
+        with torch.no_grad():
+            output, h_n, c_n, cells, reserve = reference.layer_forward(mode, call.batch_first, call.input, *call.shared)
+            grads = [torch.randn_like(value) if value.numel() else None for value in (output, h_n, c_n, cells)]
+        saved = [*grads, output, cells, reserve]
+        saved = [None if value is None else value.detach().requires_grad_(value.numel() > 0) for value in saved]
+    inputs = [tensor for tensor in [*call.tensors().values(), *saved] if tensor is not None and tensor.requires_grad]
+
+    def derivatives(namespace: Any) -> list[Tensor | None]:
+        results = of_op(name, call, namespace, tuple(saved))
+        # The reserve is not meant for anybody: kernels need not differentiate it.
+        count = 4 if name == "layer_forward" else len(results)
+        torch.manual_seed(1)
+        first = torch.autograd.grad(
+            sum((r * torch.randn_like(r)).sum() for r in results[:count]), inputs, allow_unused=True, create_graph=True
+        )
+        given = [g for g in first if g is not None and g.requires_grad]
+        second = torch.autograd.grad(sum(g.sin().sum() for g in given), inputs, allow_unused=True) if given else []
+        return [*first, *second]
+
+    for index, (actual, expected) in enumerate(
+        zip(derivatives(torch.ops.rnnfast), derivatives(reference), strict=True)
+    ):
+        if actual is None or expected is None:
+            assert actual is None or not actual.any()
+            assert expected is None or not expected.any()
+        else:
+            check_equal(str(index), actual, expected, 1e-9)
+
+
+@over_layouts
+@pytest.mark.parametrize("name", ["layer", "layer_forward"])
+def test_opcheck_with_gradients(name: str, layout: str) -> None:
+    call = random_call("LSTM", 2, layout).leaves()
+    if call.lengths is not None:
+        # The reserve is undefined beyond a row's length, and opcheck compares all of it.
+        call.lengths.fill_(call.steps)
+    arguments = ("LSTM", call.batch_first, call.input, *call.shared)
+    torch.library.opcheck(getattr(torch.ops.rnnfast, name).default, arguments)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: grad(f)(x),
+    "grad of grad": lambda f, x: grad(lambda y: grad(f)(y).pow(2).sum())(x),
+    "vmap of grad": lambda f, x: vmap(grad(f))(torch.stack([x, 2 * x])),
+    "grad of vmap": lambda f, x: grad(lambda y: vmap(f)(torch.stack([y, 2 * y])).sin().sum())(x),
+    "jvp": lambda f, x: jvp(f, (x,), (torch.ones_like(x),))[1],
+    "hessian": lambda f, x: hessian(f)(x),
+    "jvp in no_grad": lambda f, x: torch.no_grad()(lambda: jvp(f, (x,), (torch.ones_like(x),))[1])(),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("layout", ["dense", "packed", "one step"])
+@pytest.mark.parametrize("name", ["layer", "layer_forward", "input_gates", "recurrence_forward"])
+def test_torch_func_on_an_op(name: str, layout: str, transform: str) -> None:
+    """As deep as torch.func goes: a level that is passed over gives wrong numbers, or zeros, without a word."""
+    if layout == "packed" and "vmap" in transform and name in ("input_gates", "recurrence_forward"):
+        pytest.skip("the reference, through which these go, cannot be mapped over packed rows")
+    call = random_call("LSTM", 2, layout)
+
+    def loss(namespace: Any) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            results = of_op(name, dataclasses.replace(call, input=x), namespace, ())
+            return sum((value.sin() * value).sum() for value in results[:3])
+
+        return run
+
+    apply = TRANSFORMS[transform]
+    check_equal(transform, apply(loss(torch.ops.rnnfast), call.input), apply(loss(reference), call.input), 1e-10)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_func_on_a_program(kind: str, transform: str) -> None:
+    module = getattr(rnnfast, kind)(3, 4, dtype=torch.float64)
+    x = torch.randn((2, 3) if kind.endswith("Cell") else (5, 2, 3), dtype=torch.float64)
+
+    def loss(program: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            result = program(x)
+            return (result if isinstance(result, Tensor) else result[0]).sin().sum()
+
+        return run
+
+    expected = TRANSFORMS[transform](loss(module), x)
+    for program in (torch.export.export(module, (x,)).module(), torch.jit.trace(module, (x,))):
+        check_equal(transform, TRANSFORMS[transform](loss(program), x), expected, 1e-10)
+
+
+@pytest.mark.parametrize(("mode", "P"), [("LSTM", 0), ("LSTM", 2), ("GRU", 0), ("RNN_TANH", 0)])
+def test_operations_are_counted(mode: str, P: int) -> None:
+    """Two for each multiplication with a weight; backward has each product twice, once for each operand."""
+    T, B, I, H = 5, 3, 4, 6  # noqa: E741
+    kind, options = mode.partition("_")[0], {"proj_size": P} if P else {}
+    module = getattr(rnnfast, kind)(I, H, bidirectional=True, **options)
+    weights = sum(weight.numel() for name, weight in module.named_parameters() if name.startswith("weight"))
+    x = torch.randn(T, B, I, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        output, _ = module(x)
+    assert forward.get_total_flops() == 2 * T * B * weights
+    with torch.no_grad(), FlopCounterMode(display=False) as inference:
+        module(x)
+    assert inference.get_total_flops() == 2 * T * B * weights
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    # Without a state to enter it, the first step has no product for weight_hh's gradient.
+    recurrent = sum(w.numel() for name, w in module.named_parameters() if name.startswith("weight_hh"))
+    assert backward.get_total_flops() == 2 * 2 * T * B * weights - 2 * B * recurrent
