@@ -10,7 +10,8 @@ import contextlib
 import glob
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils import _python_dispatch
@@ -19,20 +20,54 @@ from torch.utils import _python_dispatch
 EMULATED_VARIABLE = "RNNFAST_EMULATED_LIBRARY"
 
 
-def _load(pattern: str, advice: str) -> str | None:
-    """Loads the library of that name; the reason in words where that fails."""
-    found = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), pattern)))
-    if not found:
-        return f"library ({pattern}) is not built: {advice}"
+_Made = TypeVar("_Made")
+
+
+def registered_once(key: str, register: Callable[[], _Made]) -> _Made:
+    """Runs `register` the first time that this process asks for `key`; later, what it returned then.
+
+    What is registered with torch lives as long as the process, and a second registration is an error. This module does
+    not live as long: it may be reloaded, or dropped from sys.modules and imported again. So what was made is remembered
+    on a module of torch's.
+
+    Args:
+        key: names the registration.
+        register: makes it. What it returns is kept alive, as a torch.library.Library must be.
+    Returns:
+        What `register` returned when it ran.
+    """
+    made: dict[str, Any] = vars(torch.library).setdefault("_rnnfast_registered", {})
+    if key not in made:
+        made[key] = register()
+    return cast("_Made", made[key])
+
+
+def _is_loaded(op: str, key: str) -> bool:
+    """Whether a library with this kernel is in the process: loading a second one, a copy or not, would end it."""
     try:
-        torch.ops.load_library(found[0])
-    except (OSError, RuntimeError) as error:
-        return f"library {os.path.basename(found[0])} does not load: {error}"
-    return None
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
+    except RuntimeError:  # there is no op of that name
+        return False
+
+
+def _load(pattern: str, key: str, advice: str) -> str | None:
+    """Loads the library of that name, whose kernels are for that dispatch key; the reason in words where that fails."""
+    if _is_loaded("rnnfast::layer_forward", key):
+        return None
+    failures = []
+    found = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), pattern)))
+    for path in found:
+        try:
+            torch.ops.load_library(path)
+        except (OSError, RuntimeError) as error:
+            failures.append(f"library {os.path.basename(path)} does not load: {error}")
+        else:
+            return None
+    return "; the ".join(failures) if found else f"library ({pattern}) is not built: {advice}"
 
 
 def _load_cpu() -> str | None:
-    why = _load("_C_cpu*.so", "run `pip install .` where a C++ compiler is found")
+    why = _load("_C_cpu*.so", "CPU", "run `pip install .` where a C++ compiler is found")
     return None if why is None else f"the C++ {why}"
 
 
@@ -40,7 +75,7 @@ def _load_cuda() -> str | None:
     if cpu_error is not None:
         return f"the CUDA library needs the C++ library: {cpu_error}"
     advice = "nvcc was not found at install time, or RNNFAST_CUDA=0 was set; install it again with nvcc on PATH"
-    why = _load("_C_cuda*.so", advice)
+    why = _load("_C_cuda*.so", "CUDA", advice)
     return None if why is None else f"the CUDA {why}"
 
 
@@ -165,6 +200,8 @@ def load_emulated_library(path: str | None) -> None:
             f"rnnfast: backend 'emulated' is not available: {where}; build the library with "
             f"`python tests/build_emulated.py` and set {EMULATED_VARIABLE} to its path (build/emulated/_C_emulated.so)"
         )
+    if _is_loaded("rnnfast_emulated::layer_forward", "CPU"):
+        return
     try:
         torch.ops.load_library(os.path.abspath(path))
     except (OSError, RuntimeError) as error:

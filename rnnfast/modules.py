@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import run_layers
+from .functional import COMPUTED_TYPES, run_layers
+from .reference import GATES
+from .tools import as_torch_nn, result_for_tool, tool_watches
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -33,20 +35,26 @@ def as_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: 
         (N,) int64 on `device`.
     Raises:
         TypeError: not integers. ValueError: wrong shape or out of range. On an accelerator, and while a graph is
-            traced, the
-        range is not looked at: reading it would halt the device, or break the graph.
+            traced, the range is not looked at: reading it would halt the device, or break the graph.
     """
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths) if len(lengths) else torch.zeros(0, dtype=torch.int64)
+        # On the CPU whatever torch's default device is: there they can be looked at.
+        try:
+            lengths = torch.tensor(lengths, device="cpu", dtype=None if len(lengths) else torch.int64)
+        except (OverflowError, RuntimeError, ValueError) as error:
+            if "overflow" not in str(error).lower():
+                raise
+            raise ValueError(f"lengths should be from 0 to T = {steps}, got {list(lengths)}") from error
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths should be integers, got a tensor of {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise ValueError(f"Expected lengths of shape (N,) = ({batch},), got {tuple(lengths.shape)}")
-    if batch > 0 and _readable(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > steps:
-            raise ValueError(f"lengths should be from 0 to T = {steps}, got {low if low < 0 else high}")
-    return lengths.to(device=device, dtype=torch.int64)
+    # Comparisons come after: there are none for most unsigned types. Beyond 2**63 the result is negative.
+    converted = lengths.to(torch.int64)
+    if batch > 0 and _readable(converted) and (int(converted.min()) < 0 or int(converted.max()) > steps):
+        wrong = next(length for length in lengths.tolist() if not 0 <= length <= steps)
+        raise ValueError(f"lengths should be from 0 to T = {steps}, got {wrong}")
+    return converted.to(device)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -59,17 +67,6 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def without_padding(input: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
-    """`input` (T, N, I), or (N, T, I), with zeros beyond each row's length.
-
-    The time loop never reads what stands there, but the weights' gradient is one product over all steps, in which even
-    a NaN times a gradient of zero would spread.
-    """
-    step = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
-    beyond = step >= lengths.unsqueeze(1) if batch_first else step.unsqueeze(1) >= lengths
-    return input.masked_fill(beyond.unsqueeze(-1), 0)
-
-
 def check_resets(resets: Tensor, first: int, second: int, batch_first: bool) -> None:
     """Raises TypeError unless `resets` is bool, ValueError unless its shape is (first, second)."""
     if resets.dtype != torch.bool:
@@ -79,6 +76,17 @@ def check_resets(resets: Tensor, first: int, second: int, batch_first: bool) -> 
         raise ValueError(f"Expected resets of shape {axes} = ({first}, {second}), got {tuple(resets.shape)}")
 
 
+def refuse_type(dtype: torch.dtype, kind: str) -> None:
+    """Raises RuntimeError if layers cannot compute in `dtype`; for who has found it outside COMPUTED_TYPES.
+
+    Complex numbers pass to the reference, as torch.nn takes them, but not under autocast, which would take their real
+    parts.
+    """
+    if not dtype.is_complex or torch._C._is_any_autocast_enabled():
+        allowed = "float32, float64, bfloat16 or float16"
+        raise RuntimeError(f"Expected {kind} tensors of a floating type ({allowed}), found {dtype}")
+
+
 def check_alike(input: Tensor, tensor: Tensor, kind: str) -> None:
     """Raises RuntimeError unless `tensor` is on the device of `input` and, outside autocast, of its type."""
     if tensor.device != input.device:
@@ -86,15 +94,39 @@ def check_alike(input: Tensor, tensor: Tensor, kind: str) -> None:
             f"Input and {kind} tensors are not at the same device, "
             f"found input tensor at {input.device} and {kind} tensor at {tensor.device}"
         )
-    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(
-            f"Input and {kind} tensors are not the same dtype, "
-            f"found input tensor with {input.dtype} and {kind} tensor with {tensor.dtype}"
-        )
+    if tensor.dtype != input.dtype:
+        if not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"Input and {kind} tensors are not the same dtype, "
+                f"found input tensor with {input.dtype} and {kind} tensor with {tensor.dtype}"
+            )
+        if tensor.dtype not in COMPUTED_TYPES:
+            refuse_type(tensor.dtype, kind)
+
+
+def check_weights(input: Tensor, weights: list[Tensor]) -> None:
+    """Raises RuntimeError unless each of `weights` is as `check_alike` wants it."""
+    dtype, device = input.dtype, input.device
+    if input.is_cpu:
+        # On the path of every call, where this costs half of comparing devices.
+        for weight in weights:
+            if not weight.is_cpu or weight.dtype is not dtype:
+                check_alike(input, weight, "parameter")
+        return
+    for weight in weights:
+        if weight.device != device or weight.dtype is not dtype:
+            check_alike(input, weight, "parameter")
 
 
 class Recurrent(nn.RNNBase):
     """What LSTM, GRU and RNN share: weights, checks, and the call of the layers."""
+
+    # How _dynamo_hook.py knows our layers.
+    _rnnfast_layer = True
+    # LSTM and GRU: their mode whatever the attribute says, which torch.nn does not ask there either.
+    _own_mode: str | None = None
+
+    __prepare_scriptable__ = as_torch_nn
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read each weight where it is, so there is no flat buffer to keep."""
@@ -117,28 +149,91 @@ class Recurrent(nn.RNNBase):
                     raise RuntimeError(f"{type(self).__name__}: parameter {name} is missing")
         return weights
 
-    def _check(self, input: Tensor, batch: int, h: Tensor | None, c: Tensor | None, weights: list[Tensor]) -> None:
-        """torch.nn's checks, in its order and words. `input` is (T, N, I), (N, T, I) or packed rows."""
+    def _check(self, input: Tensor, batch: int, h: Tensor | None, c: Tensor | None) -> tuple[str, list[Tensor]]:
+        """torch.nn's checks, in its order and words, for `input` (T, N, I), (N, T, I) or packed rows: mode, weights."""
+        weights = self._weights()
+        bias: Any = self.bias
+        proj_size, hidden_size = self.proj_size, self.hidden_size
+        each = 4 if bias is True else 2 if bias is False else 0
+        if proj_size > 0:
+            each += 1
+        count = each * self.num_layers
+        if len(weights) != (count * 2 if self.bidirectional else count):
+            weights = self._first_weights(weights)
         dtype, weight_dtype = input.dtype, weights[0].dtype
         if dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({dtype}) does not match weight dtype ({weight_dtype}). "
                 f"Convert input: input.to({weight_dtype}), or convert model: model.to({dtype})"
             )
+        if dtype not in COMPUTED_TYPES:
+            refuse_type(dtype, "input")
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
+        out_size = proj_size if proj_size > 0 else hidden_size
         if h is not None:
-            self._check_state(h, batch, self.proj_size or self.hidden_size, "hidden" if c is None else "hidden[0]")
+            self._check_state(h, batch, out_size, "hidden" if c is None else "hidden[0]")
             check_alike(input, h, "hidden")
+        mode = self._own_mode or self.mode
+        if weights[1].shape != (GATES.get(mode, 0) * hidden_size, out_size):
+            self._refuse_sizes(weights[1], out_size)
         if c is not None:
             self._check_state(c, batch, self.hidden_size, "hidden[1]")
             check_alike(input, c, "hidden")
-        device = input.device
-        for weight in weights:
-            if weight.device != device or weight.dtype != dtype:
-                check_alike(input, weight, "parameter")
+        check_weights(input, weights)
+        if self.dropout != 0:
+            self._check_dropout()
+        return mode, weights
+
+    def _first_weights(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights to use where the attributes ask for another number of them than there is.
+
+        They were changed since the parameters were made. torch.nn's LSTM, without projection, then uses the first of
+        its weights, which is right where those have the names that the attributes ask for: so does ours. All else is an
+        error there, or wrong.
+        """
+        self._check_flags()
+        layers: Any = self.num_layers
+        directions = ["", "_reverse"] if self.bidirectional else [""]
+        if not isinstance(layers, int):
+            raise TypeError(f"{type(self).__name__}: num_layers should be of type int, got: {type(layers).__name__}")
+        kinds = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ())]
+        kinds += ["weight_hr"] if self.proj_size > 0 else []
+        names = [f"{kind}_l{layer}{way}" for layer in range(layers) for way in directions for kind in kinds]
+        there_are = 0 < len(names) < len(weights) and self._flat_weights_names[: len(names)] == names
+        if there_are and self._own_mode == "LSTM" and self.proj_size <= 0:
+            return weights[: len(names)]
+        attributes = ("num_layers", "bias", "bidirectional", "proj_size")
+        raise RuntimeError(
+            f"{type(self).__name__}: {', '.join(f'{name}={getattr(self, name)}' for name in attributes)} need "
+            f"{len(names)} weights, but the module was made with {len(weights)}: {', '.join(self._flat_weights_names)}"
+        )
+
+    def _check_flags(self) -> None:
+        for name in ("bias", "batch_first"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{type(self).__name__}: {name} should be of type bool, got: {type(value).__name__}")
+
+    def _refuse_sizes(self, weight_hh: Tensor, out_size: int) -> None:
+        """Raises what fits `mode`, `hidden_size` or `proj_size` that are not those of the weights."""
+        mode = self._own_mode or self.mode
+        if mode not in GATES or (self._own_mode is None and not mode.startswith("RNN_")):
+            raise AssertionError(f"mode must be RNN_TANH, RNN_RELU or RNN_IDENTITY, got {mode}")
+        raise RuntimeError(
+            f"{type(self).__name__}: hidden_size={self.hidden_size}, proj_size={self.proj_size} need weight_hh_l0 of "
+            f"shape ({GATES[mode] * self.hidden_size}, {out_size}), got {tuple(weight_hh.shape)}"
+        )
+
+    def _check_dropout(self) -> None:
+        """torch.nn's: the type always, the range where it is used."""
+        p: Any = self.dropout
+        if not isinstance(p, (float, int, Tensor)) and not hasattr(p, "__float__"):
+            raise TypeError(f"{type(self).__name__}: dropout should be a number, got {type(p).__name__}")
+        if self.training and self.num_layers > 1 and not 0 <= p <= 1:
+            raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
 
     def _check_state(self, state: Tensor, batch: int, size: int, name: str) -> None:
         layers = self.num_layers * (2 if self.bidirectional else 1)
@@ -157,29 +252,28 @@ class Recurrent(nn.RNNBase):
         cell_states: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, cells."""
-        batch_first = self.batch_first
+        batch_first: Any = self.batch_first
+        if batch_first is not True and batch_first is not False:
+            self._check_flags()
         rank = input.dim()
         if rank == 2:
             return self._run_unbatched(input, h, c, lengths, resets, cell_states)
         if rank != 3:
             # torch.nn's RNN alone says "tensor".
-            name, noun = (self.mode, "") if self.mode in ("LSTM", "GRU") else ("RNN", " tensor")
+            name, noun = (self._own_mode, "") if self._own_mode else ("RNN", " tensor")
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {rank}D{noun} instead")
         first, second = input.shape[0], input.shape[1]
         steps, batch = (second, first) if batch_first else (first, second)
-        weights = self._weights()
-        self._check(input, batch, h, c, weights)
+        mode, weights = self._check(input, batch, h, c)
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
             lengths = as_lengths(lengths, steps, batch, input.device)
-            if torch.is_grad_enabled():
-                input = without_padding(input, lengths, batch_first)
         if resets is not None:
             check_resets(resets, first, second, batch_first)
             resets = resets.to(input.device)
         return run_layers(
-            self.mode,
+            mode,
             input,
             h,
             c,
@@ -244,19 +338,24 @@ class Recurrent(nn.RNNBase):
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
-        weights = self._weights()
         # A shape is asked before a value: reading a value breaks a graph that is being traced. There, the op itself
         # compares hx with the first batch size.
+        batch = 0
         if sorted_indices is not None:
             batch = sorted_indices.shape[0]
-        else:
-            batch = h.shape[1] if h is not None and torch.compiler.is_compiling() else int(batch_sizes[0])
-        self._check(input, batch, h, c, weights)
+        elif h is not None:
+            batch = h.shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
+        mode, weights = self._check(input, batch, h, c)
+        if h is None and sorted_indices is not None and torch.compiler.is_compiling():
+            # Without a state the op's results have a size that is a number in batch_sizes, which breaks a graph.
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            h = input.new_zeros(count, batch, self.proj_size or self.hidden_size)
+            c = input.new_zeros(count, batch, self.hidden_size) if mode == "LSTM" else None
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)
             c = None if c is None else c.index_select(1, sorted_indices)
         output, h_n, c_n, cells = run_layers(
-            self.mode,
+            mode,
             input,
             h,
             c,
@@ -313,6 +412,8 @@ class LSTM(Recurrent, nn.LSTM):
         ValueError, TypeError: as torch.nn.LSTM does, in its words.
     """
 
+    _own_mode = "LSTM"
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
@@ -340,6 +441,10 @@ class LSTM(Recurrent, nn.LSTM):
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.LSTM.
             ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
         """
+        if (type(input) is not Tensor and type(input) is not PackedSequence) or tool_watches():
+            options = {"lengths": lengths, "resets": resets, "return_cell_states": return_cell_states}
+            if (result := result_for_tool(self, input, hx, **options)) is not None:
+                return result[0]
         h: Tensor | None = None
         c: Tensor | None = None
         if hx is not None:
@@ -391,6 +496,10 @@ class _OneState(Recurrent):
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
             ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
         """
+        if (type(input) is not Tensor and type(input) is not PackedSequence) or tool_watches():
+            result = result_for_tool(self, input, hx, lengths=lengths, resets=resets)
+            if result is not None:
+                return result[0]
         if isinstance(input, PackedSequence):
             packed, h_n, _, _ = self._run_packed(input, hx, None, lengths, resets, False)
             return packed, h_n
@@ -423,6 +532,8 @@ class GRU(_OneState, nn.GRU):
     Raises:
         ValueError, TypeError: as torch.nn.GRU does, in its words.
     """
+
+    _own_mode = "GRU"
 
 
 class RNN(_OneState, nn.RNN):

@@ -6,8 +6,11 @@ the model and whatever refers to it: optimizer state, DDP buckets, tied weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import jit, nn
 from torch.nn.utils import parametrize
@@ -15,7 +18,9 @@ from torch.nn.utils import parametrize
 from . import cells, modules
 from .backends import backends
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["Report", "accelerate", "exporting", "restore"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: modules.LSTM,
@@ -79,6 +84,37 @@ def restore(model: nn.Module) -> Report:
     return _swap(model, _THEIRS, _why_not_theirs)
 
 
+@contextlib.contextmanager
+def exporting(model: _Model) -> Iterator[_Model]:
+    """Puts torch.nn's own layers into `model` for as long as the block runs: for tools that know only those.
+
+        with rnnfast.exporting(model):
+            program = torch.onnx.export(model, (input,), dynamo=True)
+
+    Exporters, quantization and the like go by the class of a layer, and ours are subclasses, which they refuse or pass
+    over. Inside the block `model` is as `restore` leaves it, with the same parameters. At its end, by an exception too,
+    the layers and cells that it swapped are ours again, unless they are no longer in the model or were swapped since.
+
+    Args:
+        model: any module, or such a layer itself.
+    Returns:
+        A context manager that gives `model`.
+    Warns:
+        UserWarning: layers of rnnfast are left, because torch.nn has none such; it names them and says why.
+    """
+    report = restore(model)
+    if report.left:
+        warnings.warn(f"rnnfast.exporting: not all layers became torch.nn's: {report}", stacklevel=3)
+    swapped = [model.get_submodule(name) for name in report.swapped]
+    try:
+        yield model
+    finally:
+        inside = set(model.modules())
+        for module in swapped:
+            if module in inside and _class_before_parametrization(module) in _OURS:
+                _become(module, _OURS)
+
+
 def _swap(
     model: nn.Module,
     table: dict[type[nn.Module], type[nn.Module]],
@@ -87,23 +123,29 @@ def _swap(
     """Swaps classes by `table`, unless `why_not(module, whether its class is in the table)` gives a reason."""
     report = Report()
     for name, module in model.named_modules():
-        old = _torch_class(module)
+        old = _class_before_parametrization(module)
         reason = why_not(module, old in table)
         if reason is not None:
             report.left[name] = reason
         elif old in table:
-            new = table[old]
-            if type(module) is not old:
-                # A parametrized module has a class of its own, made by torch from the original one: so it gets another.
-                new = type(type(module).__name__, (new,), dict(vars(type(module))))
-            module.__class__ = new
-            if isinstance(module, nn.RNNBase):
-                module.flatten_parameters()
+            _become(module, table)
             report.swapped[name] = f"{_title(old)} -> {_title(table[old])}"
     return report
 
 
-def _torch_class(module: nn.Module) -> type[nn.Module]:
+def _become(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives `module` the class that stands in `table` for its own."""
+    old = _class_before_parametrization(module)
+    new = table[old]
+    if type(module) is not old:
+        # A parametrized module has a class of its own, made by torch from the original one: so it gets another.
+        new = type(type(module).__name__, (new,), dict(vars(type(module))))
+    module.__class__ = new
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()
+
+
+def _class_before_parametrization(module: nn.Module) -> type[nn.Module]:
     """The module's class; of a parametrized module the class that it was made from."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) and len(cls.__bases__) == 1 else cls

@@ -318,7 +318,7 @@ def test_an_exported_program_does_not_set_the_tf32_flag(monkeypatch: pytest.Monk
     assert libraries._tf32_allowed is not None
     assert torch.ops.rnnfast.cuda_allow_tf32(libraries._tf32_allowed) == libraries._tf32_allowed
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert [target for target in targets if target.startswith("rnnfast")] == ["rnnfast.layer_forward.default"]
+    assert [target for target in targets if target.startswith("rnnfast")] == ["rnnfast.layer.default"]
 
 
 # ---- the emulated kernels -------------------------------------------------------------------------------------------
@@ -336,6 +336,8 @@ def test_emulated_says_how_to_build_it(path: str, why: str, monkeypatch: pytest.
 
 def test_a_broken_emulated_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "emulated_loaded", False)
+    # Another test may have loaded the right one.
+    monkeypatch.setattr(libraries, "_is_loaded", lambda *_: False)
     broken = tmp_path / "_C_emulated.so"
     broken.write_bytes(b"no library")
     with pytest.raises(RuntimeError, match="does not load"):
@@ -359,6 +361,25 @@ def test_explain() -> None:
     assert "packed rows" in rnnfast.explain(module, packed).kernel
     assert rnnfast.explain(torch.nn.LSTM(3, 5), input).backend == "torch.nn"
 
+    class Own(rnnfast.LSTM):
+        """A subclass that lives elsewhere."""
+
+    assert rnnfast.explain(Own(3, 5), input).backend == found.backend
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_explain_of_cells(kind: str) -> None:
+    cell, automatic = getattr(rnnfast, kind)(3, 5), select(torch.zeros(1))
+    for input in (torch.randn(2, 3), torch.randn(3)):
+        with torch.no_grad():
+            found = rnnfast.explain(cell, input)
+            assert found.backend == automatic
+        if automatic == "cpu":
+            assert "inference, one step" in found.kernel
+        with rnnfast.backend("reference"):
+            assert rnnfast.explain(cell, input).backend == "reference"
+        assert rnnfast.explain(getattr(torch.nn, kind)(3, 5), input).kernel == "torch.nn's own"
+
 
 def test_explain_uses_a_cost_model_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
@@ -377,10 +398,12 @@ def test_explain_uses_a_cost_model_where_there_is_one(monkeypatch: pytest.Monkey
 
 
 def test_explain_with_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match="module should be an LSTM, GRU or RNN, got Linear"):
+    with pytest.raises(TypeError, match="module should be an LSTM, GRU, RNN or one of their cells, got Linear"):
         rnnfast.explain(torch.nn.Linear(3, 4), torch.randn(4, 2, 3))
     with pytest.raises(TypeError, match="input should be a tensor or a PackedSequence, got list"):
         rnnfast.explain(rnnfast.LSTM(3, 5), [1.0])
+    with pytest.raises(TypeError, match="input should be a tensor, got PackedSequence"):
+        rnnfast.explain(rnnfast.LSTMCell(3, 5), torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3)]))
 
 
 def test_results_agree_across_backends() -> None:
