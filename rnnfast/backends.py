@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import libraries, ops
 
@@ -49,7 +50,7 @@ class Explanation:
     """What `explain` found. `str()` of it is one readable paragraph.
 
     Attributes:
-        backend: name of the backend that runs the call.
+        backend: name of the backend that runs the call, `torch.nn` where torch's own does.
         kernel: what runs inside that backend.
         reason: why this backend.
         prediction: predicted time a step in microseconds, or None where the backend has no cost model.
@@ -166,6 +167,87 @@ def _automatic(device: str) -> str:
     return "reference"
 
 
+# Bound once: on the path of every training call.
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+
+
+def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool) -> str | None:
+    """Whether torch's own op is faster than our kernels in training of one step on the CPU.
+
+    The table that this rule comes from is in docs/performance.md.
+
+    Args:
+        mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
+        batch: B.
+        one_gate: weights of one gate, H * (I + H).
+        cell: whether a cell is called, else layers.
+
+    Returns:
+        The reason in words; None where ours is to run.
+    """
+    if mode == "RNN_IDENTITY":  # torch has no such op
+        return None
+    if batch == 1 and one_gate >= 2**15:
+        return "torch's own op reads the weights for a single row faster"
+    if mode not in ("LSTM", "GRU") and 0 < batch * one_gate < (2**20 if cell else 2**18):
+        return "in so small a step what surrounds the kernels decides, and torch's own op has less of it"
+    return None
+
+
+def torch_runs_cell(
+    mode: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Tensor]
+) -> str | None:
+    """Whether a cell's call in grad mode is better left to torch's own op: so for some sizes in training on the CPU.
+
+    Args:
+        mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
+        input: (B, I).
+        hx, cx: (B, H), None for zeros.
+        weights: weight_ih (G*H, I), weight_hh (G*H, H) and, where there are, the biases.
+
+    Returns:
+        Why torch's own op runs it; None where our kernels do.
+    """
+    if _is_compiling() or _tracing_state() is not None:
+        return None
+    hidden_size = weights[1].shape[1]
+    reason = torchs_step_is_faster(mode, input.shape[0], hidden_size * (input.shape[1] + hidden_size), True)
+    return reason if reason and _is_plain_training(input, (hx, cx, *weights)) else None
+
+
+def torch_runs_layers(
+    mode: str, batch_first: bool, input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]
+) -> str | None:
+    """As `torch_runs_cell`, for layers over `input`, (T, B, I) or with batch_first (B, T, I): one step of GRU and RNN.
+
+    torch.nn's LSTM goes another way on the CPU, and ours was faster at T = 1 at every size measured.
+    """
+    # A tracer would record this look at the shapes.
+    if mode == "LSTM" or _is_compiling() or _tracing_state() is not None or input.shape[1 if batch_first else 0] != 1:
+        return None
+    batch, hidden_size = input.shape[0 if batch_first else 1], weights[1].shape[1]
+    reason = torchs_step_is_faster(mode, batch, hidden_size * (input.shape[2] + hidden_size), False)
+    return reason if reason and _is_plain_training(input, (hx, *weights)) else None
+
+
+def _is_plain_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether torch's op may stand in: nobody asked for a backend, and autograd looks on, and nothing else does."""
+    return (
+        input.is_cpu
+        # In 16 bits torch rounds within the step.
+        and input.dtype in (torch.float32, torch.float64)
+        and getattr(_asked, "name", "auto") == "auto"
+        and ops.library_error is None
+        and not _functorch_active()
+        and not _autocast_active()
+        and forward_ad._current_level < 0
+        and any(tensor is not None and tensor.requires_grad for tensor in (input, *others))
+    )
+
+
 def _reason(device: str) -> str:
     if device == "cpu":
         return str(ops.library_error)
@@ -187,19 +269,28 @@ def _warn_once(device: str) -> None:
     )
 
 
-def _triton_kernel(module: Any, data: Tensor) -> str:
+def _triton_kernel(mode: str, module: Any, data: Tensor) -> str:
     from .triton import layers  # imports Triton
 
-    family = layers.family_of(module.mode, data.dtype, module.hidden_size, module.proj_size > 0)
+    family = layers.family_of(mode, data.dtype, module.hidden_size, getattr(module, "proj_size", 0) > 0)
     return {"persistent": "one launch a layer (Triton)", "step": "one launch a step (Triton)"}[family]
+
+
+def _mode_of(module: Any) -> str:
+    if isinstance(module, torch.nn.RNNBase):
+        return module.mode
+    if isinstance(module, torch.nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    return "LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"
 
 
 def explain(module: Any, input: Any) -> Explanation:
     """Says which backend and which kernel run `module(input)`, and why.
 
     Args:
-        module: an LSTM, GRU or RNN, of rnnfast or of torch.nn.
-        input: its input, a tensor (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
+        module: an LSTM, GRU, RNN, LSTMCell, GRUCell or RNNCell, of rnnfast or of torch.nn.
+        input: its input, a tensor (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence; for a cell (B, I)
+            or (I,).
 
     Returns:
         Explanation: backend, kernel, reason and, where the backend has a cost model, the predicted time a step.
@@ -208,21 +299,38 @@ def explain(module: Any, input: Any) -> Explanation:
         TypeError: `module` is not a recurrent module, or `input` is neither a tensor nor a PackedSequence.
         RuntimeError: a backend was asked for by name that cannot run this input.
     """
-    if not isinstance(module, torch.nn.RNNBase):
-        raise TypeError(f"rnnfast.explain: module should be an LSTM, GRU or RNN, got {type(module).__name__}")
-    packed = isinstance(input, torch.nn.utils.rnn.PackedSequence)
+    cell = isinstance(module, torch.nn.RNNCellBase)
+    if not cell and not isinstance(module, torch.nn.RNNBase):
+        raise TypeError(
+            f"rnnfast.explain: module should be an LSTM, GRU, RNN or one of their cells, got {type(module).__name__}"
+        )
+    packed = isinstance(input, torch.nn.utils.rnn.PackedSequence) and not cell
     data = input.data if packed else input
     if not isinstance(data, Tensor):
-        raise TypeError(f"rnnfast.explain: input should be a tensor or a PackedSequence, got {type(input).__name__}")
-    if not type(module).__module__.startswith("rnnfast"):
+        raise TypeError(
+            f"rnnfast.explain: input should be a tensor{'' if cell else ' or a PackedSequence'}, "
+            f"got {type(input).__name__}"
+        )
+    from . import cells, modules  # which import this module
+
+    if not isinstance(module, (cells.Cell, modules.Recurrent)):
         return Explanation("torch.nn", "torch.nn's own", "a module of torch.nn; rnnfast.accelerate(model) swaps it")
+    mode, weights = _mode_of(module), module._weights()
+    training = torch.is_grad_enabled() and (data.requires_grad or any(weight.requires_grad for weight in weights))
+    torchs: str | None = None
     if packed:
         batch = int(input.batch_sizes[0])
-    elif data.dim() == 2:
-        batch = 1
+    elif cell:
+        rows = data if data.dim() == 2 else data.unsqueeze(0)
+        batch = rows.size(0)
+        torchs = torch_runs_cell(mode, rows, None, None, weights) if training else None
     else:
-        batch = data.size(0 if module.batch_first else 1)
-    training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
+        axis = 0 if module.batch_first else 1
+        rows = data if data.dim() == 3 else data.unsqueeze(axis)
+        batch = rows.size(axis)
+        torchs = torch_runs_layers(mode, bool(module.batch_first), rows, None, weights) if training else None
+    if torchs:
+        return Explanation("torch.nn", "torch's own op for one step, in training", torchs)
 
     name = select(data)
     asked = getattr(_asked, "name", "auto")
@@ -235,13 +343,16 @@ def explain(module: Any, input: Any) -> Explanation:
         kernel = {
             "cpu": f"C++ time loop ({ops.cpu_isa()})",
             "cuda": "one launch a step (CUDA)",
-            "triton": _triton_kernel(module, data) if name == "triton" else "",
+            "triton": _triton_kernel(mode, module, data) if name == "triton" else "",
             "emulated": "one launch a step (CUDA, emulated on the processor)",
         }[name]
         kernel += ", with reserve for backward" if training else ", inference"
-    kernel += f", {2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)"
+    if cell:
+        kernel += ", one step"
+    else:
+        kernel += f", {2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)"
     if packed:
         kernel += ", packed rows as they are"
     predictor = predictors.get(name)
-    prediction = predictor(module.mode, module.hidden_size, batch, data.dtype, training) if predictor else None
+    prediction = predictor(mode, module.hidden_size, batch, data.dtype, training) if predictor else None
     return Explanation(name, kernel, reason, prediction)

@@ -1,7 +1,7 @@
 """LSTMCell, GRUCell and RNNCell: torch.nn's cells, one step of the same recurrence that the layers run.
 
-A cell is a layer with T = 1, so it has the layers' kernels, vmap rule and double backward. Checks and messages are
-torch.nn's own.
+A cell is one step of a layer, so it has the layers' kernels, vmap rule and double backward; in plain training torch's
+own op runs where it is faster (`backends.torch_runs_cell`). Checks and messages are torch.nn's own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import run_layers
-from .modules import check_alike
+from .backends import torch_runs_cell
+from .functional import COMPUTED_TYPES, run_layers
+from .modules import check_alike, check_weights, refuse_type
+from .tools import as_torch_nn, result_for_tool, tool_watches
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -22,6 +24,8 @@ _RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"
 
 class Cell(nn.RNNCellBase):
     """What the three cells share: weights, checks, and the step."""
+
+    __prepare_scriptable__ = as_torch_nn
 
     def _weights(self) -> list[Tensor]:
         """weight_ih, weight_hh and, with bias, bias_ih, bias_hh as they are now, whoever replaced them."""
@@ -35,22 +39,34 @@ class Cell(nn.RNNCellBase):
         return weights
 
     def _check(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
-        """`input` (N, I) and `states` (N, H) against the sizes of the cell and against the weights."""
+        """`input` (N, I) and `states` (N, H) against the sizes of the weights, and the attributes too.
+
+        Those may have been changed. As torch.nn, the input is compared with the weights, which need not be what
+        `input_size` says; `hidden_size` is what the states of zeros have that stand for those not given.
+        """
+        if input.dtype not in COMPUTED_TYPES:
+            refuse_type(input.dtype, "input")
+        if weights[-1] is None or (not self.bias and self._parameters.get("bias_ih") is not None):
+            made = "without" if weights[-1] is None else "with"
+            raise RuntimeError(f"{type(self).__name__}: bias={self.bias}, but the cell was made {made} biases")
         batch = input.shape[0]
-        if input.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
+        if input.shape[1] != self.input_size and input.shape[1] != weights[0].shape[1]:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.shape[1]} expected {weights[0].shape[1]}"
+            )
+        hidden_size = weights[1].shape[1]
+        if hidden_size != self.hidden_size and (not states or self.hidden_size == 0):
+            raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {self.hidden_size}, expected {hidden_size}")
         for i, state in enumerate(states):
             shape = state.shape
             if shape[0] != batch:
                 raise RuntimeError(f"Input batch size {batch} doesn't match hidden{i} batch size {shape[0]}")
             # An unbatched input with a batched state comes here as (1, N, H).
-            if len(shape) != 2 or shape[1] != self.hidden_size:
-                size = shape[1] if len(shape) > 1 and shape[1] != self.hidden_size else list(shape)
-                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {size}, expected {self.hidden_size}")
+            if len(shape) != 2 or shape[1] != hidden_size:
+                size = shape[1] if len(shape) > 1 and shape[1] != hidden_size else list(shape)
+                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {size}, expected {hidden_size}")
             check_alike(input, state, "hidden")
-        for weight in weights:
-            if weight.device != input.device or weight.dtype != input.dtype:
-                check_alike(input, weight, "parameter")
+        check_weights(input, weights)
 
     def _step(self, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks, then one step for input (N, I) or (I,). Returns h', c' (c' None without a cell state)."""
@@ -78,22 +94,25 @@ class Cell(nn.RNNCellBase):
         else:
             h_n, c_n = self._call(mode, input, h, c, weights)
         if not batched:
-            return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+            # Copies: callers write into states, which views would not allow.
+            return h_n.squeeze(0).clone(), None if c_n is None else c_n.squeeze(0).clone()
         return h_n, c_n
 
     def _call(
         self, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """The recurrence with T = 1."""
+        """One step as the ops take it: without a time dimension, so that results are no views."""
         if self.hidden_size == 0:
             # Nothing to compute; the product keeps the result attached to the graph, as it is in torch.nn.
             empty = nn.functional.linear(input, weights[0])
             return empty, empty.clone() if mode == "LSTM" else None
+        if torch.is_grad_enabled() and torch_runs_cell(mode, input, h, c, weights):
+            return _torchs_step(mode, input, h, c, weights)
         output, _, c_n, _ = run_layers(
             mode,
-            input.unsqueeze(0),
-            None if h is None else h.unsqueeze(0),
-            None if c is None else c.unsqueeze(0),
+            input,
+            h,
+            c,
             weights,
             bias=bool(self.bias),
             num_layers=1,
@@ -102,12 +121,24 @@ class Cell(nn.RNNCellBase):
             dropout=0.0,
             training=self.training,
         )
-        # At T = 1 the output is h_n: one of the two is enough.
-        return output.squeeze(0), None if c_n is None else c_n.squeeze(0)
+        return output, c_n
 
     def _check_rank(self, cell: str, name: str, tensor: Tensor) -> None:
         if tensor.dim() not in (1, 2):
             raise ValueError(f"{cell}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+
+
+def _torchs_step(
+    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """One step by torch's own op: `backends.torch_runs_cell` says when."""
+    zeros = input.new_zeros(input.shape[0], weights[1].shape[1]) if h is None else h
+    weight_ih, weight_hh, *biases = weights
+    bias_ih, bias_hh = biases or (None, None)
+    if mode == "LSTM":
+        return torch.lstm_cell(input, (zeros, zeros if c is None else c), weight_ih, weight_hh, bias_ih, bias_hh)
+    step = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}[mode]
+    return step(input, zeros, weight_ih, weight_hh, bias_ih, bias_hh), None
 
 
 class LSTMCell(Cell, nn.LSTMCell):
@@ -139,6 +170,8 @@ class LSTMCell(Cell, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
         """
+        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
+            return result[0]
         self._check_rank("LSTMCell", "input", input)
         h: Tensor | None = None
         c: Tensor | None = None
@@ -180,6 +213,8 @@ class GRUCell(Cell, nn.GRUCell):
         Raises:
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
         """
+        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
+            return result[0]
         self._check_rank("GRUCell", "input", input)
         if hx is not None:
             self._check_rank("GRUCell", "hidden", hx)
@@ -217,6 +252,8 @@ class RNNCell(Cell, nn.RNNCell):
             ValueError, RuntimeError: shapes, types and devices that do not fit, or a nonlinearity that is not known, in
                 the words of torch.nn.
         """
+        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
+            return result[0]
         self._check_rank("RNNCell", "input", input)
         if hx is not None:
             self._check_rank("RNNCell", "hidden", hx)

@@ -222,7 +222,8 @@ def _candidates(
     wanted = list(names)
     if "torch" + GRAPH not in wanted and any(name.endswith(GRAPH) for name in wanted):
         wanted.append("torch" + GRAPH)
-    own_choice = explain(ours, data[0].rows).backend
+    with torch.no_grad():  # in training of one step it may be torch's own op, which is no backend
+        own_choice = explain(ours, data[0].rows).backend
     candidates = [
         _attempt(name, in_graph if name.endswith(GRAPH) else of_backend, name.removesuffix(GRAPH) != own_choice)
         for name in wanted
