@@ -9,6 +9,8 @@ OUT    ?= out
 ARCHS  := $(or $(RNNFAST_CUDA_ARCHS),8.0;9.0a)
 # What the programs of `make card` are built for: the card where they are to run. ARCHS must have it.
 CARD   ?= 9.0a
+# How long `make fuzz` calls the ops under each of its two sanitizers.
+FUZZ_SECONDS ?= 600
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 PY      := $(VENV)/bin/python
@@ -16,9 +18,9 @@ PY      := $(VENV)/bin/python
 TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
 BUILT   := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*')
-FORMAT  := $(shell find csrc tests/cpp benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
+.PHONY: fuzz torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +29,7 @@ help:
 	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
 	@echo 'make card             all that a machine with a card needs, for compute capability 9.0 (nvcc, no GPU needed): build/card'
 	@echo 'make test-gpu         the tests that need a CUDA device; make torch-versions: the built libraries with older torches'
+	@echo 'make fuzz             random calls of the ops under ASan + UBSan and under TSan, FUZZ_SECONDS=600 each; it prints the seed'
 	@echo 'make bench            time the layers against torch.nn (9 minutes); results in benchmarks/results/'
 	@echo 'make readme-figures   the README'"'"'s figures and tables anew from the result files'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
@@ -74,6 +77,10 @@ test-exhaustive: emulated
 	$(PY) -m pytest -n 2 --dist worksteal -m 'exhaustive and not gpu'
 
 test-all: test test-exhaustive
+
+# Random calls under sanitizers; builds the C++ library for each (2 minutes).
+fuzz: build
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # On a card. What takes most of its memory runs by itself.
 test-gpu: build

@@ -143,10 +143,11 @@ def torch_includes(torch: Path | None = None) -> list[str]:
     return ["-isystem", str(include), *names]
 
 
-def build_cpu() -> Path:
+def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool = False) -> Path:
+    """Brings the C++ library of a build folder up to date; `added` are flags of every file and of the link."""
     cxx = cxx_compiler()
-    extra = os.environ.get("CXXFLAGS", "").split()
-    ninja = Ninja(CPU_BUILD)
+    extra = [*added, *os.environ.get("CXXFLAGS", "").split()]
+    ninja = Ninja(folder)
     ninja.rule("compile", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
     ninja.rule("link", f"{cxx} -shared -o $out $in $flags", depfile=False)
 
@@ -162,8 +163,8 @@ def build_cpu() -> Path:
         defines = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_KERNELS={table}"]
         objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}", KERNEL_FLAGS + flags + defines))
     libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl", "-pthread"]
-    library = ninja.edge("link", "_C_cpu.so", objects, libraries)
-    if not ninja.run():
+    library = ninja.edge("link", "_C_cpu.so", objects, [*libraries, *added])
+    if not ninja.run(quiet=quiet):
         raise SystemExit("rnnfast: the C++ library did not compile; the compiler's message is above")
     return library
 

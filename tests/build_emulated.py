@@ -8,7 +8,10 @@ the programs of tests/cpp in three variants: `build/emulated/plain` (most schedu
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +85,18 @@ def build(targets: list[str], quiet: bool = False) -> bool:
     """Brings the targets (all by default) up to date; False where something does not compile."""
     phony = {"library", *VARIANTS}
     return ninja_file().run([target if target in phony else BUILD / target for target in targets], quiet)
+
+
+@cache
+def fixed_addresses() -> list[str]:
+    """What stands before a program: gcc's sanitizers do not bear with every place where a newer kernel puts things."""
+    prefix = ["setarch", "-R"]
+    if (
+        shutil.which("setarch") is None
+        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
+    ):
+        return []
+    return prefix
 
 
 if __name__ == "__main__":

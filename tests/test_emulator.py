@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-from functools import cache
 
 import pytest
 
 import build_emulated
+from build_emulated import fixed_addresses
 
 SECONDS = 600
 # What the sanitizers exit with. One report is enough.
@@ -34,18 +33,6 @@ MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for ca
 SANITIZED_BY_DEFAULT = {"test_step": {"lstm-float32", "lstm-bfloat16", "gru-float32", "rnn-tanh-bfloat16"}}
 # Only an earlier start of the next grid: without it everything is as right, and later.
 HARMLESS = {"allow_next_grid"}
-
-
-@cache
-def fixed_addresses() -> list[str]:
-    """What stands before a program: gcc's sanitizers do not bear with every place where a newer kernel puts things."""
-    prefix = ["setarch", "-R"]
-    if (
-        shutil.which("setarch") is None
-        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
-    ):
-        return []
-    return prefix
 
 
 def run(variant: str, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

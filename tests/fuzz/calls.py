@@ -1,0 +1,303 @@
+"""Random calls of rnnfast's ops: well-formed, with something wrong, and with sizes at the edge of int64."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cases import GATES, GRADIENTS, MODES, RESULTS, make_call
+from rnnfast import reference
+from rnnfast.signatures import KINDS, OPS, PLACES
+from run import MOST_MIB
+from tolerances import check
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Around the widths of vectors and tiles.
+WIDTHS = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65]
+COUNTS = [0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 24]
+EDGES = [0, 1, 2, 3, 2**15, 2**20, 2**29, 2**31, 2**33, 2**62]
+SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 3e38, -6e4]
+RESULT_NAMES = {"input_gates": ["gates"], "recurrence_backward": GRADIENTS, "layer": RESULTS[:3], "matmul": ["product"]}
+# What gives a call its rows: of another rank it may be well-formed still.
+ROWS = ["input", "gates", "output", "reserve"]
+
+
+@dataclass
+class OpCall:
+    """A call of one op: its arguments by name."""
+
+    op: str
+    arguments: dict[str, Any]
+    threads: int = 1
+    well_formed: bool = True
+    must_raise: bool = False
+    comparable: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Any:
+        return getattr(torch.ops.rnnfast, self.op)(*self.arguments.values())
+
+    def describe(self) -> str:
+        lines = [f"torch.ops.rnnfast.{self.op}, {self.threads} threads: {'; '.join(self.notes) or 'well-formed'}"]
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                strided = value.layout == torch.strided
+                layout = f"strides {value.stride()}" if strided else f"{value.layout}"
+                text = f"{value.dtype} {tuple(value.shape)}, {layout}, {value.device}"
+                if strided and value.numel() <= 24 and value.device.type == "cpu" and not value.is_floating_point():
+                    text += f", {value.tolist()}"
+                lines.append(f"  {name} = {text}")
+            else:
+                lines.append(f"  {name} = {value!r}")
+        return "\n".join(lines)
+
+    def compare(self, results: Any) -> None:
+        """Holds the results to the reference in float64."""
+
+        def truth(dtype: torch.dtype | None) -> Sequence[Tensor]:
+            values = [
+                value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+                for value in self.arguments.values()
+            ]
+            return tensors(getattr(reference, self.op)(*values))
+
+        names = RESULT_NAMES.get(self.op, RESULTS)
+        for name, result, expected, own in zip(names, tensors(results), truth(torch.float64), truth(None), strict=True):
+            # Beyond a row's length the reserve is undefined.
+            if result.numel() and (name != "reserve" or self.arguments.get("lengths") is None):
+                # The rule is for values near 1. A power of two, which rounds nothing.
+                scale = 2.0 ** max(0, math.frexp(expected.abs().max().item())[1])
+                check(name, *(values / scale for values in (result, expected, own)))
+
+
+def tensors(results: Any) -> Sequence[Tensor]:
+    return [results] if isinstance(results, Tensor) else results
+
+
+def reads(call: OpCall, name: str) -> bool:
+    """Whether the op looks at an argument, which others leave alone."""
+    op, mode, kind = call.op, call.arguments.get("mode"), name.removesuffix("_reverse")
+    if op == "input_gates":
+        return kind in ("input", "weight_ih", "bias_ih", "bias_hh")
+    if kind in ("cx", "cells", "grad_c_n", "grad_cells", "weight_hr"):
+        return mode == "LSTM"
+    if kind in ("weight_ih", "bias_ih"):
+        return op.startswith("layer")
+    if kind == "bias_hh":
+        return op.startswith("layer") or (op == "recurrence_forward" and mode == "GRU")
+    return kind != "reserve" or mode in ("LSTM", "GRU")
+
+
+# --- well-formed ------------------------------------------------------------------------------------------------------
+
+
+def relaid(rng: random.Random, tensor: Tensor) -> Tensor:
+    """The same values, laid out otherwise in memory."""
+    if tensor.dim() == 0 or tensor.numel() == 0 or rng.random() < 0.6:
+        return tensor
+    last = tensor.dim() - 1
+    way = rng.randrange(5)
+    if way == 0:  # rows with something between them
+        return torch.cat([tensor, tensor], last).narrow(last, rng.choice([0, tensor.shape[last]]), tensor.shape[last])
+    if way == 1:
+        return tensor.transpose(0, last).contiguous().transpose(0, last)
+    if way == 2:  # off every alignment but that of its type
+        return torch.cat([tensor.reshape(-1)[:1], tensor.reshape(-1)])[1:].view(tensor.shape)
+    if way == 3:
+        return tensor.repeat_interleave(2, last)[..., ::2]
+    return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
+
+
+def matmul(rng: random.Random, dtype: torch.dtype) -> OpCall:
+    M, K, N = (rng.choice([0, *WIDTHS]) for _ in range(3))
+    a, b = torch.randn(M, K) / max(1, K) ** 0.5, torch.randn(K, N)
+    return OpCall("matmul", {"a": a.to(dtype), "b": b.to(dtype)})
+
+
+def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
+    mode, one_step = rng.choice(MODES), rng.random() < 0.15
+    layout = "dense" if one_step else rng.choice(["dense", "batch_first", "packed"])
+    T, B = (max(int(layout == "packed"), rng.choice(COUNTS)) for _ in range(2))
+    H = rng.choice(WIDTHS)
+    ragged = not one_step and layout != "packed"
+    made = make_call(
+        mode,
+        T=1 if one_step else T,
+        B=B,
+        I=rng.choice([0, *WIDTHS]),
+        H=H,
+        P=rng.randint(1, H) if mode == "LSTM" and rng.random() < 0.3 else 0,
+        D=1 if one_step else rng.choice([1, 2]),
+        bias=rng.random() < 0.7,
+        layout=layout,
+        lengths=ragged and rng.random() < 0.4,
+        resets=ragged and rng.random() < 0.4,
+        initial=rng.random() < 0.7,
+        dtype=dtype,
+    )
+    given: dict[str, Any] = dict(zip(PLACES, made.places, strict=True))
+    for name in ("mode", "batch_first", "input", "hx", "cx", "batch_sizes", "lengths", "resets"):
+        given[name] = getattr(made, name)
+    if one_step:
+        given |= {name: given[name][0] for name in ("input", "hx", "cx") if given[name] is not None}
+    given["save_reserve"] = op != "recurrence_forward" or rng.random() < 0.5
+
+    def call(op: str) -> OpCall:
+        return OpCall(op, {argument.name: given.get(argument.name) for argument in OPS[op].arguments})
+
+    if op.startswith("recurrence"):
+        given["gates"] = call("input_gates").run()
+    if op == "recurrence_backward":
+        given |= zip(RESULTS, call("recurrence_forward").run(), strict=True)
+        for name in RESULTS[:4]:
+            if given[name].shape != (0,) and rng.random() < 0.8:
+                given[f"grad_{name}"] = torch.randn(given[name].shape).to(dtype)
+        if one_step and mode in ("LSTM", "GRU") and rng.random() < 0.5:
+            given["output"] = None
+    return call(op)
+
+
+def well_formed(rng: random.Random, op: str | None = None) -> OpCall:
+    dtype, op = rng.choice(DTYPES), op or rng.choice([*OPS, "matmul"])
+    call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
+    call.threads = rng.choice([1, 2])
+    given = call.arguments
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            given[name] = relaid(rng, value)
+    if rng.random() < 0.2:
+        call.comparable = False
+        name = rng.choice([name for name, value in given.items() if isinstance(value, Tensor)])
+        if given[name].is_floating_point() and given[name].numel():
+            value = given[name] = given[name].contiguous().clone()
+            value.view(-1)[: rng.randint(1, value.numel())] = rng.choice(SPECIAL)
+    return call
+
+
+# --- with something wrong ---------------------------------------------------------------------------------------------
+
+
+def resized(rng: random.Random, tensor: Tensor) -> Tensor:
+    shape = list(tensor.shape) or [1]
+    d = rng.randrange(len(shape))
+    shape[d] = rng.choice([0, 1, shape[d] + 1, max(0, shape[d] - 1), 2 * shape[d], *EDGES])
+    return torch.zeros([1] * len(shape), dtype=tensor.dtype).expand(shape)
+
+
+def of_other_rank(rng: random.Random, tensor: Tensor) -> Tensor:
+    others = [tensor.unsqueeze(0), tensor.unsqueeze(-1), tensor.new_zeros(()), tensor.reshape(-1)]
+    return rng.choice([other for other in others if other.dim() != tensor.dim()])
+
+
+def of_other_dtype(rng: random.Random, tensor: Tensor) -> Tensor:
+    others = [*DTYPES, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+    return torch.zeros(tensor.shape, dtype=rng.choice([dtype for dtype in others if dtype != tensor.dtype]))
+
+
+def elsewhere(rng: random.Random, tensor: Tensor) -> Tensor:
+    return tensor.to("meta") if rng.random() < 0.5 else tensor.to_sparse()
+
+
+def with_wild_numbers(rng: random.Random, tensor: Tensor) -> Tensor:
+    """For batch_sizes and lengths."""
+    wild = tensor.clone()
+    if wild.numel():
+        wild[rng.randrange(len(wild))] = rng.choice([-1, -(2**63), 2**63 - 1, 2**62, 2**32, 1000])
+    return wild
+
+
+def of_other_bytes(rng: random.Random, tensor: Tensor) -> Tensor:
+    """For resets: a bool tensor may hold any byte, as a view of uint8 does."""
+    return torch.randint(0, 256, tensor.shape, dtype=torch.uint8).view(torch.bool)
+
+
+Change = Callable[[random.Random, Tensor], Tensor]
+CHANGES: list[Change] = [resized, of_other_rank, of_other_dtype, elsewhere]
+
+
+def spoil(rng: random.Random, call: OpCall) -> None:
+    """Puts something wrong into a call."""
+    given = call.arguments
+    # What a first change made huge stays as it is.
+    present = [name for name, value in given.items() if isinstance(value, Tensor) and value.numel() < 2**20]
+    name, change, way = rng.choice(present), rng.choice(CHANGES), rng.randrange(10)
+    steering = [name for name in ("batch_sizes", "lengths", "resets") if name in present]
+    call.well_formed = call.must_raise = False
+    if way == 0:
+        given[name] = None
+        call.notes.append(f"{name} is missing")
+    elif way == 1 and "mode" in given:
+        given["mode"] = rng.choice([*MODES, "", "lstm", "LSTM\0", "x" * 1000])
+        call.must_raise = given["mode"] not in MODES
+        call.notes.append("another mode")
+    elif way == 2 and (absent := [name for name, value in given.items() if value is None]):
+        given[added := rng.choice(absent)] = given[name]
+        call.notes.append(f"{added} is given")
+    elif way == 3 and "weight_hh_reverse" in present:
+        for kind in rng.sample(KINDS, rng.randint(1, len(KINDS))):
+            given[kind + rng.choice(["", "_reverse"])] = None
+        call.notes.append("some parameters in one direction only")
+    elif way <= 6 and steering:
+        name = rng.choice(steering)
+        change = of_other_bytes if name == "resets" else with_wild_numbers
+        given[name] = change(rng, given[name])
+        call.must_raise = name != "resets" and given[name].numel() > 0
+        call.notes.append(f"{name} {change.__name__}")
+    else:
+        given[name] = change(rng, given[name])
+        certain = change is of_other_dtype or (change is of_other_rank and name not in ROWS)
+        call.must_raise = certain and reads(call, name)
+        call.notes.append(f"{name} {change.__name__}")
+
+
+def malformed(rng: random.Random) -> OpCall:
+    while True:
+        call = well_formed(rng)
+        try:
+            for _ in range(rng.choice([1, 1, 2])):
+                spoil(rng, call)
+        except (RuntimeError, IndexError, TypeError):  # there is no such tensor
+            continue
+        # A second change may undo the first.
+        call.must_raise &= len(call.notes) == 1
+        return call
+
+
+# --- sizes at the edge ------------------------------------------------------------------------------------------------
+
+MOST_WORK = 2**24
+
+
+def at_the_edge(rng: random.Random) -> OpCall:
+    """Sizes that agree with each other, of tensors that are one number in memory."""
+    while True:
+        op, mode, dtype = rng.choice(["layer_forward", "layer", "input_gates"]), rng.choice(MODES), rng.choice(DTYPES)
+        T, B, I, H, P = (rng.choice(EDGES) for _ in range(5))  # noqa: E741
+        G, D, batch_first = GATES[mode], rng.choice([1, 2]), rng.random() < 0.5
+        projected = mode == "LSTM" and rng.random() < 0.4
+        state = P if projected else H
+        shapes = {"weight_ih": (G * H, I), "weight_hh": (G * H, state), "bias_ih": (G * H,), "bias_hh": (G * H,)}
+        shapes |= {"weight_hr": (P, H)} if projected else {}
+        shapes |= {f"{kind}_reverse": shape for kind, shape in shapes.items()} if D == 2 else {}
+        shapes |= {"input": (B, T, I) if batch_first else (T, B, I), "hx": (D, B, state)}
+        given: dict[str, Any] = {"mode": mode, "batch_first": batch_first}
+        try:
+            given |= {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+            if rng.random() < 0.3:
+                given["lengths"] = torch.zeros((), dtype=torch.int64).expand(B)
+        except (RuntimeError, TypeError):  # more than int64 counts
+            continue
+        weights, rows = D * G * H * (I + state), T * B
+        refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
+        if not refused and (rows + 1) * weights > MOST_WORK:
+            continue
+        call = OpCall(op, {argument.name: given.get(argument.name) for argument in OPS[op].arguments})
+        call.well_formed = False
+        call.notes.append(f"T {T}, B {B}, I {I}, H {H}, P {P}")
+        return call
