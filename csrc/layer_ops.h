@@ -114,7 +114,8 @@ template <class Backend> struct LayerOps {
 
   static Three layer(std::string mode, bool batch_first, Tensor input, OptionalTensor hx, OptionalTensor cx,
                      OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, Places places) {
-    auto [output, h_n, c_n, cells, reserve] = whole_layer("rnnfast::layer", mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, places, false);
+    auto [output, h_n, c_n, cells, reserve] =
+        whole_layer("rnnfast::layer", mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, places, false);
     return {output, h_n, c_n};
   }
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 # Not None while torch.jit.trace, and with it torch.onnx.export(dynamo=False), runs a model.
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 
-_fx_traces: Callable[[], bool] = torch.fx._symbolic_trace.is_fx_tracing
+_fx_traces: Callable[[], bool] = torch.fx._symbolic_trace.is_fx_symbolic_tracing
 
 
 def tool_watches() -> bool:

@@ -1,6 +1,8 @@
 """Tools that know only torch.nn's layers: rnnfast.exporting, and what FX, TorchScript and the ONNX exporter get."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -315,3 +317,10 @@ def test_a_leaf_whose_state_alone_is_a_proxy(kind):
     model = Decoder()
     h = torch.randn(2, 4) if kind in CELLS else torch.randn(1, 2, 4)
     assert_close(torch.fx.symbolic_trace(model)(h), model(h))
+
+
+def test_a_call_says_nothing():
+    """What torch logs of its own functions does not show where nothing is wrong."""
+    code = "import torch, rnnfast; rnnfast.LSTM(3, 4)(torch.randn(5, 2, 3)); rnnfast.GRUCell(3, 4)(torch.randn(2, 3))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
