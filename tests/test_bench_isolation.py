@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -148,7 +149,15 @@ def test_a_process_that_has_lost_its_device_is_replaced(lasting):
     assert process_of(lasting) != first
 
 
-def test_interrupt_ends_the_process(processes):
+@pytest.fixture
+def interruptible():
+    """A program that a shell starts in the background is deaf to SIGINT, and so are these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_ends_the_process(processes, interruptible):
     timer = threading.Timer(0.5, os.kill, (os.getpid(), isolation.signal.SIGINT))
     timer.start()
     begin = time.monotonic()
@@ -158,7 +167,7 @@ def test_interrupt_ends_the_process(processes):
     assert time.monotonic() - begin < 30
 
 
-def test_interrupt_while_a_process_starts_is_not_lost():
+def test_interrupt_while_a_process_starts_is_not_lost(interruptible):
     reached = False
 
     def start():
