@@ -80,7 +80,7 @@ test-all: test test-exhaustive
 
 # Random calls under sanitizers; builds the C++ library for each (2 minutes).
 fuzz: build
-	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 # On a card. What takes most of its memory runs by itself.
 test-gpu: build

@@ -50,7 +50,8 @@ class OpCall:
                 strided = value.layout == torch.strided
                 layout = f"strides {value.stride()}" if strided else f"{value.layout}"
                 text = f"{value.dtype} {tuple(value.shape)}, {layout}, {value.device}"
-                if strided and value.numel() <= 24 and value.device.type == "cpu" and not value.is_floating_point():
+                # (Of none it may be a list of very many empty lists.)
+                if strided and 0 < value.numel() <= 24 and value.device.type == "cpu" and not value.is_floating_point():
                     text += f", {value.tolist()}"
                 lines.append(f"  {name} = {text}")
             else:
