@@ -84,9 +84,9 @@ def run_layers(
     one_step = input.dim() == 3 and batch_sizes is None and lengths is None and resets is None
     if one_step and _grad_enabled() and torch_runs_layers(mode, batch_first, input, hx, weights):
         count, batch = num_layers * (2 if bidirectional else 1), input.shape[0 if batch_first else 1]
-        own: Callable[..., Any] = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
+        torchs_op: Callable[..., Any] = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
         state = input.new_zeros(count, batch, weights[1].shape[1]) if hx is None else hx
-        output, h_n = own(
+        output, h_n = torchs_op(
             input, state, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first
         )  # fmt: skip
         return output, h_n, None, None

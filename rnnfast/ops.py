@@ -45,7 +45,7 @@ def overloads(namespace: str) -> Kernels:
 
 
 def _without_derivative(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op for callers that need no derivative or bring one: the dispatcher goes past Autograd, in half the time."""
+    """The op for callers that need no derivative or bring one: the dispatcher goes past Autograd's Python."""
 
     def call(*arguments: Any) -> Any:
         # Those who trace want to see the op itself.

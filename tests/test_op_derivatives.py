@@ -141,8 +141,6 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ["layer", "layer_forward", "input_gates", "recurrence_forward"])
 def test_torch_func_on_an_op(name: str, layout: str, transform: str) -> None:
     """As deep as torch.func goes: a level that is passed over gives wrong numbers, or zeros, without a word."""
-    if layout == "packed" and "vmap" in transform and name in ("input_gates", "recurrence_forward"):
-        pytest.skip("the reference, through which these go, cannot be mapped over packed rows")
     call = random_call("LSTM", 2, layout)
 
     def loss(namespace: Any) -> Callable[[Tensor], Tensor]:
