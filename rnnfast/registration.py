@@ -1,4 +1,4 @@
-"""What torch is told about the ops besides their kernels: derivatives, shapes, vmap rules, numbers of operations.
+"""What torch is told about the ops besides their kernels: derivatives, shapes, numbers of operations.
 
 An op's derivative is part of the op, so it is still there in a program that was exported, traced, saved and loaded:
 where a derivative may be asked for, the dispatcher's Autograd key runs the op as a composition of differentiable parts.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import libraries, ops, reference, vmap
+from . import libraries, ops, reference
 from ._after_import import after_import
 from .autograd import Layer
 from .reference import GATES
@@ -67,8 +67,8 @@ def _autograd_kernel(op: Any, differentiable: Callable[..., Any], reference: Cal
 def _functorch_kernel(differentiable: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """For the key by which torch.func's transforms take a call first.
 
-    They know the rules of autograd Functions, any number of transforms deep. At the Autograd key it would be too late:
-    there each transform has unpacked its own tensors, and what the outer ones want is lost.
+    They know the rules of autograd Functions, vmap's too, any number of transforms deep. At the Autograd key it would
+    be too late: there each transform has unpacked its own tensors, and what the outer ones want is lost.
     """
 
     def kernel(*arguments: Any) -> Any:
@@ -236,9 +236,7 @@ def register(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
                 continue
             op = getattr(getattr(torch.ops, namespace), name).default
             qualified = f"{namespace}::{name}"
-            rule = vmap.rule(name, op) if name in OPS else ops.batched_matmul
             torch.library.register_fake(qualified, fake, lib=library)
-            torch.library.register_vmap(qualified, rule, lib=library)
             own, plain = _all_arguments(name, differentiable[name]), _all_arguments(name, getattr(reference, name))
             library.impl(name, _autograd_kernel(op, own, plain), "Autograd", with_keyset=True)
             library.impl(name, _functorch_kernel(own, plain), "FuncTorchDynamicLayerFrontMode")

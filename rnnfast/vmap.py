@@ -1,4 +1,4 @@
-"""How an op runs on arguments with a vmapped dimension.
+"""How a layer runs on arguments with a vmapped dimension.
 
 Batched data are folded into the batch: the vmapped dimension (V) goes right behind B, where it does no harm to packed
 rows either: row (t, b) becomes rows (t, b*V) .. (t, b*V + V-1), and every batch size V times itself. Batched weights
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .signatures import BATCH, OPS, OTHER, ROWS, SIZES, STATE, WEIGHT, filled
+from .signatures import BATCH, OTHER, ROWS, SIZES, STATE, WEIGHT
 
 
 def _member(arg: Any, dim: int | None, index: int) -> Any:
@@ -84,24 +84,3 @@ def batched_call(
 def _is_placeholder(tensor: Any, dim: int | None = None) -> bool:
     """Whether this is what stands for a tensor that does not apply."""
     return isinstance(tensor, Tensor) and dim is None and tensor.dim() == 1 and tensor.size(0) == 0
-
-
-def rule(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of `torch.vmap` for one op."""
-    signature = OPS[name]
-    first = [argument.name for argument in signature.arguments].index
-    batch_first = first("batch_first") if name != "input_gates" else None
-
-    def run(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        args = filled(name, args)
-        dims = filled(name, in_dims)
-        # The gates of each row by itself: their layout does not matter, B may be anywhere but last.
-        last = True if batch_first is None else bool(args[batch_first])
-        if len(signature.results) == 1:
-            results, out_dims = batched_call(
-                lambda *folded: (op(*folded),), info.batch_size, dims, args, signature.roles, signature.results, last
-            )
-            return results[0], out_dims[0]
-        return batched_call(op, info.batch_size, dims, args, signature.roles, signature.results, last)
-
-    return run
