@@ -160,7 +160,7 @@ inline void fill(const Arguments& a, Context& context) {
   const Tensor& first = required(a.op, "weight_hh", 0, a.places[0].weight_hh);
   RNNFAST_CHECK(first.dim() == 2, a.op, ": weight_hh: expected 2 dimensions, got ", first.dim());
   check_sizes(a.op, "weight_hh", first);
-  const int64_t gates = gates_of(r.mode);
+  const int64_t gates = traits(r.mode).gates;
   r.hidden_size = first.size(0) / gates;
   r.state_size = first.size(1);
   context.keep.reserve(16);
@@ -197,17 +197,17 @@ inline void fill_biases(const char* op, const char* kind, const Places& places, 
   const Recurrence& r = context.r;
   for (int64_t d = 0; d < r.directions; ++d) {
     const Tensor& bias = *(places[d].*member);
-    check_shape(op, kind, bias, {gates_of(r.mode) * r.hidden_size});
+    check_shape(op, kind, bias, {traits(r.mode).gates * r.hidden_size});
     check_like(op, kind, bias, model);
     to[d] = context.hold(kind, bias);
   }
 }
 
-// Of the op input_gates. Returns the number of rows of weight_ih, G*H.
+// Of the op input_projection. Returns the number of rows of weight_ih, G*H.
 inline int64_t check_gate_arguments(const char* op, Mode mode, const Tensor& input, const Places& places) {
   const Tensor& first = required(op, "weight_ih", 0, places[0].weight_ih);
   RNNFAST_CHECK(first.dim() == 2, op, ": weight_ih: expected 2 dimensions, got ", first.dim());
-  RNNFAST_CHECK(first.size(0) % gates_of(mode) == 0, op, ": weight_ih: expected a multiple of ", gates_of(mode),
+  RNNFAST_CHECK(first.size(0) % traits(mode).gates == 0, op, ": weight_ih: expected a multiple of ", traits(mode).gates,
                 " rows, got ", first.size(0));
   RNNFAST_CHECK(input.dim() == 2 || input.dim() == 3, op, ": input: expected 2 or 3 dimensions, got ", input.dim());
   const int64_t width = first.size(0);

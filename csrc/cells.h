@@ -1,42 +1,116 @@
-// The step equations of every cell and their derivatives: written once, for scalars on the GPU and vectors on the CPU.
+// What a cell is: the table of all cells, and their step equations with derivatives, written once, for scalars on the
+// GPU and vectors on the CPU. No torch header here. rnnfast/cell_types.py has the same table for Python.
 //
-// `Math` names the value type and its sigmoid and tanh. `x` are the input gates (W_ih x + b_ih, and b_hh where it may
-// be folded in), `rec` the recurrent products (W_hh h, for the GRU's n gate with b_hn). Source: torch.nn.LSTM, GRU, RNN
-// documentation.
+// `Math` names the value type and its sigmoid and tanh. Source of the equations: torch.nn.LSTM, GRU, RNN documentation.
 #pragma once
 
-#include "recurrence.h"
+#include <cstdint>
+#include <iterator>
+#include <string>
+#include <type_traits>
 
-// Inlined always: otherwise a vector goes through memory at each call.
 #if defined(__CUDACC__)
+#define RNNFAST_HOST_DEVICE __host__ __device__
+// Inlined always: otherwise a vector goes through memory at each call.
 #define RNNFAST_CELL __host__ __device__ __attribute__((always_inline))
 #else
+#define RNNFAST_HOST_DEVICE
 #define RNNFAST_CELL [[gnu::always_inline]]
 #endif
 
 namespace rnnfast {
 
-// State of one hidden unit: h_t, or o * tanh(c_t) before a projection; c_t for the LSTM only.
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+enum class Mode { lstm, gru, rnn_tanh, rnn_relu, rnn_identity };
+// Cells of one family differ in a function of one value only, which GPU kernels choose at run time.
+enum class Family { lstm, gru, rnn };
+
+constexpr int kNoGate = -1;
+
+struct CellTraits {
+  Mode mode;
+  const char* name;  // the ops' argument `mode`
+  Family family;
+  int gates;              // G: the rows that weights have for each hidden unit
+  int reserve;            // values that forward saves for each hidden unit; 0: backward reads h_t
+  bool has_cell_state;    // carries c_t
+  bool reads_previous_h;  // in the step itself, beside W_hh h
+  // The gate whose recurrent part, W_hh h + b_hh, is multiplied by another gate, or kNoGate. Its b_hh is no part of the
+  // input projection, and the gradient of its recurrent part differs from that of its input part.
+  int split_gate;
+};
+
+// In the order of Mode.
+inline constexpr CellTraits kCells[] = {
+    {Mode::lstm, "LSTM", Family::lstm, 4, 4, true, false, kNoGate},
+    {Mode::gru, "GRU", Family::gru, 3, 4, false, true, 2},
+    {Mode::rnn_tanh, "RNN_TANH", Family::rnn, 1, 0, false, false, kNoGate},
+    {Mode::rnn_relu, "RNN_RELU", Family::rnn, 1, 0, false, false, kNoGate},
+    {Mode::rnn_identity, "RNN_IDENTITY", Family::rnn, 1, 0, false, false, kNoGate},
+};
+constexpr int kModes = static_cast<int>(std::size(kCells));
+
+constexpr const CellTraits& traits(Mode mode) { return kCells[static_cast<int>(mode)]; }
+
+constexpr bool cells_are_in_order() {
+  for (int i = 0; i < kModes; ++i)
+    if (static_cast<int>(kCells[i].mode) != i) return false;
+  return true;
+}
+static_assert(cells_are_in_order());
+
+// Calls use(std::integral_constant<Mode, mode>) and returns what it returns.
+template <int kFirst = 0, class Use> auto with_mode(Mode mode, const Use& use) {
+  if constexpr (kFirst + 1 < kModes) {
+    if (static_cast<int>(mode) != kFirst) return with_mode<kFirst + 1>(mode, use);
+  }
+  return use(std::integral_constant<Mode, static_cast<Mode>(kFirst)>{});
+}
+
+// ---- the equations --------------------------------------------------------------------------------------------------
+
+// State of one hidden unit: h_t, or o * tanh(c_t) before a projection; c_t where the cell has one.
 template <class Value> struct UnitState {
   Value h;
   Value c;
 };
 
-template <class Math> struct LstmCell {
+// What a step is given of one hidden unit beside its state.
+template <class Value> struct UnitInputs {
+  const Value* x;    // (G): the input projection
+  const Value* rec;  // (G): W_hh h; of the split gate with b_hh
+};
+
+// What the derivative of a step is given.
+template <class Value> struct UnitGradients {
+  const Value* reserve;            // as forward left it
+  UnitState<Value> previous, now;  // before and after the step, as far as the cell looks at them
+  Value dh;                        // gradient of h_t, or of o * tanh(c_t) before a projection
+};
+
+template <class Math, Mode kMode> struct Cell;
+
+// The row of the table as constants.
+template <Mode kMode> struct CellConstants {
+  static constexpr int kGates = traits(kMode).gates;
+  static constexpr int kReserve = traits(kMode).reserve;
+  static constexpr bool kHasCell = traits(kMode).has_cell_state;
+  static constexpr bool kNeedsPreviousH = traits(kMode).reads_previous_h;
+  static constexpr int kSplitGate = traits(kMode).split_gate;
+  static constexpr bool kSplitGradient = kSplitGate != kNoGate;
+};
+
+template <class Math> struct Cell<Math, Mode::lstm> : CellConstants<Mode::lstm> {
   using Value = typename Math::Value;
-  static constexpr int kGates = 4;
-  static constexpr int kReserve = 4;
-  static constexpr bool kHasCell = true;          // carries c_t
-  static constexpr bool kNeedsPreviousH = false;  // in the step itself, beside W_hh h
-  static constexpr bool kSplitGradient = false;   // the gradient of W_hh h differs from that of W_ih x
 
   // i, f, o = sigmoid; g = tanh; c_t = f c_{t-1} + i g; h_t = o tanh(c_t). reserve: i f g o.
-  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+  RNNFAST_CELL static inline UnitState<Value> forward(const UnitInputs<Value>& in, UnitState<Value> previous,
                                                       Value* reserve) {
-    const Value i = Math::sigmoid(x[0] + rec[0]);
-    const Value f = Math::sigmoid(x[1] + rec[1]);
-    const Value g = Math::tanh(x[2] + rec[2]);
-    const Value o = Math::sigmoid(x[3] + rec[3]);
+    const Value i = Math::sigmoid(in.x[0] + in.rec[0]);
+    const Value f = Math::sigmoid(in.x[1] + in.rec[1]);
+    const Value g = Math::tanh(in.x[2] + in.rec[2]);
+    const Value o = Math::sigmoid(in.x[3] + in.rec[3]);
     const Value c = f * previous.c + i * g;
     reserve[0] = i;
     reserve[1] = f;
@@ -46,78 +120,68 @@ template <class Math> struct LstmCell {
   }
 
   // carry: gradient of c_t on entry, of c_{t-1} on return.
-  RNNFAST_CELL static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> now,
-                                           Value dh, Value& carry, Value* dgates, Value& /*d_rec_n*/) {
-    const Value i = reserve[0], f = reserve[1], g = reserve[2], o = reserve[3];
-    const Value tanh_c = Math::tanh(now.c);
-    const Value dc = carry + dh * o * (1 - tanh_c * tanh_c);
+  RNNFAST_CELL static inline void backward(const UnitGradients<Value>& at, Value& carry, Value* dgates,
+                                           Value& /*d_rec_split*/) {
+    const Value i = at.reserve[0], f = at.reserve[1], g = at.reserve[2], o = at.reserve[3];
+    const Value tanh_c = Math::tanh(at.now.c);
+    const Value dc = carry + at.dh * o * (1 - tanh_c * tanh_c);
     dgates[0] = dc * g * i * (1 - i);
-    dgates[1] = dc * previous.c * f * (1 - f);
+    dgates[1] = dc * at.previous.c * f * (1 - f);
     dgates[2] = dc * i * (1 - g * g);
-    dgates[3] = dh * tanh_c * o * (1 - o);
+    dgates[3] = at.dh * tanh_c * o * (1 - o);
     carry = dc * f;
   }
 };
 
-template <class Math> struct GruCell {
+template <class Math> struct Cell<Math, Mode::gru> : CellConstants<Mode::gru> {
   using Value = typename Math::Value;
-  static constexpr int kGates = 3;
-  static constexpr int kReserve = 4;
-  static constexpr bool kHasCell = false;
-  static constexpr bool kNeedsPreviousH = true;
-  static constexpr bool kSplitGradient = true;
 
   // r, z = sigmoid; n = tanh(x_n + r (W_hn h + b_hn)); h_t = (1 - z) n + z h_{t-1}. reserve: r z n and (W_hn h + b_hn).
-  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+  RNNFAST_CELL static inline UnitState<Value> forward(const UnitInputs<Value>& in, UnitState<Value> previous,
                                                       Value* reserve) {
-    const Value r = Math::sigmoid(x[0] + rec[0]);
-    const Value z = Math::sigmoid(x[1] + rec[1]);
-    const Value n = Math::tanh(x[2] + r * rec[2]);
+    const Value r = Math::sigmoid(in.x[0] + in.rec[0]);
+    const Value z = Math::sigmoid(in.x[1] + in.rec[1]);
+    const Value n = Math::tanh(in.x[2] + r * in.rec[2]);
     reserve[0] = r;
     reserve[1] = z;
     reserve[2] = n;
-    reserve[3] = rec[2];
+    reserve[3] = in.rec[2];
     return {n + z * (previous.h - n), previous.c};
   }
 
-  // carry: on return what reaches h_{t-1} past the gates. d_rec_n: gradient of W_hn h + b_hn.
-  RNNFAST_CELL static inline void backward(const Value* reserve, UnitState<Value> previous, UnitState<Value> /*now*/,
-                                           Value dh, Value& carry, Value* dgates, Value& d_rec_n) {
-    const Value r = reserve[0], z = reserve[1], n = reserve[2], rec_n = reserve[3];
-    dgates[2] = dh * (1 - z) * (1 - n * n);
-    dgates[1] = dh * (previous.h - n) * z * (1 - z);
+  // carry: on return what reaches h_{t-1} past the gates. d_rec_split: gradient of W_hn h + b_hn.
+  RNNFAST_CELL static inline void backward(const UnitGradients<Value>& at, Value& carry, Value* dgates,
+                                           Value& d_rec_split) {
+    const Value r = at.reserve[0], z = at.reserve[1], n = at.reserve[2], rec_n = at.reserve[3];
+    dgates[2] = at.dh * (1 - z) * (1 - n * n);
+    dgates[1] = at.dh * (at.previous.h - n) * z * (1 - z);
     dgates[0] = dgates[2] * rec_n * r * (1 - r);
-    d_rec_n = dgates[2] * r;
-    carry = dh * z;
+    d_rec_split = dgates[2] * r;
+    carry = at.dh * z;
   }
 };
 
-template <class Math, Mode kMode> struct RnnCell {
+// The RNNs: h_t = f(x + rec). Backward needs h_t alone.
+template <class Math, Mode kMode> struct Cell : CellConstants<kMode> {
   using Value = typename Math::Value;
-  static constexpr int kGates = 1;
-  static constexpr int kReserve = 0;
-  static constexpr bool kHasCell = false;
-  static constexpr bool kNeedsPreviousH = false;
-  static constexpr bool kSplitGradient = false;
 
-  // h_t = tanh, relu or identity of the sum. Backward needs h_t alone.
-  RNNFAST_CELL static inline UnitState<Value> forward(const Value* x, const Value* rec, UnitState<Value> previous,
+  RNNFAST_CELL static inline UnitState<Value> forward(const UnitInputs<Value>& in, UnitState<Value> previous,
                                                       Value* /*reserve*/) {
-    const Value a = x[0] + rec[0];
+    const Value a = in.x[0] + in.rec[0];
     if constexpr (kMode == Mode::rnn_tanh) return {Math::tanh(a), previous.c};
     if constexpr (kMode == Mode::rnn_relu) return {Math::relu(a), previous.c};
     return {a, previous.c};
   }
 
-  RNNFAST_CELL static inline void backward(const Value* /*reserve*/, UnitState<Value> /*previous*/,
-                                           UnitState<Value> now, Value dh, Value& /*carry*/, Value* dgates,
-                                           Value& /*d_rec_n*/) {
+  RNNFAST_CELL static inline void backward(const UnitGradients<Value>& at, Value& /*carry*/, Value* dgates,
+                                           Value& /*d_rec_split*/) {
+    const Value h = at.now.h;
     if constexpr (kMode == Mode::rnn_tanh)
-      dgates[0] = dh * (1 - now.h * now.h);
+      dgates[0] = at.dh * (1 - h * h);
     else if constexpr (kMode == Mode::rnn_relu)
-      dgates[0] = Math::where_positive(now.h, dh);
+      dgates[0] = Math::where_positive(h, at.dh);
     else
-      dgates[0] = dh;
+      dgates[0] = at.dh;
   }
 };
 

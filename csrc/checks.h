@@ -71,12 +71,12 @@ inline DType dtype_of(const char* op, const Tensor& tensor) {
 }
 
 inline Mode mode_of(const char* op, const std::string& name) {
-  if (name == "LSTM") return Mode::lstm;
-  if (name == "GRU") return Mode::gru;
-  if (name == "RNN_TANH") return Mode::rnn_tanh;
-  if (name == "RNN_RELU") return Mode::rnn_relu;
-  if (name == "RNN_IDENTITY") return Mode::rnn_identity;
-  fail(op, ": mode: expected LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY, got ", name);
+  std::string known;
+  for (const CellTraits& cell : kCells) {
+    if (name == cell.name) return cell.mode;
+    known += (known.empty() ? "" : ", ") + std::string(cell.name);
+  }
+  fail(op, ": mode: expected one of ", known, ", got ", name);
 }
 
 }  // namespace rnnfast

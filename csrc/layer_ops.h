@@ -1,7 +1,7 @@
 // The ops of a layer, for every backend: what differs between devices stands in `Backend`:
 //   static Tensor empty(const Wanted&);
-//   static constexpr bool kMakesGates;  // forward takes the layer's input; else gates come from input_gates first
-//   input_gates and matmul, as the ops
+//   static constexpr bool kMakesGates;  // forward takes the layer's input; else gates come from input_projection first
+//   input_projection and matmul, as the ops
 //   static void forward(const char* op, const ForwardParams&, const Context&, const Tensor& like);
 //   static void backward(const char* op, const BackwardParams&, const Context&, const Tensor& like,
 //                        const Places&);
@@ -46,16 +46,17 @@ template <class Backend> struct LayerOps {
     // After one step h_n would be the output once more.
     Tensor h_n = context.one_step ? none(op, like) : empty(op, "h_n", like, {D, p.rows.batch, p.state_size});
     Tensor c_n = lstm ? empty_state(op, "c_n", like, context, H) : none(op, like);
-    Tensor cells = lstm && save_reserve ? empty_rows(op, "cells", like, D * H) : none(op, like);
-    Tensor reserve = save_reserve && reserve_of(p.mode) ? empty_rows(op, "reserve", like, D * reserve_of(p.mode) * H)
-                                                        : none(op, like);
+    Tensor cell_states = lstm && save_reserve ? empty_rows(op, "cell_states", like, D * H) : none(op, like);
+    Tensor reserve = save_reserve && traits(p.mode).reserve
+                         ? empty_rows(op, "reserve", like, D * traits(p.mode).reserve * H)
+                         : none(op, like);
     p.output = mutable_data_of(output);
     p.h_n = mutable_data_of(context.one_step ? output : h_n);
     p.c_n = mutable_data_of(c_n);
-    p.cells = lstm && save_reserve ? mutable_data_of(cells) : nullptr;
-    p.reserve = save_reserve && reserve_of(p.mode) ? mutable_data_of(reserve) : nullptr;
+    p.cell_states = lstm && save_reserve ? mutable_data_of(cell_states) : nullptr;
+    p.reserve = save_reserve && traits(p.mode).reserve ? mutable_data_of(reserve) : nullptr;
     Backend::forward(op, p, context, like);
-    return {output, h_n, c_n, cells, reserve};
+    return {output, h_n, c_n, cell_states, reserve};
   }
 
   static Five recurrence_forward(std::string mode, bool batch_first, bool save_reserve, Tensor gates, OptionalTensor hx,
@@ -66,7 +67,7 @@ template <class Backend> struct LayerOps {
     fill({op, mode, "gates", gates, places, hx, cx, batch_sizes, lengths, resets, batch_first}, context);
     ForwardParams p;
     static_cast<Recurrence&>(p) = context.r;
-    const int64_t width = p.directions * gates_of(p.mode) * p.hidden_size;
+    const int64_t width = p.directions * traits(p.mode).gates * p.hidden_size;
     RNNFAST_CHECK(gates.size(gates.dim() - 1) == width, op, ": gates: expected a last dimension of ", width, ", got ",
                   gates.size(gates.dim() - 1));
     p.gates = context.hold("gates", gates);
@@ -86,7 +87,7 @@ template <class Backend> struct LayerOps {
     for (int64_t d = 0; d < p.directions; ++d) {
       const std::string name = place_name("weight_ih", d);
       const Tensor& weight_ih = required(op, "weight_ih", d, places[d].weight_ih);
-      check_shape(op, name.c_str(), weight_ih, {gates_of(p.mode) * p.hidden_size, p.input_size});
+      check_shape(op, name.c_str(), weight_ih, {traits(p.mode).gates * p.hidden_size, p.input_size});
       check_like(op, name.c_str(), weight_ih, input);
     }
     if constexpr (Backend::kMakesGates) {
@@ -100,7 +101,7 @@ template <class Backend> struct LayerOps {
       fill_biases(op, "bias_ih", places, &Parameters::bias_ih, input, context, p.bias_ih);
       fill_biases(op, "bias_hh", places, &Parameters::bias_hh, input, context, p.bias_hh);
     } else {
-      p.gates = context.hold("gates", Backend::input_gates(mode, input, places));
+      p.gates = context.hold("gates", Backend::input_projection(mode, input, places));
       if (p.mode == Mode::gru) fill_biases(op, "bias_hh", places, &Parameters::bias_hh, input, context, p.bias_hh);
     }
     return forward(op, p, context, input, save_reserve);
@@ -114,14 +115,14 @@ template <class Backend> struct LayerOps {
 
   static Three layer(std::string mode, bool batch_first, Tensor input, OptionalTensor hx, OptionalTensor cx,
                      OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, Places places) {
-    auto [output, h_n, c_n, cells, reserve] =
+    auto [output, h_n, c_n, cell_states, reserve] =
         whole_layer("rnnfast::layer", mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, places, false);
     return {output, h_n, c_n};
   }
 
   static Five recurrence_backward(std::string mode, bool batch_first, OptionalTensor grad_output,
-                                  OptionalTensor grad_h_n, OptionalTensor grad_c_n, OptionalTensor grad_cells,
-                                  OptionalTensor output, Tensor cells, Tensor reserve, OptionalTensor hx,
+                                  OptionalTensor grad_h_n, OptionalTensor grad_c_n, OptionalTensor grad_cell_states,
+                                  OptionalTensor output, Tensor cell_states, Tensor reserve, OptionalTensor hx,
                                   OptionalTensor cx, OptionalTensor batch_sizes, OptionalTensor lengths,
                                   OptionalTensor resets, Places places) {
     const char* op = "rnnfast::recurrence_backward";
@@ -131,9 +132,9 @@ template <class Backend> struct LayerOps {
     fill({op, mode, output ? "output" : "reserve", model, places, hx, cx, batch_sizes, lengths, resets, batch_first},
          context);
     const Recurrence& r = context.r;
-    const int64_t D = r.directions, H = r.hidden_size, G = gates_of(r.mode);
+    const int64_t D = r.directions, H = r.hidden_size, G = traits(r.mode).gates;
     const bool lstm = r.mode == Mode::lstm;
-    RNNFAST_CHECK(output || (context.one_step && reserve_of(r.mode)), op,
+    RNNFAST_CHECK(output || (context.one_step && traits(r.mode).reserve), op,
                   ": output: expected a tensor, got None (which one step of an LSTM or GRU allows)");
     const auto check_rows = [&](const char* argument, const Tensor& tensor, int64_t width) {
       check_like(op, argument, tensor, model);
@@ -161,11 +162,11 @@ template <class Backend> struct LayerOps {
                   ": grad_h_n: expected None for one step, whose h_n is the output");
     p.grad_h_n = state_of("grad_h_n", grad_h_n, r.state_size);
     if (lstm) {
-      p.cells = rows_of("cells", cells, D * H);
+      p.cell_states = rows_of("cell_states", cell_states, D * H);
       p.grad_c_n = state_of("grad_c_n", grad_c_n, H);
-      p.grad_cells = rows_of("grad_cells", grad_cells, D * H);
+      p.grad_cell_states = rows_of("grad_cell_states", grad_cell_states, D * H);
     }
-    if (reserve_of(r.mode)) p.reserve = rows_of("reserve", reserve, D * reserve_of(r.mode) * H);
+    if (traits(r.mode).reserve) p.reserve = rows_of("reserve", reserve, D * traits(r.mode).reserve * H);
     Tensor grad_gates = empty_rows(op, "grad_gates", model, D * G * H);
     Tensor grad_gates_hh = r.mode == Mode::gru ? empty_rows(op, "grad_gates_hh", model, D * G * H) : none(op, model);
     Tensor grad_hx = hx ? empty_state(op, "grad_hx", model, context, r.state_size) : none(op, model);
@@ -182,7 +183,7 @@ template <class Backend> struct LayerOps {
 };
 
 template <class Backend, class Library> void register_layer_ops(Library& library) {
-  library.impl("input_gates", &Boxed<&Backend::input_gates>::call);
+  library.impl("input_projection", &Boxed<&Backend::input_projection>::call);
   library.impl("recurrence_forward", &Boxed<&LayerOps<Backend>::recurrence_forward>::call);
   library.impl("recurrence_backward", &Boxed<&LayerOps<Backend>::recurrence_backward>::call);
   library.impl("layer_forward", &Boxed<&LayerOps<Backend>::layer_forward>::call);

@@ -3,26 +3,15 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define RNNFAST_HOST_DEVICE __host__ __device__
-#else
-#define RNNFAST_HOST_DEVICE
-#endif
+#include "cells.h"
 
 namespace rnnfast {
 
-enum class Mode { lstm, gru, rnn_tanh, rnn_relu, rnn_identity };
 enum class DType { float32, float64, bfloat16, float16 };
 
 constexpr int kMaxDirections = 2;
 
-// Gates that the weights hold for each hidden unit.
-RNNFAST_HOST_DEVICE constexpr int64_t gates_of(Mode mode) { return mode == Mode::lstm ? 4 : mode == Mode::gru ? 3 : 1; }
-
-// Values that forward saves for each hidden unit (LSTM: i f g o; GRU: r z n and W_hn h + b_hn; RNN: h_t itself serves).
-RNNFAST_HOST_DEVICE constexpr int64_t reserve_of(Mode mode) { return mode == Mode::lstm || mode == Mode::gru ? 4 : 0; }
-
-// Where row (t, b) stands among the rows of gates, output, cells, reserve and their gradients.
+// Where row (t, b) stands among the rows of gates, output, cell_states, reserve and their gradients.
 struct RowLayout {
   int64_t steps = 0;             // T
   int64_t batch = 0;             // B
@@ -63,17 +52,17 @@ struct ForwardParams : Recurrence {
   void* output{};                         // (rows, D*(P or H))
   void* h_n{};                            // (D, B, P or H)
   void* c_n{};                            // LSTM: (D, B, H)
-  void* cells{};                          // LSTM: (rows, D*H) or null: not saved
+  void* cell_states{};                    // LSTM: (rows, D*H) or null: not saved
   void* reserve{};                        // (rows, D*4*H) or null: not saved
 };
 
 struct BackwardParams : Recurrence {
-  const void* grad_output{};  // (rows, D*(P or H)) or null: zeros; so the next three
-  const void* grad_h_n{};     // (D, B, P or H)
-  const void* grad_c_n{};     // (D, B, H)
-  const void* grad_cells{};   // (rows, D*H)
+  const void* grad_output{};       // (rows, D*(P or H)) or null: zeros; so the next three
+  const void* grad_h_n{};          // (D, B, P or H)
+  const void* grad_c_n{};          // (D, B, H)
+  const void* grad_cell_states{};  // (rows, D*H)
   const void* output{};
-  const void* cells{};
+  const void* cell_states{};
   const void* reserve{};
   void* grad_gates{};      // (rows, D*G*H)
   void* grad_gates_hh{};   // GRU: (rows, D*G*H)

@@ -23,11 +23,11 @@ template <class Library> void define_layer_ops(Library& library) {
   const auto define = [&](const std::string& arguments, const char* results) {
     library.def(with_places(arguments, results).c_str());
   };
-  define("input_gates(str mode, Tensor input", "Tensor");
+  define("input_projection(str mode, Tensor input", "Tensor");
   define("recurrence_forward(str mode, bool batch_first, bool save_reserve, Tensor gates, " + shared, five);
   define(
       "recurrence_backward(str mode, bool batch_first, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
-      "Tensor? grad_cells, Tensor? output, Tensor cells, Tensor reserve, " +
+      "Tensor? grad_cell_states, Tensor? output, Tensor cell_states, Tensor reserve, " +
           shared,
       five);
   define("layer_forward(str mode, bool batch_first, Tensor input, " + shared, five);

@@ -59,7 +59,7 @@ def _kept(ctx: Any, count: int) -> list[Any]:
 
 
 class Layer(torch.autograd.Function):
-    """One layer: (output, h_n, c_n, cells, reserve); reserve has no gradient."""
+    """One layer: (output, h_n, c_n, cell_states, reserve); reserve has no gradient."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,7 @@ class Layer(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, ctx.mode, ctx.batch_first = inputs[:3]
         out: Tensor | None
-        out, _, _, cells, reserve = output
+        out, _, _, cell_states, reserve = output
         input, hx, cx, batch_sizes, lengths, resets, *places = inputs[3:]
         if ctx.mode in ("LSTM", "GRU") and rows_of_one_step(input, batch_sizes):
             # Backward needs the state that entered alone, so whoever called may write into the new one.
@@ -108,7 +108,7 @@ class Layer(torch.autograd.Function):
                 if tensor is not None:
                     unsaved.append((place, tensor, tensor._version))
                     places[place] = None
-        _keep(ctx, [input, hx, cx, batch_sizes, lengths, resets, out, cells, reserve, *places])
+        _keep(ctx, [input, hx, cx, batch_sizes, lengths, resets, out, cell_states, reserve, *places])
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
 
@@ -118,11 +118,11 @@ class Layer(torch.autograd.Function):
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
-        grad_cells: Tensor | None,
+        grad_cell_states: Tensor | None,
         _: Tensor | None,
     ) -> tuple[Any, ...]:
         kept = _kept(ctx, 9 + len(PLACES))
-        if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
+        if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cell_states is None:
             return (None,) * len(ctx.needs_input_grad)
         for place, tensor, version in ctx.unsaved or ():
             if torch.is_grad_enabled() and tensor._version != version:
@@ -137,7 +137,7 @@ class Layer(torch.autograd.Function):
             grad_h_n = None
         with _without_autocast(kept[0].device.type):
             grad_input, grad_hx, grad_cx, grad_weights = _layer_backward(
-                ctx, (grad_output, grad_h_n, grad_c_n, grad_cells), kept[:9], kept[9:]
+                ctx, (grad_output, grad_h_n, grad_c_n, grad_cell_states), kept[:9], kept[9:]
             )
         return (None, None, None, grad_input, grad_hx, grad_cx, None, None, None, *grad_weights)
 
@@ -185,15 +185,15 @@ def _layer_backward(
 
     Args:
         ctx: of Layer.
-        cotangents: the gradients of output, h_n, c_n and cells, None for zero.
-        saved: input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve.
+        cotangents: the gradients of output, h_n, c_n and cell_states, None for zero.
+        saved: input, hx, cx, batch_sizes, lengths, resets, output, cell_states, reserve.
         places: the parameters.
     """
-    input, hx, cx, batch_sizes, lengths, resets, output, cells, reserve = saved
+    input, hx, cx, batch_sizes, lengths, resets, output, cell_states, reserve = saved
     needs_input, needs_hx, needs_cx, *_ = ctx.needs_input_grad[3:]
     needs = ctx.needs_input_grad[9:]
     arguments = (
-        ctx.backend, ctx.mode, ctx.batch_first, *cotangents, output, cells, reserve, input, hx, cx, batch_sizes,
+        ctx.backend, ctx.mode, ctx.batch_first, *cotangents, output, cell_states, reserve, input, hx, cx, batch_sizes,
         lengths, resets, *places,
     )  # fmt: skip
     # The Function is only worth its overhead where somebody may differentiate this backward pass.
@@ -385,12 +385,12 @@ def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
 
 
-def _hidden(cells: Tensor, reserve: Tensor, directions: int, lengths: Tensor | None, batch_first: bool) -> Tensor:
-    """What a projection multiplies, `o * tanh(c)`: (rows, D*H) in the type of the cells, zero beyond a row's length."""
+def _hidden(cell_states: Tensor, reserve: Tensor, directions: int, lengths: Tensor | None, batch_first: bool) -> Tensor:
+    """What a projection multiplies, `o * tanh(c)`: (rows, D*H) in the type of cell_states, zero beyond a row's length."""
     # 16-bit types: round once, as forward does.
-    kind = torch.float32 if cells.dtype in (torch.float16, torch.bfloat16) else cells.dtype
+    kind = torch.float32 if cell_states.dtype in (torch.float16, torch.bfloat16) else cell_states.dtype
     out_gate = reserve.unflatten(-1, (directions, 4, -1)).select(-2, 3).flatten(-2)
-    hidden = (out_gate.to(kind) * cells.to(kind).tanh()).to(cells.dtype)
+    hidden = (out_gate.to(kind) * cell_states.to(kind).tanh()).to(cell_states.dtype)
     return hidden if lengths is None else reference.zero_beyond(hidden, lengths, batch_first)
 
 
@@ -398,7 +398,7 @@ class RecurrenceBackward(torch.autograd.Function):
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected, hidden).
 
     Takes everything that determines these, so that its own backward can recompute them differentiably: the gradients of
-    the results, the layer's input and parameters. output, cells and reserve are shortcuts to what these determine, and
+    the results, the layer's input and parameters. output, cell_states and reserve are shortcuts to what these determine, and
     get no gradient here.
     """
 
@@ -410,9 +410,9 @@ class RecurrenceBackward(torch.autograd.Function):
         grad_output: Tensor | None,
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
-        grad_cells: Tensor | None,
+        grad_cell_states: Tensor | None,
         output: Tensor | None,
-        cells: Tensor,
+        cell_states: Tensor,
         reserve: Tensor,
         input: Tensor,
         hx: Tensor | None,
@@ -436,17 +436,17 @@ class RecurrenceBackward(torch.autograd.Function):
             bias_hh_reverse, weight_hr, weight_hr_reverse,
         )  # fmt: skip
         results = ops.kernels[backend].recurrence_backward(
-            mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx, batch_sizes,
+            mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, hx, cx, batch_sizes,
             lengths, resets, *places,
         )  # fmt: skip
         if weight_hr is None:
             return (*results, weight_hh.new_empty(0))
-        return (*results, _hidden(cells, reserve, len(of_kind(places, HH)), lengths, batch_first))
+        return (*results, _hidden(cell_states, reserve, len(of_kind(places, HH)), lengths, batch_first))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mode, ctx.batch_first = inputs[1:3]
-        # output, cells and reserve (7, 8, 9) are recomputed.
+        # output, cell_states and reserve (7, 8, 9) are recomputed.
         _keep(ctx, [*inputs[3:7], *inputs[10:]])
         ctx.set_materialize_grads(False)
 
@@ -464,16 +464,16 @@ class RecurrenceBackward(torch.autograd.Function):
                 values = list(saved)
                 for i, variable in zip(wanted, variables, strict=True):
                     values[i] = variable
-                grad_output, grad_h_n, grad_c_n, grad_cells, *layer = values
+                grad_output, grad_h_n, grad_c_n, grad_cell_states, *layer = values
                 _, hx, cx, batch_sizes, lengths, resets, *places = layer
-                output, _, _, cells, reserve = reference.layer_forward(mode, batch_first, *layer)
+                output, _, _, cell_states, reserve = reference.layer_forward(mode, batch_first, *layer)
                 results = reference.recurrence_backward(
-                    mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx,
+                    mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, hx, cx,
                     batch_sizes, lengths, resets, *places,
                 )  # fmt: skip
                 hidden = output.new_empty(0)
                 if places[HR] is not None:
-                    hidden = _hidden(cells, reserve, len(of_kind(places, HH)), lengths, batch_first)
+                    hidden = _hidden(cell_states, reserve, len(of_kind(places, HH)), lengths, batch_first)
                 every = (*results, hidden)
                 return tuple(every[i] for i in given)
 

@@ -52,10 +52,10 @@ def run_layers(
         weights: every parameter, in the order of torch.nn's `_flat_weights`.
         dropout: probability, between layers and in training only.
         batch_sizes, lengths, resets: see docs/design.md.
-        return_cell_states: whether the last layer's cells are wanted (LSTM).
+        return_cell_states: whether every c_t of the last layer is wanted (LSTM).
 
     Returns:
-        output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None but for the LSTM; cells (rows, D*H),
+        output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None but for the LSTM; cell_states (rows, D*H),
         every c_t of the last layer, None unless asked for.
     """
     if _autocast_active():
@@ -122,7 +122,7 @@ def run_layers(
 
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
-    output, cells = input, None
+    output, cell_states = input, None
     states_h, states_c = [], []
     for layer in range(num_layers):
         last = layer == num_layers - 1
@@ -141,7 +141,7 @@ def run_layers(
         states_h.append(h_n)
         states_c.append(c_n)
         if last and return_cell_states and mode == "LSTM":
-            cells = saved[0]
+            cell_states = saved[0]
         if drops and not last:
             output = torch.dropout(output, dropout, True)
 
@@ -149,7 +149,7 @@ def run_layers(
     all_c = None
     if mode == "LSTM":
         all_c = states_c[0] if num_layers == 1 else torch.cat(states_c)
-    return output, all_h, all_c, cells
+    return output, all_h, all_c, cell_states
 
 
 def _captures() -> bool:
@@ -249,7 +249,7 @@ def lstm(
         return_cell_states: whether every c_t of the last layer is returned too.
 
     Returns:
-        output (rows, D*(P or H)), (h_n (L*D, B, P or H), c_n (L*D, B, H)), and with return_cell_states the cells
+        output (rows, D*(P or H)), (h_n (L*D, B, P or H), c_n (L*D, B, H)), and with return_cell_states the cell_states
         (rows, D*H).
 
     Raises:
@@ -261,15 +261,15 @@ def lstm(
     directions = 2 if bidirectional else 1
     _check_state("lstm", "hx[0]", h_0, num_layers * directions, out_size, input, batch_first, batch_sizes)
     _check_state("lstm", "hx[1]", c_0, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
-    output, h_n, c_n, cells = run_layers(
+    output, h_n, c_n, cell_states = run_layers(
         "LSTM", input, h_0, c_0, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
         batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
         lengths=_beside(input, lengths), resets=_beside(input, resets), return_cell_states=return_cell_states,
     )  # fmt: skip
     assert c_n is not None
     if return_cell_states:
-        assert cells is not None
-        return output, (h_n, c_n), cells
+        assert cell_states is not None
+        return output, (h_n, c_n), cell_states
     return output, (h_n, c_n)
 
 

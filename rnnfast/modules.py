@@ -251,7 +251,7 @@ class Recurrent(nn.RNNBase):
         resets: Tensor | None,
         cell_states: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, cells."""
+        """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, cell_states."""
         batch_first: Any = self.batch_first
         if batch_first is not True and batch_first is not False:
             self._check_flags()
@@ -306,7 +306,7 @@ class Recurrent(nn.RNNBase):
             resets = resets.unsqueeze(axis)
         if isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths.unsqueeze(0)
-        output, h_n, c_n, cells = self._run(
+        output, h_n, c_n, cell_states = self._run(
             input.unsqueeze(axis),
             None if h is None else h.unsqueeze(1),
             None if c is None else c.unsqueeze(1),
@@ -318,7 +318,7 @@ class Recurrent(nn.RNNBase):
             output.squeeze(axis),
             h_n.squeeze(1),
             None if c_n is None else c_n.squeeze(1),
-            None if cells is None else cells.squeeze(axis),
+            None if cell_states is None else cell_states.squeeze(axis),
         )
 
     def _run_packed(
@@ -354,7 +354,7 @@ class Recurrent(nn.RNNBase):
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)
             c = None if c is None else c.index_select(1, sorted_indices)
-        output, h_n, c_n, cells = run_layers(
+        output, h_n, c_n, cell_states = run_layers(
             mode,
             input,
             h,
@@ -376,7 +376,7 @@ class Recurrent(nn.RNNBase):
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             h_n,
             c_n,
-            None if cells is None else PackedSequence(cells, batch_sizes, sorted_indices, unsorted_indices),
+            None if cell_states is None else PackedSequence(cell_states, batch_sizes, sorted_indices, unsorted_indices),
         )
 
     def _check_ranks(self, input: Tensor, hx: Tensor) -> None:
@@ -459,13 +459,13 @@ class LSTM(Recurrent, nn.LSTM):
                         f"also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
                     )
         output: Any
-        cells: Any
+        cell_states: Any
         if isinstance(input, PackedSequence):
-            output, h_n, c_n, cells = self._run_packed(input, h, c, lengths, resets, return_cell_states)
+            output, h_n, c_n, cell_states = self._run_packed(input, h, c, lengths, resets, return_cell_states)
         else:
-            output, h_n, c_n, cells = self._run(input, h, c, lengths, resets, return_cell_states)
+            output, h_n, c_n, cell_states = self._run(input, h, c, lengths, resets, return_cell_states)
         if return_cell_states:
-            return output, (h_n, c_n), cells
+            return output, (h_n, c_n), cell_states
         return output, (h_n, c_n)
 
 

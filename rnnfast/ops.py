@@ -31,7 +31,7 @@ _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 class Kernels(NamedTuple):
     """One backend's functions, each with the signature of the op of its name."""
 
-    input_gates: Callable[..., Any]
+    input_projection: Callable[..., Any]
     recurrence_forward: Callable[..., Any]
     recurrence_backward: Callable[..., Any]
     layer_forward: Callable[..., Any]
@@ -174,9 +174,9 @@ def _run(name: str, tensor: Tensor, backend: str | None, arguments: tuple[Any, .
     return getattr(kernels[backend or _backend_for(tensor)], name)(*arguments)
 
 
-def input_gates(mode: str, input: Tensor, *places: Tensor | None, backend: str | None = None) -> Tensor:
+def input_projection(mode: str, input: Tensor, *places: Tensor | None, backend: str | None = None) -> Tensor:
     """All gates' input part, (rows, D*G*H): `W_ih x + b_ih + b_hh` (without b_hn for the GRU's n gate)."""
-    result: Tensor = _run("input_gates", input, backend, (mode, input, *places))
+    result: Tensor = _run("input_projection", input, backend, (mode, input, *places))
     return result
 
 
@@ -193,7 +193,7 @@ def recurrence_forward(
     *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
+    """Runs every step of one layer, all its directions: (output, h_n, c_n, cell_states, reserve)."""
     arguments = (mode, batch_first, save_reserve, gates, hx, cx, batch_sizes, lengths, resets, *places)
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("recurrence_forward", gates, backend, arguments)
     return results
@@ -205,9 +205,9 @@ def recurrence_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
+    grad_cell_states: Tensor | None,
     output: Tensor | None,
-    cells: Tensor,
+    cell_states: Tensor,
     reserve: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -219,7 +219,7 @@ def recurrence_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
     arguments = (
-        mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, reserve, hx, cx, batch_sizes,
+        mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, hx, cx, batch_sizes,
         lengths, resets, *places,
     )  # fmt: skip
     model = reserve if output is None else output
@@ -239,7 +239,7 @@ def layer_forward(
     *places: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer, with what backward needs: (output, h_n, c_n, cells, reserve)."""
+    """One layer, with what backward needs: (output, h_n, c_n, cell_states, reserve)."""
     arguments = (mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, *places)
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("layer_forward", input, backend, arguments)
     return results

@@ -48,7 +48,7 @@ def cell_step(
 
     Args:
         mode: a key of ``GATES``.
-        gates: (B, G*H), the part of the pre-activations that comes from the input, see :func:`input_gates`.
+        gates: (B, G*H), the part of the pre-activations that comes from the input, see :func:`input_projection`.
         recurrent: (B, G*H), ``W_hh h``; for the GRU's n gate ``W_hn h + b_hn``.
         h: (B, P or H), the state before the step.
         c: (B, H), the LSTM's cell state before the step, otherwise None.
@@ -284,7 +284,7 @@ def _stack(values: Sequence[Tensor], empty: Tensor) -> Tensor:
 
 
 @_op
-def input_gates(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
+def input_projection(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
     """The pre-activations' part that does not depend on the state, for all steps and directions.
 
     Args:
@@ -333,8 +333,8 @@ def recurrence_forward(
     Args:
         mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
         batch_first: whether dense rows are (B, T).
-        save_reserve: whether cells and reserve are wanted.
-        gates: (rows, D*G*H), from :func:`input_gates`.
+        save_reserve: whether cell_states and reserve are wanted.
+        gates: (rows, D*G*H), from :func:`input_projection`.
         hx, cx: (D, B, P or H), (D, B, H), None for zeros. cx is read by the LSTM only.
         batch_sizes: (T,) int64 on the CPU, for packed rows: row (t, b) stands at ``batch_sizes[:t].sum() + b``.
         lengths: (B,) int64, dense only: row b ends after lengths[b] steps, which may be 0.
@@ -345,9 +345,9 @@ def recurrence_forward(
 
     Returns:
         output (rows, D*P or D*H), zero beyond a row's length; h_n (D, B, P or H) and c_n (D, B, H), the state after a
-        row's last step; cells (rows, D*H), every c_t; reserve (rows, D*4*H), what the backward pass needs, see
-        :func:`cell_step`. What does not apply has shape (0,): c_n and cells but for the LSTM, reserve for the RNN,
-        cells and reserve without save_reserve.
+        row's last step; cell_states (rows, D*H), every c_t; reserve (rows, D*4*H), what the backward pass needs, see
+        :func:`cell_step`. What does not apply has shape (0,): c_n and cell_states but for the LSTM, reserve for the RNN,
+        cell_states and reserve without save_reserve.
 
     Raises:
         ValueError: mode is unknown.
@@ -358,7 +358,7 @@ def recurrence_forward(
     rows = _Rows.of(gates, batch_sizes, lengths, resets, batch_first)
     gates_in = rows.read(gates).to(compute)
     hidden_size = gates.shape[-1] // (directions * GATES[mode])
-    outputs, cells, reserves, h_n, c_n = [], [], [], [], []
+    outputs, cell_states, reserves, h_n, c_n = [], [], [], [], []
     for d in range(directions):
         reverse = d == 1
         weight = weight_hh[d].to(compute)
@@ -388,7 +388,7 @@ def recurrence_forward(
         h_n.append(h)
         if c is not None:
             c_n.append(c)
-            cells.append(_stack([c_t for c_t in every_c if c_t is not None], c))
+            cell_states.append(_stack([c_t for c_t in every_c if c_t is not None], c))
         reserves.append(_stack(every_saved, h.new_zeros((rows.batch, 4 * hidden_size))))
 
     def of_rows(parts: list[Tensor]) -> Tensor:
@@ -399,7 +399,7 @@ def recurrence_forward(
         of_rows(outputs),
         torch.stack(h_n).to(storage),
         torch.stack(c_n).to(storage) if is_lstm else nothing,
-        of_rows(cells) if is_lstm and save_reserve else nothing.clone(),
+        of_rows(cell_states) if is_lstm and save_reserve else nothing.clone(),
         of_rows(reserves) if mode in ("LSTM", "GRU") and save_reserve else nothing.clone(),
     )
 
@@ -411,9 +411,9 @@ def recurrence_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
+    grad_cell_states: Tensor | None,
     output: Tensor | None,
-    cells: Tensor,
+    cell_states: Tensor,
     reserve: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -427,9 +427,9 @@ def recurrence_backward(
     The gradients of the weights are products over all rows of what this returns with h_t, c_t and the input.
 
     Args:
-        grad_output, grad_h_n, grad_c_n, grad_cells: the gradients of the results of those names, of their shapes; None
+        grad_output, grad_h_n, grad_c_n, grad_cell_states: the gradients of the results of those names, of their shapes; None
             for zero.
-        output, cells, reserve: as returned by the forward pass with save_reserve. What lies beyond a row's length does
+        output, cell_states, reserve: as returned by the forward pass with save_reserve. What lies beyond a row's length does
             not matter. The output of one step of an LSTM or GRU may be None.
         others: as given to the forward pass.
 
@@ -467,7 +467,7 @@ def recurrence_backward(
         c_before = c_after
         saved: list[tuple[Tensor, ...]] = [()] * rows.steps
         if is_lstm:
-            c_all = rows_of(cells, d)
+            c_all = rows_of(cell_states, d)
             c_after = c_all.unbind()
             c_before = rows.states_before(_initial(cx, d, output, rows.batch, hidden_size), c_all, reverse)
         if mode in ("LSTM", "GRU"):
@@ -475,7 +475,7 @@ def recurrence_backward(
         dh = _initial(grad_h_n, d, output, rows.batch, weight.shape[1])
         dc = _initial(grad_c_n, d, output, rows.batch, hidden_size) if is_lstm else None
         dh_outer = None if grad_output is None else rows_of(grad_output, d).unbind()
-        dc_outer = None if grad_cells is None or not is_lstm else rows_of(grad_cells, d).unbind()
+        dc_outer = None if grad_cell_states is None or not is_lstm else rows_of(grad_cell_states, d).unbind()
         every_dgates, every_dgates_hh, every_dh = [dh] * rows.steps, [dh] * rows.steps, [dh] * rows.steps
         for t in rows.order(not reverse):
             # the gradients of h_t and c_t: from the step after t (or h_n, c_n) and from the results of this step.
@@ -528,21 +528,21 @@ def layer_forward(
     resets: Tensor | None,
     *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`input_gates` and :func:`recurrence_forward` in one call: a whole layer.
+    """:func:`input_projection` and :func:`recurrence_forward` in one call: a whole layer.
 
     Args:
         input: (rows, I).
         others: as there.
 
     Returns:
-        output, h_n, c_n, cells, reserve, as of :func:`recurrence_forward`.
+        output, h_n, c_n, cell_states, reserve, as of :func:`recurrence_forward`.
 
     Raises:
         ValueError: mode is unknown.
     """
     if lengths is not None:
         input = zero_beyond(input, lengths, batch_first)
-    gates = input_gates(mode, input, *places)
+    gates = input_projection(mode, input, *places)
     return recurrence_forward(mode, batch_first, True, gates, hx, cx, batch_sizes, lengths, resets, *places)
 
 

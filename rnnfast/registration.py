@@ -34,7 +34,7 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
         return results
 
     return {
-        "input_gates": reference.input_gates,
+        "input_projection": reference.input_projection,
         "recurrence_forward": reference.recurrence_forward,
         "recurrence_backward": reference.recurrence_backward,
         "layer_forward": layer_forward,
@@ -112,12 +112,12 @@ def _batch(batch_first: bool, rows: Tensor, hx: Tensor | None, cx: Tensor | None
 def _saved_fake(mode: str, save_reserve: bool, rows: Tensor, places: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     weight_hh = of_kind(places, HH)
     width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
-    cells = rows.new_empty(*rows.shape[:-1], width) if save_reserve and mode == "LSTM" else rows.new_empty(0)
+    cell_states = rows.new_empty(*rows.shape[:-1], width) if save_reserve and mode == "LSTM" else rows.new_empty(0)
     keeps = save_reserve and mode in ("LSTM", "GRU")
-    return cells, rows.new_empty(*rows.shape[:-1], 4 * width) if keeps else rows.new_empty(0)
+    return cell_states, rows.new_empty(*rows.shape[:-1], 4 * width) if keeps else rows.new_empty(0)
 
 
-def _input_gates_fake(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
+def _input_projection_fake(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
     weight_ih = of_kind(places, IH)
     return input.new_empty(*input.shape[:-1], len(weight_ih) * weight_ih[0].size(0))
 
@@ -132,7 +132,7 @@ def _recurrence_forward_fake(
 
 def _recurrence_backward_fake(
     mode: str, batch_first: bool, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
-    grad_cells: Tensor | None, output: Tensor | None, cells: Tensor, reserve: Tensor, hx: Tensor | None,
+    grad_cell_states: Tensor | None, output: Tensor | None, cell_states: Tensor, reserve: Tensor, hx: Tensor | None,
     cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None,
     *places: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -168,7 +168,7 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "input_gates": _input_gates_fake,
+    "input_projection": _input_projection_fake,
     "recurrence_forward": _recurrence_forward_fake,
     "recurrence_backward": _recurrence_backward_fake,
     "layer_forward": _layer_forward_fake,
@@ -197,7 +197,7 @@ def _count_layer(mode: str, batch_first: bool, input: Any, *others: Any, **_: An
 
 
 _COUNTS: dict[str, Callable[..., int]] = {
-    "input_gates": lambda mode, input, *places, **_: _products(places, input, (IH,)),
+    "input_projection": lambda mode, input, *places, **_: _products(places, input, (IH,)),
     "recurrence_forward": lambda *arguments, **_: _products(arguments[9:], arguments[3], (HH, HR)),
     "recurrence_backward": lambda *arguments, **_: _products(
         arguments[14:], arguments[8] if arguments[6] is None else arguments[6], (HH, HR)

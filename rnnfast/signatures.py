@@ -73,7 +73,7 @@ _STATES = (ROWS, STATE, STATE)
 _SAVED = (ROWS, ROWS)
 
 OPS = {
-    "input_gates": Signature((_MODE, _INPUT, *_PARAMETERS), (ROWS,)),
+    "input_projection": Signature((_MODE, _INPUT, *_PARAMETERS), (ROWS,)),
     "recurrence_forward": Signature(
         (
             _MODE, _BATCH_FIRST, Argument("save_reserve", "bool", OTHER), Argument("gates", "Tensor", ROWS), *_SHARED,
@@ -88,9 +88,9 @@ OPS = {
             Argument("grad_output", "Tensor?", ROWS),
             Argument("grad_h_n", "Tensor?", STATE),
             Argument("grad_c_n", "Tensor?", STATE),
-            Argument("grad_cells", "Tensor?", ROWS),
+            Argument("grad_cell_states", "Tensor?", ROWS),
             Argument("output", "Tensor?", ROWS),
-            Argument("cells", "Tensor", ROWS),
+            Argument("cell_states", "Tensor", ROWS),
             Argument("reserve", "Tensor", ROWS),
             *_SHARED,
             *_PARAMETERS,
@@ -132,7 +132,7 @@ def rows_of_one_step(rows: Tensor, batch_sizes: Tensor | None) -> bool:
 
 
 def is_one_step(op: str, arguments: Sequence[Any]) -> bool:
-    """Whether an op is given one step. (For input_gates rows are rows.)"""
+    """Whether an op is given one step. (For input_projection rows are rows.)"""
     given = {argument.name: value for argument, value in zip(OPS[op].arguments, arguments, strict=False)}
     model = next(given[name] for name in ("input", "gates", "output", "reserve") if given.get(name) is not None)
     return rows_of_one_step(model, given.get("batch_sizes", model))

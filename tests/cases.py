@@ -11,13 +11,13 @@ from torch import Tensor
 MODES = ["LSTM", "GRU", "RNN_TANH", "RNN_RELU", "RNN_IDENTITY"]
 TORCH_MODES = MODES[:4]
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1, "RNN_IDENTITY": 1}
-RESULTS = ["output", "h_n", "c_n", "cells", "reserve"]
+RESULTS = ["output", "h_n", "c_n", "cell_states", "reserve"]
 GRADIENTS = ["grad_gates", "grad_gates_hh", "grad_hx", "grad_cx", "grad_projected"]
 
 
 @dataclasses.dataclass
 class Call:
-    """The arguments of one layer: of input_gates, recurrence_forward and recurrence_backward."""
+    """The arguments of one layer: of input_projection, recurrence_forward and recurrence_backward."""
 
     mode: str
     input: Tensor
@@ -101,7 +101,7 @@ class Call:
         return self.input.shape[0 if self.batch_first else 1]
 
     def gates(self, ops: Any) -> Tensor:
-        return ops.input_gates(self.mode, self.input, *self.places)
+        return ops.input_projection(self.mode, self.input, *self.places)
 
     def forward(self, ops: Any, gates: Tensor | None = None, save_reserve: bool = True) -> dict[str, Tensor]:
         gates = self.gates(ops) if gates is None else gates
@@ -111,7 +111,7 @@ class Call:
     def backward(self, ops: Any, grads: dict[str, Tensor | None], saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """grads: by the names of results, missing for None. saved: what forward returned."""
         given = [grads.get(name) for name in RESULTS[:4]]
-        saved_tensors = [saved["output"], saved["cells"], saved["reserve"]]
+        saved_tensors = [saved["output"], saved["cell_states"], saved["reserve"]]
         results = ops.recurrence_backward(self.mode, self.batch_first, *given, *saved_tensors, *self.shared)
         return dict(zip(GRADIENTS, results, strict=True))
 

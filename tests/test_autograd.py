@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 PROJECTED = [(mode, 0) for mode in MODES] + [("LSTM", 2)]
 PROJECTED_IDS = [mode + ("-projected" if P else "") for mode, P in PROJECTED]
 Results = dict[str, Tensor]
-NAMES = ["output", "h_n", "c_n", "cells"]
+NAMES = ["output", "h_n", "c_n", "cell_states"]
 
 exhaustive = pytest.mark.exhaustive
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS)

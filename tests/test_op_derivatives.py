@@ -67,10 +67,10 @@ def test_no_op_takes_lists() -> None:
 def of_op(name: str, call: Call, namespace: Any, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One op on a call's tensors. saved: what forward returned, and gradients of it."""
     op = getattr(namespace, name)
-    if name == "input_gates":
+    if name == "input_projection":
         return (op(call.mode, call.input, *call.places),)
     if name == "recurrence_forward":
-        gates = reference.input_gates(call.mode, call.input, *call.places)
+        gates = reference.input_projection(call.mode, call.input, *call.places)
         return tuple(op(call.mode, call.batch_first, True, gates, *call.shared))
     if name == "recurrence_backward":
         return tuple(op(call.mode, call.batch_first, *saved, *call.shared))
@@ -86,9 +86,11 @@ def test_derivatives_of_every_op(name: str, mode: str, P: int, layout: str) -> N
     saved: list[Tensor | None] = []
     if name == "recurrence_backward":
         with torch.no_grad():
-            output, h_n, c_n, cells, reserve = reference.layer_forward(mode, call.batch_first, call.input, *call.shared)
-            grads = [torch.randn_like(value) if value.numel() else None for value in (output, h_n, c_n, cells)]
-        saved = [*grads, output, cells, reserve]
+            output, h_n, c_n, cell_states, reserve = reference.layer_forward(
+                mode, call.batch_first, call.input, *call.shared
+            )
+            grads = [torch.randn_like(value) if value.numel() else None for value in (output, h_n, c_n, cell_states)]
+        saved = [*grads, output, cell_states, reserve]
         saved = [None if value is None else value.detach().requires_grad_(value.numel() > 0) for value in saved]
     inputs = [tensor for tensor in [*call.tensors().values(), *saved] if tensor is not None and tensor.requires_grad]
 
@@ -138,7 +140,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("layout", ["dense", "packed", "one step"])
-@pytest.mark.parametrize("name", ["layer", "layer_forward", "input_gates", "recurrence_forward"])
+@pytest.mark.parametrize("name", ["layer", "layer_forward", "input_projection", "recurrence_forward"])
 def test_torch_func_on_an_op(name: str, layout: str, transform: str) -> None:
     """As deep as torch.func goes: a level that is passed over gives wrong numbers, or zeros, without a word."""
     call = random_call("LSTM", 2, layout)

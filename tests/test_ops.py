@@ -67,13 +67,13 @@ def truth(mode: str, family: str, dtype: torch.dtype) -> tuple[dict[str, dict[st
     saved = call.forward(reference, gates)
     grads = random_grads(saved)
     own = {
-        "input_gates": {"gates": gates},
+        "input_projection": {"gates": gates},
         "forward": saved,
         "backward": call.backward(reference, grads, saved),
         "inference": call.inference(reference),
     }
     expected = {
-        "input_gates": {"gates": exact.gates(reference)},
+        "input_projection": {"gates": exact.gates(reference)},
         "forward": exact.forward(reference, gates.double()),
         "backward": exact.backward(reference, double(grads), double(saved)),
         "inference": exact.inference(reference),
@@ -97,13 +97,15 @@ def test_against_float64(backend: str, device: str, mode: str, family: str, dtyp
     arguments, own, expected = truth(mode, family, dtype)
     torch.manual_seed(1234)
     call = family_call(mode, family, dtype).on(device)
-    check_results(call, {"gates": call.gates(ops)}, own["input_gates"], expected["input_gates"], "input_gates")
-    actual = call.forward(ops, own["input_gates"]["gates"].to(device))
+    check_results(
+        call, {"gates": call.gates(ops)}, own["input_projection"], expected["input_projection"], "input_projection"
+    )
+    actual = call.forward(ops, own["input_projection"]["gates"].to(device))
     check_results(call, actual, own["forward"], expected["forward"], "recurrence_forward")
     beyond = call.alive_rows()
     if beyond is not None:
         assert not actual["output"][~beyond].any()
-        assert mode != "LSTM" or not actual["cells"][~beyond].any()
+        assert mode != "LSTM" or not actual["cell_states"][~beyond].any()
     actual = call.backward(ops, on(device, arguments["grads"]), on(device, own["forward"]))
     check_results(call, actual, own["backward"], expected["backward"], "recurrence_backward")
     check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer")
@@ -125,7 +127,7 @@ def test_forward_of_one_backend_and_backward_of_another(
         check_results(call, call.backward(backward, grads, saved[forward]), own, expected, f"{forward} forward")
 
 
-@pytest.mark.parametrize("given", [[], ["output"], ["h_n"], ["c_n"], ["cells"], ["h_n", "c_n"]])
+@pytest.mark.parametrize("given", [[], ["output"], ["h_n"], ["c_n"], ["cell_states"], ["h_n", "c_n"]])
 @pytest.mark.parametrize("family", ["lengths, resets", "packed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_that_are_none(backend: str, device: str, mode: str, family: str, given: list[str]) -> None:

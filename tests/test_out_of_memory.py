@@ -59,7 +59,7 @@ def test_results(library: str, name: str, mode: str) -> None:
     if library == "cpu":
         op, tensor, width = name, "output", H
     else:
-        op, tensor, width = "input_gates", "gates", H * {"LSTM": 4, "GRU": 3}.get(mode, 1)
+        op, tensor, width = "input_projection", "gates", H * {"LSTM": 4, "GRU": 3}.get(mode, 1)
     size = RESULT * width // H
     wanted = f"rnnfast::{op}: out of memory: {tensor} of shape ({ROWS}, 64, {width}), float32, needs {size} bytes"
     assert text.startswith(f"{wanted} ({size / 2**30:.1f} GiB) on cpu")

@@ -151,7 +151,7 @@ def test_rows_of_length_zero_are_as_if_absent(mode: str, P: int) -> None:
         cx=call.cx[:, there] if mode == "LSTM" else None,
     )
     expected = without.forward(reference)
-    for name in ["output", "h_n", "c_n", "cells"]:
+    for name in ["output", "h_n", "c_n", "cell_states"]:
         if expected[name].numel():
             check_equal(name, results[name][:, there], expected[name])
     assert torch.equal(results["h_n"][:, ~there], call.hx[:, ~there])
@@ -167,7 +167,7 @@ def test_gradcheck_and_gradgradcheck(mode: str, P: int, layout: str) -> None:
     if mode == "RNN_RELU":
         # finite differences must not step over the kink, which these seeds and this shift stay clear of
         call = call.map(lambda value: (value.detach() + 0.05).requires_grad_())
-    wanted = [name for name in ["output", "h_n", "c_n", "cells"] if mode == "LSTM" or name in ("output", "h_n")]
+    wanted = [name for name in ["output", "h_n", "c_n", "cell_states"] if mode == "LSTM" or name in ("output", "h_n")]
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
         results = call.with_tensors(list(values)).forward(reference)
@@ -224,7 +224,7 @@ def all_gradients(call: Call, grads: dict[str, Tensor | None], saved: dict[str, 
     if call.weight_hr:
         projected = call.rows_to_dense(result["grad_projected"]).unflatten(-1, (D, -1))
         o = call.rows_to_dense(saved["reserve"]).unflatten(-1, (D, 4, -1))[..., 3, :]
-        hidden = o * call.rows_to_dense(saved["cells"]).unflatten(-1, (D, -1)).tanh()
+        hidden = o * call.rows_to_dense(saved["cell_states"]).unflatten(-1, (D, -1)).tanh()
         named |= {
             f"weight_hr[{d}]": torch.einsum("tbp,tbh->ph", projected[..., d, :], hidden[..., d, :]) for d in range(D)
         }
@@ -235,7 +235,9 @@ def all_gradients(call: Call, grads: dict[str, Tensor | None], saved: dict[str, 
     return named
 
 
-@pytest.mark.parametrize("given", [["output"], ["h_n"], ["c_n"], ["cells"], ["output", "h_n", "c_n", "cells"]])
+@pytest.mark.parametrize(
+    "given", [["output"], ["h_n"], ["c_n"], ["cell_states"], ["output", "h_n", "c_n", "cell_states"]]
+)
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize(("mode", "P"), PROJECTED)
@@ -262,7 +264,7 @@ def test_hand_written_backward_against_autograd(
 def test_hand_written_backward_is_differentiable(mode: str, P: int, layout: str) -> None:
     call = make_call(mode, T=3, B=2, I=2, H=3, P=P, D=2, **LAYOUTS[layout])
     results = call.forward(reference)
-    saved = {name: results[name] for name in ["output", "cells", "reserve"] if results[name].numel()}
+    saved = {name: results[name] for name in ["output", "cell_states", "reserve"] if results[name].numel()}
     if mode == "RNN_RELU":
         # an output of zero is on the kink
         saved["output"] = torch.where(saved["output"] == 0, -1, saved["output"])
@@ -271,7 +273,7 @@ def test_hand_written_backward_is_differentiable(mode: str, P: int, layout: str)
 
     def backward(*values: Tensor) -> tuple[Tensor, ...]:
         mine = dict(zip(grads, values, strict=False))
-        whole = {"cells": nothing, "reserve": nothing} | dict(zip(saved, values[len(grads) :], strict=False))
+        whole = {"cell_states": nothing, "reserve": nothing} | dict(zip(saved, values[len(grads) :], strict=False))
         changed = call.with_tensors(list(values[len(grads) + len(saved) :]))
         return tuple(value for value in changed.backward(reference, mine, whole).values() if value.numel())
 
@@ -285,7 +287,7 @@ def test_transforms(mode: str, P: int, layout: str) -> None:
     """vmap over inputs and over weights, vmap(grad), jvp."""
     call = make_call(mode, T=3, B=2, H=3, P=P, D=2, **LAYOUTS[layout])
     calls = [call.map(lambda value, k=k: value + 0.1 * k) for k in range(3)]
-    names = [name for name in ["output", "h_n", "c_n", "cells"] if call.forward(reference)[name].numel()]
+    names = [name for name in ["output", "h_n", "c_n", "cell_states"] if call.forward(reference)[name].numel()]
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
         results = call.with_tensors(list(values)).forward(reference)
@@ -351,11 +353,11 @@ def test_what_lies_beyond_a_row_is_never_read(mode: str) -> None:
     poisoned = {name: value.clone() for name, value in results.items()}
     grads = {name: value.clone() for name, value in grads.items()}
     for tensors in (poisoned, grads):
-        for name in {"output", "cells", "reserve"} & set(tensors):
+        for name in {"output", "cell_states", "reserve"} & set(tensors):
             if tensors[name].numel():
                 tensors[name][beyond] = float("nan")
     again = call.forward(reference)
-    for name in ["output", "h_n", "c_n", "cells"]:
+    for name in ["output", "h_n", "c_n", "cell_states"]:
         assert torch.equal(again[name], results[name])
     actual = call.backward(reference, grads, poisoned)
     for name, value in expected.items():
@@ -380,8 +382,8 @@ def test_inference_and_results_that_do_not_apply(mode: str) -> None:
         assert torch.equal(value, results[name])
         assert torch.equal(value, without[name])
     none = torch.Size([0])
-    assert without["cells"].shape == without["reserve"].shape == none
-    assert (results["c_n"].shape == none) == (results["cells"].shape == none) == (mode != "LSTM")
+    assert without["cell_states"].shape == without["reserve"].shape == none
+    assert (results["c_n"].shape == none) == (results["cell_states"].shape == none) == (mode != "LSTM")
     assert (results["reserve"].shape == none) == mode.startswith("RNN")
     actual = call.backward(reference, random_grads(results), results)
     applies = {"grad_gates"} | ({"grad_gates_hh"} if mode == "GRU" else set())
@@ -401,4 +403,4 @@ def test_no_rows(mode: str, P: int, layout: str) -> None:
 
 def test_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match="mode must be one of LSTM, GRU, RNN_TANH, RNN_RELU, RNN_IDENTITY, got 'QRNN'"):
-        reference.input_gates("QRNN", torch.zeros(1, 1, 1), torch.zeros(1, 1))
+        reference.input_projection("QRNN", torch.zeros(1, 1, 1), torch.zeros(1, 1))

@@ -301,12 +301,12 @@ def test_opcheck(mode: str, P: int) -> None:
     saved = call.forward(reference, gates)
     grads = random_grads(saved)
     shared = call.shared
-    saved_tensors = (saved["output"], saved["cells"], saved["reserve"])
+    saved_tensors = (saved["output"], saved["cell_states"], saved["reserve"])
     checks = {
-        "input_gates": (mode, call.input, *call.places),
+        "input_projection": (mode, call.input, *call.places),
         "recurrence_forward": (mode, False, True, gates, *shared),
         "recurrence_backward": (
-            mode, False, *(grads.get(name) for name in ("output", "h_n", "c_n", "cells")), *saved_tensors, *shared,
+            mode, False, *(grads.get(name) for name in ("output", "h_n", "c_n", "cell_states")), *saved_tensors, *shared,
         ),
         "layer_forward": (mode, False, call.input, *shared),
         "layer": (mode, False, call.input, *shared),

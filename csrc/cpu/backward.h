@@ -9,10 +9,10 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <template <class> class CellOf, class Storage, int kBlocks> class BackwardLoop {
+template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
-  using Cell = CellOf<VectorMath<Compute>>;
+  using Cell = rnnfast::Cell<VectorMath<Compute>, kMode>;
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
   static constexpr int kTileUnits = kL * kBlocks;
@@ -172,28 +172,28 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Backw
   // The cell's derivative on one block of units of one row; dh is the gradient of the cell's own output.
   void step_cell(const Group& group, int current, int64_t d, const Row& row, int64_t unit, Value dh) const {
     const int64_t H = p_.hidden_size, left = H - unit, unit_row = row.row * p_.directions + d;
-    Value reserve[Cell::kReserve + 1], dgates[kG], carry{}, d_rec_n{};
+    Value reserve[Cell::kReserve + 1], dgates[kG], carry{}, d_rec_split{};
     UnitState<Value> previous{}, now{};
 #pragma GCC unroll 4
     for (int q = 0; q < Cell::kReserve; ++q)
       reserve[q] = load<Compute>(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), left);
     if (Cell::kHasCell) {
-      now.c = load<Compute>(at<Storage>(p_.cells, unit_row * H + unit), left);
-      previous.c = entering(p_.cells, p_.cx, d, row, unit, H);
+      now.c = load<Compute>(at<Storage>(p_.cell_states, unit_row * H + unit), left);
+      previous.c = entering(p_.cell_states, p_.cx, d, row, unit, H);
       if (row.started)
         carry = unless<Compute>(row.cut, load<Compute>(group.carry.row(row.r) + unit));
       else if (p_.grad_c_n)
         carry = load<Compute>(at<Storage>(p_.grad_c_n, (d * p_.rows.batch + row.b) * H + unit), left);
-      if (p_.grad_cells) carry += load<Compute>(at<Storage>(p_.grad_cells, unit_row * H + unit), left);
+      if (p_.grad_cell_states) carry += load<Compute>(at<Storage>(p_.grad_cell_states, unit_row * H + unit), left);
     }
     if (Cell::kNeedsPreviousH) previous.h = entering(p_.output, p_.hx, d, row, unit, H);
     if (!Cell::kReserve) now.h = load<Compute>(at<Storage>(p_.output, unit_row * H + unit), left);
-    Cell::backward(reserve, previous, now, dh, carry, dgates, d_rec_n);
+    Cell::backward({reserve, previous, now, dh}, carry, dgates, d_rec_split);
     if (kCarries) store<Compute>(group.carry.row(row.r) + unit, carry);
     Compute* to_earlier = group.dgates[current].row(row.r) + unit;
 #pragma GCC unroll 4
     for (int g = 0; g < kG; ++g) {
-      const Value recurrent = Cell::kSplitGradient && g == kG - 1 ? d_rec_n : dgates[g];
+      const Value recurrent = g == Cell::kSplitGate ? d_rec_split : dgates[g];
       store<Compute>(at<Storage>(p_.grad_gates, (unit_row * kG + g) * H + unit), dgates[g], left);
       if (Cell::kSplitGradient)
         store<Compute>(at<Storage>(p_.grad_gates_hh, (unit_row * kG + g) * H + unit), recurrent, left);

@@ -10,10 +10,10 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <template <class> class CellOf, class Storage, int kBlocks> class ForwardLoop {
+template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
-  using Cell = CellOf<VectorMath<Compute>>;
+  using Cell = rnnfast::Cell<VectorMath<Compute>, kMode>;
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
   static constexpr int kVectors = kG * kBlocks;
@@ -140,7 +140,7 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
       const Source source = source_of(tile, v);
       Value bias{};
       if (p_.bias_ih[d]) bias += load<Compute>(at<Storage>(p_.bias_ih[d], source.row), source.units);
-      if (p_.bias_hh[d] && !(Cell::kSplitGradient && v % kG == kG - 1))
+      if (p_.bias_hh[d] && !(v % kG == Cell::kSplitGate))
         bias += load<Compute>(at<Storage>(p_.bias_hh[d], source.row), source.units);
       bias_[d][tile * kVectors + v] = bias;
     }
@@ -191,8 +191,8 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
     zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size,
                         p_.state_size, rank, members);
     if (Cell::kHasCell)
-      zero_beyond_lengths(rows, static_cast<Storage*>(p_.cells), p_.directions * p_.hidden_size, d * p_.hidden_size,
-                          p_.hidden_size, rank, members);
+      zero_beyond_lengths(rows, static_cast<Storage*>(p_.cell_states), p_.directions * p_.hidden_size,
+                          d * p_.hidden_size, p_.hidden_size, rank, members);
   }
 
   // One row of one step, as the cell's epilogue sees it.
@@ -224,18 +224,20 @@ template <template <class> class CellOf, class Storage, int kBlocks> class Forwa
       x[g] = made ? made[g] + bias[g] : load<Compute>(at<Storage>(p_.gates, (unit_row * kG + g) * H + unit), left);
       rec[g] = product[g];
     }
-    if (Cell::kNeedsPreviousH && p_.bias_hh[d])
-      rec[kG - 1] += load<Compute>(at<Storage>(p_.bias_hh[d], (kG - 1) * H + unit), left);
+    if constexpr (Cell::kSplitGradient) {
+      constexpr int kGate = Cell::kSplitGate;
+      if (p_.bias_hh[d]) rec[kGate] += load<Compute>(at<Storage>(p_.bias_hh[d], kGate * H + unit), left);
+    }
     UnitState<Value> state{};
     if (Cell::kNeedsPreviousH) state.h = load<Compute>(group.h[1 - next].row(row.r) + unit);
     if (Cell::kHasCell) state.c = load<Compute>(group.c.row(row.r) + unit);
-    state = Cell::forward(x, rec, state, reserve);
+    state = Cell::forward({x, rec}, state, reserve);
     if (Cell::kReserve && p_.reserve)
 #pragma GCC unroll 4
       for (int q = 0; q < Cell::kReserve; ++q)
         store<Compute>(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), reserve[q], left);
     if (Cell::kHasCell) {
-      if (p_.cells) store<Compute>(at<Storage>(p_.cells, unit_row * H + unit), state.c, left);
+      if (p_.cell_states) store<Compute>(at<Storage>(p_.cell_states, unit_row * H + unit), state.c, left);
       if (row.last) store<Compute>(at<Storage>(p_.c_n, (d * p_.rows.batch + row.b) * H + unit), state.c, left);
       store<Compute>(group.c.row(row.r) + unit, unless<Compute>(row.cut, state.c));
     }

@@ -11,10 +11,6 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <class Math> using RnnTanhCell = RnnCell<Math, Mode::rnn_tanh>;
-template <class Math> using RnnReluCell = RnnCell<Math, Mode::rnn_relu>;
-template <class Math> using RnnIdentityCell = RnnCell<Math, Mode::rnn_identity>;
-
 template <class Use> inline int64_t with_storage(DType dtype, const Use& use) {
   switch (dtype) {
     case DType::float32: return use(float{});
@@ -27,15 +23,14 @@ template <class Use> inline int64_t with_storage(DType dtype, const Use& use) {
 
 // Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
 // float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
-template <template <template <class> class, class, int> class Loop, template <class> class CellOf, class Storage,
-          class Params>
+template <template <Mode, class, int> class Loop, Mode kMode, class Storage, class Params>
 inline int64_t run_with_blocks(const Params& params, int64_t units, int threads) {
   if constexpr (std::is_same_v<Storage, float>) {
     const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
     if (blocks == 1 || divide_up(blocks, 2) < per_direction)
-      return Loop<CellOf, Storage, 1>(params, threads).run(threads);
+      return Loop<kMode, Storage, 1>(params, threads).run(threads);
   }
-  return Loop<CellOf, Storage, 2>(params, threads).run(threads);
+  return Loop<kMode, Storage, 2>(params, threads).run(threads);
 }
 
 // Whatever the number of steps: they are not counted through.
@@ -44,32 +39,25 @@ bool has_empty_results(const Recurrence& r) { return r.rows.batch == 0 || (r.hid
 int64_t forward(const ForwardParams& params, int threads) {
   if (has_empty_results(params)) return 0;
   return with_storage(params.dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    const int64_t units = params.hidden_size;
-    switch (params.mode) {
-      case Mode::lstm: return ForwardLoop<LstmCell, Storage, 1>(params, threads).run(threads);
-      case Mode::gru: return ForwardLoop<GruCell, Storage, 1>(params, threads).run(threads);
-      case Mode::rnn_tanh: return run_with_blocks<ForwardLoop, RnnTanhCell, Storage>(params, units, threads);
-      case Mode::rnn_relu: return run_with_blocks<ForwardLoop, RnnReluCell, Storage>(params, units, threads);
-      case Mode::rnn_identity: return run_with_blocks<ForwardLoop, RnnIdentityCell, Storage>(params, units, threads);
-    }
-    return int64_t{0};
+    return with_mode(params.mode, [&](auto mode) {
+      using Storage = decltype(storage);
+      constexpr Mode kMode = decltype(mode)::value;
+      // A forward tile holds every gate of a block.
+      if constexpr (traits(kMode).gates > 1)
+        return ForwardLoop<kMode, Storage, 1>(params, threads).run(threads);
+      else
+        return run_with_blocks<ForwardLoop, kMode, Storage>(params, params.hidden_size, threads);
+    });
   });
 }
 
 int64_t backward(const BackwardParams& params, int threads) {
   if (has_empty_results(params)) return 0;
   return with_storage(params.dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    const int64_t units = params.state_size;
-    switch (params.mode) {
-      case Mode::lstm: return run_with_blocks<BackwardLoop, LstmCell, Storage>(params, units, threads);
-      case Mode::gru: return run_with_blocks<BackwardLoop, GruCell, Storage>(params, units, threads);
-      case Mode::rnn_tanh: return run_with_blocks<BackwardLoop, RnnTanhCell, Storage>(params, units, threads);
-      case Mode::rnn_relu: return run_with_blocks<BackwardLoop, RnnReluCell, Storage>(params, units, threads);
-      case Mode::rnn_identity: return run_with_blocks<BackwardLoop, RnnIdentityCell, Storage>(params, units, threads);
-    }
-    return int64_t{0};
+    return with_mode(params.mode, [&](auto mode) {
+      return run_with_blocks<BackwardLoop, decltype(mode)::value, decltype(storage)>(params, params.state_size,
+                                                                                     threads);
+    });
   });
 }
 

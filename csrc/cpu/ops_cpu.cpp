@@ -45,7 +45,7 @@ void check_memory(const char* op, const Tensor& like, int64_t missing) {
 }
 
 int threads_for(const Recurrence& r, int64_t row_count) {
-  const double per_row = 2.0 * r.directions * gates_of(r.mode) * r.hidden_size * r.state_size;
+  const double per_row = 2.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
   // Two directions need no barrier.
   const double between = r.directions > 1 ? 1e9 : per_row * row_count / (r.rows.steps ? r.rows.steps : 1);
   return threads_for(per_row * row_count, between);
@@ -65,12 +65,12 @@ struct CpuBackend {
                        const Places&) {
     check_memory(op, like, kernels().backward(p, threads_for(p, context.row_count)));
   }
-  static Tensor input_gates(std::string mode, Tensor input, Places places);
+  static Tensor input_projection(std::string mode, Tensor input, Places places);
   static Tensor matmul(Tensor a, Tensor b);
 };
 
-Tensor CpuBackend::input_gates(std::string mode_name, Tensor input, Places places) {
-  const char* op = "rnnfast::input_gates";
+Tensor CpuBackend::input_projection(std::string mode_name, Tensor input, Places places) {
+  const char* op = "rnnfast::input_projection";
   const Mode mode = mode_of(op, mode_name);
   MatmulParams m;
   m.n = check_gate_arguments(op, mode, input, places);

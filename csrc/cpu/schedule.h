@@ -149,7 +149,7 @@ inline Split choose_split(const Recurrence& p, int threads, int64_t element_size
   constexpr double kBarrier = 0.5e-6;
   const int64_t per_direction = threads / p.directions;
   if (per_direction <= 1 || p.rows.batch < 2) return {1};
-  const double weights = static_cast<double>(product(gates_of(p.mode), p.hidden_size, p.state_size, element_size));
+  const double weights = static_cast<double>(product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size));
   const double flops = 2.0 * weights / element_size * p.rows.batch;
   const auto seconds = [&](double share_of_flops, double bytes) {
     const double compute = flops * share_of_flops / kFlops, memory = bytes / (bytes > kL2 ? kBytesL3 : kBytesL2);

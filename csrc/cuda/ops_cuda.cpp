@@ -144,10 +144,10 @@ struct CudaBackend {
   }
 
   // One product for all steps and directions.
-  static Tensor input_gates(std::string mode_name, Tensor input, Places places) {
-    const char* op = "rnnfast::input_gates";
+  static Tensor input_projection(std::string mode_name, Tensor input, Places places) {
+    const char* op = "rnnfast::input_projection";
     const Mode mode = mode_of(op, mode_name);
-    const int64_t width = check_gate_arguments(op, mode, input, places), hidden = width / gates_of(mode);
+    const int64_t width = check_gate_arguments(op, mode, input, places), hidden = width / traits(mode).gates;
     dtype_of(op, input);
     Tensors weights, biases;
     for (int64_t d = 0; d < places.directions(); ++d) {

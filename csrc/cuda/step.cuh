@@ -18,44 +18,32 @@ template <class Type, int kBatchTiles>
 constexpr int kForwardWarps = kBatchTiles == 1 && sizeof(typename Type::Compute) == 4 ? 8 : 4;
 constexpr int kBackwardWarps = 8;
 
-// ---- cells: cells.h, with the RNN's nonlinearity chosen at run time -------------------------------------------------
+// ---- cells: cells.h, with what a family's modes differ in chosen at run time ----------------------------------------
 
-struct LstmStep {
-  static constexpr const char* kName = "lstm";
-  template <class Compute> using Cell = LstmCell<ScalarMath<Compute>>;
-  template <class Compute, class... Args> RNNFAST_DEVICE static auto forward(Mode, Args&&... args) {
+template <Mode kFirst, Mode... kOthers> struct StepCell {
+  template <class Compute> using Cell = rnnfast::Cell<ScalarMath<Compute>, kFirst>;
+  template <class Compute, class... Args> RNNFAST_DEVICE static UnitState<Compute> forward(Mode mode, Args&&... args) {
+    if constexpr (sizeof...(kOthers) > 0) {
+      if (mode != kFirst) return StepCell<kOthers...>::template forward<Compute>(mode, args...);
+    }
     return Cell<Compute>::forward(args...);
-  }
-  template <class Compute, class... Args> RNNFAST_DEVICE static void backward(Mode, Args&&... args) {
-    Cell<Compute>::backward(args...);
-  }
-};
-
-struct GruStep {
-  static constexpr const char* kName = "gru";
-  template <class Compute> using Cell = GruCell<ScalarMath<Compute>>;
-  template <class Compute, class... Args> RNNFAST_DEVICE static auto forward(Mode, Args&&... args) {
-    return Cell<Compute>::forward(args...);
-  }
-  template <class Compute, class... Args> RNNFAST_DEVICE static void backward(Mode, Args&&... args) {
-    Cell<Compute>::backward(args...);
-  }
-};
-
-struct RnnStep {
-  static constexpr const char* kName = "rnn";
-  template <class Compute> using Cell = RnnCell<ScalarMath<Compute>, Mode::rnn_tanh>;
-  template <class Compute, Mode kMode> using CellOf = RnnCell<ScalarMath<Compute>, kMode>;
-  template <class Compute, class... Args> RNNFAST_DEVICE static auto forward(Mode mode, Args&&... args) {
-    if (mode == Mode::rnn_tanh) return CellOf<Compute, Mode::rnn_tanh>::forward(args...);
-    if (mode == Mode::rnn_relu) return CellOf<Compute, Mode::rnn_relu>::forward(args...);
-    return CellOf<Compute, Mode::rnn_identity>::forward(args...);
   }
   template <class Compute, class... Args> RNNFAST_DEVICE static void backward(Mode mode, Args&&... args) {
-    if (mode == Mode::rnn_tanh) return CellOf<Compute, Mode::rnn_tanh>::backward(args...);
-    if (mode == Mode::rnn_relu) return CellOf<Compute, Mode::rnn_relu>::backward(args...);
-    return CellOf<Compute, Mode::rnn_identity>::backward(args...);
+    if constexpr (sizeof...(kOthers) > 0) {
+      if (mode != kFirst) return StepCell<kOthers...>::template backward<Compute>(mode, args...);
+    }
+    Cell<Compute>::backward(args...);
   }
+};
+
+struct LstmStep : StepCell<Mode::lstm> {
+  static constexpr const char* kName = "lstm";
+};
+struct GruStep : StepCell<Mode::gru> {
+  static constexpr const char* kName = "gru";
+};
+struct RnnStep : StepCell<Mode::rnn_tanh, Mode::rnn_relu, Mode::rnn_identity> {
+  static constexpr const char* kName = "rnn";
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -219,7 +207,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((kForwardWarps<Type, kBatchTiles> * 32),
       }
       if (!in_time) return;
       if (!p.projected) block.write(p.output, row_at, 0);
-      block.write(p.cells, row_at, 0);
+      block.write(p.cell_states, row_at, 0);
       for (int i = 0; i < Cell::kReserve; ++i)
         block.write(p.reserve, block.in_rows(r.row, Cell::kReserve * H, i * H + unit), 0);
       return;
@@ -228,14 +216,15 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((kForwardWarps<Type, kBatchTiles> * 32),
     Compute rec[kG];
     RNNFAST_UNROLL
     for (int g = 0; g < kG; ++g) rec[g] = multiplied && h_row ? Product::at(g * kUnits + u, n) : Compute(0);
-    if constexpr (Cell::kSplitGradient) rec[2] += block.read(p.bias_n[block.d], unit);
+    if constexpr (Cell::kSplitGradient) rec[Cell::kSplitGate] += block.read(p.bias_n[block.d], unit);
     UnitState<Compute> previous{0, 0};
     if constexpr (Cell::kNeedsPreviousH) previous.h = block.read(h_row, unit);
     if constexpr (Cell::kHasCell) {
       if (!r.cut_before) previous.c = r.before ? *at<Compute>(p.carry, state_at) : block.read(p.cx, state_at);
     }
     Compute reserve[Cell::kReserve ? Cell::kReserve : 1];
-    const UnitState<Compute> now = Step::template forward<Compute>(p.mode, x[slot], rec, previous, reserve);
+    const UnitState<Compute> now =
+        Step::template forward<Compute>(p.mode, UnitInputs<Compute>{x[slot], rec}, previous, reserve);
     if (p.projected) {
       block.write(p.hidden, state_at, now.h);
     } else {
@@ -244,7 +233,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((kForwardWarps<Type, kBatchTiles> * 32),
     }
     if constexpr (Cell::kHasCell) {
       *at<Compute>(p.carry, state_at) = now.c;
-      block.write(p.cells, row_at, now.c);
+      block.write(p.cell_states, row_at, now.c);
       if (!r.after) block.write(p.c_n, state_at, now.c);
     }
     if (p.reserve) {
@@ -364,9 +353,9 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kBackwardWarps * 32,
       return r.before ? block.read(rows, block.in_rows(r.before_row, H, unit)) : block.read(initial, state_at);
     };
     if constexpr (Cell::kHasCell) {
-      own.now.c = block.read(p.cells, block.in_rows(r.row, H, unit));
-      own.previous.c = before(p.cells, p.cx);
-      own.dc = block.read(p.grad_cells, block.in_rows(r.row, H, unit));
+      own.now.c = block.read(p.cell_states, block.in_rows(r.row, H, unit));
+      own.previous.c = before(p.cell_states, p.cx);
+      own.dc = block.read(p.grad_cell_states, block.in_rows(r.row, H, unit));
       if (!r.after) own.dc += block.read(p.grad_c_n, state_at);
     }
     if constexpr (Cell::kNeedsPreviousH) own.previous.h = before(p.output, p.hx);
@@ -413,14 +402,15 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kBackwardWarps * 32,
       block.write(gradients, block.in_rows(r.row, kG * H, g * H + unit), value);
     };
     if (r.alive) {
-      Compute dgates[kG], d_rec_n = 0;
+      Compute dgates[kG], d_rec_split = 0;
       if constexpr (Cell::kHasCell) carry += given[slot].dc;
-      Step::template backward<Compute>(p.mode, given[slot].reserve, given[slot].previous, given[slot].now, dh, carry,
-                                       dgates, d_rec_n);
+      const UnitGradients<Compute> gradients{given[slot].reserve, given[slot].previous, given[slot].now, dh};
+      Step::template backward<Compute>(p.mode, gradients, carry, dgates, d_rec_split);
       RNNFAST_UNROLL
       for (int g = 0; g < kG; ++g) {
         write_gates(p.grad_gates, g, dgates[g]);
-        if constexpr (Cell::kSplitGradient) write_gates(p.grad_gates_hh, g, g == 2 ? d_rec_n : dgates[g]);
+        if constexpr (Cell::kSplitGradient)
+          write_gates(p.grad_gates_hh, g, g == Cell::kSplitGate ? d_rec_split : dgates[g]);
       }
       if constexpr (kCarries) *at<Compute>(p.carry, state_at) = carry;
       return;

@@ -44,7 +44,7 @@ struct StepForward : StepShared {
   void* output{};
   void* h_n{};
   void* c_n{};
-  void* cells{};
+  void* cell_states{};
   void* reserve{};
 };
 
@@ -52,9 +52,9 @@ struct StepBackward : StepShared {
   const void* grad_output{};
   const void* grad_h_n{};
   const void* grad_c_n{};
-  const void* grad_cells{};
+  const void* grad_cell_states{};
   const void* output{};
-  const void* cells{};
+  const void* cell_states{};
   const void* reserve{};
   void* grad_gates{};
   void* grad_gates_hh{};

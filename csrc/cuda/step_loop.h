@@ -124,7 +124,7 @@ inline std::string run_steps_forward(const ForwardParams& p, const StepWorkspace
   step.output = p.output;
   step.h_n = p.h_n;
   step.c_n = p.c_n;
-  step.cells = p.cells;
+  step.cell_states = p.cell_states;
   step.reserve = p.reserve;
   for (int64_t d = 0; d < p.directions && p.mode == Mode::gru; ++d) {
     const char* bias = static_cast<const char*>(p.bias_hh[d]);
@@ -157,15 +157,15 @@ inline std::string run_steps_backward(const BackwardParams& p, const StepWorkspa
                                       const StepDevice& device) {
   const StepKernels& kernels = step_kernels(p.mode, arithmetic_of(p.dtype, allow_tf32));
   const Turns turns(p.rows);
-  const int64_t gates_width = gates_of(p.mode) * p.hidden_size;
+  const int64_t gates_width = traits(p.mode).gates * p.hidden_size;
   StepBackward step;
   fill_shared(p, workspace, turns, step);
   step.grad_output = p.grad_output;
   step.grad_h_n = p.grad_h_n;
   step.grad_c_n = p.grad_c_n;
-  step.grad_cells = p.grad_cells;
+  step.grad_cell_states = p.grad_cell_states;
   step.output = p.output;
-  step.cells = p.cells;
+  step.cell_states = p.cell_states;
   step.reserve = p.reserve;
   step.grad_gates = p.grad_gates;
   step.grad_gates_hh = p.grad_gates_hh;

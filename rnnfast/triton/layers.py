@@ -278,11 +278,11 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_plainly
-def input_gates(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
+def input_projection(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
     """One product for all steps and directions: (rows, D*G*H)."""
-    _check(mode in GATES, "input_gates", f"mode must be one of {', '.join(GATES)}, got {mode!r}")
+    _check(mode in GATES, "input_projection", f"mode must be one of {', '.join(GATES)}, got {mode!r}")
     weight_ih = of_kind(places, IH)
-    _check(bool(weight_ih), "input_gates", "weight_ih: expected a tensor, got None")
+    _check(bool(weight_ih), "input_projection", "weight_ih: expected a tensor, got None")
     outer = of_kind(places, BIAS_IH)
     bias = torch.cat(outer) if outer else None
     if inner := of_kind(places, BIAS_HH):
@@ -308,7 +308,7 @@ def recurrence_forward(
     resets: Tensor | None,
     *places: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Every step of one layer, all its directions: (output, h_n, c_n, cells, reserve)."""
+    """Every step of one layer, all its directions: (output, h_n, c_n, cell_states, reserve)."""
     op = "recurrence_forward"
     call = _call(op, mode, gates, hx, cx, batch_sizes, lengths, resets, batch_first, places)
     D, B, H, K = call.directions, call.layout.batch, call.hidden_size, call.state_size
@@ -325,7 +325,7 @@ def recurrence_forward(
             _check_tensor(op, "bias_hh", bias, gates, (3 * H,))
         _put(call, bias_n=_stacked(bias_hh)[:, 2 * H :])
     _put(
-        call, gates=gates, output=output, h_n=h_n, c_n=c_n, cells=cell_states, reserve=reserve,
+        call, gates=gates, output=output, h_n=h_n, c_n=c_n, cell_states=cell_states, reserve=reserve,
         carry=gates.new_empty((D, B, H), dtype=compute) if is_lstm else None,
         hidden=gates.new_empty((D, B, H)) if call.projected else None,
     )  # fmt: skip
@@ -341,9 +341,9 @@ def recurrence_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    grad_cells: Tensor | None,
+    grad_cell_states: Tensor | None,
     output: Tensor | None,
-    cells: Tensor,
+    cell_states: Tensor,
     reserve: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -365,8 +365,8 @@ def recurrence_backward(
         "grad_h_n": (grad_h_n, (D, B, K)),
     }
     if is_lstm:
-        given["cells"] = (cells, (*rows, D * H))
-        given["grad_cells"] = (grad_cells, (*rows, D * H))
+        given["cell_states"] = (cell_states, (*rows, D * H))
+        given["grad_cell_states"] = (grad_cell_states, (*rows, D * H))
         given["grad_c_n"] = (grad_c_n, (D, B, H))
     if G > 1:
         given["reserve"] = (reserve, (*rows, D * 4 * H))
@@ -390,7 +390,7 @@ def recurrence_backward(
 
 
 def layer_forward(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """A whole layer: (output, h_n, c_n, cells, reserve). rest: hx to resets, and the places."""
+    """A whole layer: (output, h_n, c_n, cell_states, reserve). rest: hx to resets, and the places."""
     return _layer(True, mode, batch_first, input, *rest)
 
 
@@ -400,6 +400,6 @@ def layer(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _layer(save_reserve: bool, mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gates = input_gates(mode, input, *rest[5:])
+    gates = input_projection(mode, input, *rest[5:])
     results: tuple[Tensor, ...] = recurrence_forward(mode, batch_first, save_reserve, gates, *rest)
     return results

@@ -105,7 +105,7 @@ def forward(
         row_at = ((row * D + d) * H)[:, None] + n[None, :]
         tb.write(table, tb.OUTPUT, row_at, tl.where(runs, h_new, 0.0), placed, DTYPE)
         if MODE == cells.LSTM:
-            tb.write(table, tb.CELLS, row_at, tl.where(runs, c_new, 0.0), placed, DTYPE)
+            tb.write(table, tb.CELL_STATES, row_at, tl.where(runs, c_new, 0.0), placed, DTYPE)
         if G > 1:
             reserve_at = ((row * D + d) * 4 * H)[:, None] + n[None, :]
             tb.write(table, tb.RESERVE, reserve_at, tl.where(runs, s0, 0.0), placed, DTYPE)
@@ -135,8 +135,8 @@ def _backward_inputs(
     grad = tb.read(table, tb.GRAD_OUTPUT, at, mask, DTYPE, DTYPE)
     grad_c = grad
     if MODE == cells.LSTM:
-        state = tb.read(table, tb.CELLS, at, mask, DTYPE, DTYPE)
-        grad_c = tb.read(table, tb.GRAD_CELLS, at, mask, DTYPE, DTYPE)
+        state = tb.read(table, tb.CELL_STATES, at, mask, DTYPE, DTYPE)
+        grad_c = tb.read(table, tb.GRAD_CELL_STATES, at, mask, DTYPE, DTYPE)
     else:
         state = tb.read(table, tb.OUTPUT, at, mask, DTYPE, DTYPE)
     s0 = state

@@ -204,7 +204,7 @@ def forward(
         tb.write(table, tb.H_N, state_at, tl.where(handed, hx, h), final, DTYPE)
     if MODE == cells.LSTM:
         tb.write(table, tb.CARRY, state_at, c, runs, COMPUTE)
-        tb.write(table, tb.CELLS, row_at, tl.where(runs, c, 0.0), placed, DTYPE)
+        tb.write(table, tb.CELL_STATES, row_at, tl.where(runs, c, 0.0), placed, DTYPE)
         cx = tb.read(table, tb.CX, state_at, handed, DTYPE, COMPUTE)
         tb.write(table, tb.C_N, state_at, tl.where(handed, cx, c), final, DTYPE)
     if G > 1:
@@ -313,10 +313,10 @@ def backward(
         s2 = tb.read(table, tb.RESERVE, reserve_at + 2 * H, runs, DTYPE, COMPUTE)
         s3 = tb.read(table, tb.RESERVE, reserve_at + 3 * H, runs, DTYPE, COMPUTE)
     if MODE == cells.LSTM:
-        c_new = tb.read(table, tb.CELLS, row_at, runs, DTYPE, COMPUTE)
-        c = tb.read(table, tb.CELLS, before_at, from_step, DTYPE, COMPUTE)
+        c_new = tb.read(table, tb.CELL_STATES, row_at, runs, DTYPE, COMPUTE)
+        c = tb.read(table, tb.CELL_STATES, before_at, from_step, DTYPE, COMPUTE)
         c += tb.read(table, tb.CX, state_at, from_initial, DTYPE, COMPUTE)
-        dc = carry + tb.read(table, tb.GRAD_CELLS, row_at, runs, DTYPE, COMPUTE)
+        dc = carry + tb.read(table, tb.GRAD_CELL_STATES, row_at, runs, DTYPE, COMPUTE)
         dc += tb.read(table, tb.GRAD_C_N, state_at, first, DTYPE, COMPUTE)
     elif MODE == cells.GRU:
         dh += carry

@@ -21,7 +21,7 @@ struct Shape {
   bool batch_first = false, packed = false, lengths = false, resets = false, initial = true;
 
   int64_t state() const { return P ? P : H; }
-  int64_t gates() const { return gates_of(mode); }
+  int64_t gates() const { return traits(mode).gates; }
 };
 
 // A random call: what goes in, and room for what comes out, all as float64.
@@ -33,8 +33,8 @@ struct Call {
   int64_t row_count = 0;
   // (rows, D*G*H); by direction (G*H, S), (P, H); (D, G*H); (D, B, S), (D, B, H)
   Values gates, weight_hh, weight_hr, bias_hh, hx, cx;
-  Values output, h_n, c_n, cells, reserve;
-  Values grad_output, grad_h_n, grad_c_n, grad_cells;
+  Values output, h_n, c_n, cell_states, reserve;
+  Values grad_output, grad_h_n, grad_c_n, grad_cell_states;
   Values grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected;
 
   int64_t row(int64_t t, int64_t b) const {
@@ -91,7 +91,7 @@ inline Call random_call(const Shape& shape, uint64_t seed) {
   call.grad_h_n = random_values(random, D * B * S, 0.5);
   if (shape.mode == Mode::lstm) {
     call.grad_c_n = random_values(random, D * B * H, 0.5);
-    call.grad_cells = random_values(random, rows * D * H, 0.5);
+    call.grad_cell_states = random_values(random, rows * D * H, 0.5);
   }
   return call;
 }
@@ -143,13 +143,16 @@ template <class Cell> void reference_row_forward(Call& call, const RowWalk& walk
           rec[g] += call.weight_hh[static_cast<size_t>(((walk.d * s.gates() + g) * H + u) * S + k)] *
                     h[static_cast<size_t>(k)];
       }
-      if (s.mode == Mode::gru) rec[2] += at_or_zero(call.bias_hh, (walk.d * 3 + 2) * H + u);
+      if constexpr (Cell::kSplitGradient) {
+        constexpr int kGate = Cell::kSplitGate;
+        rec[kGate] += at_or_zero(call.bias_hh, (walk.d * s.gates() + kGate) * H + u);
+      }
       const auto unit = static_cast<size_t>(u);
       const double previous_h = s.P ? 0 : h[unit];
-      const auto now = Cell::forward(x, rec, {previous_h, c[unit]}, reserve);
+      const auto now = Cell::forward({x, rec}, {previous_h, c[unit]}, reserve);
       hidden[unit] = now.h;
       c[unit] = now.c;
-      if (Cell::kHasCell) call.cells[walk.in_rows(step, H, u)] = now.c;
+      if (Cell::kHasCell) call.cell_states[walk.in_rows(step, H, u)] = now.c;
       for (int i = 0; i < Cell::kReserve; ++i)
         call.reserve[walk.in_rows(step, Cell::kReserve * H, i * H + u)] = reserve[i];
     }
@@ -196,17 +199,17 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
         now.h = call.output[walk.in_rows(step, H, u)];
       }
       if (Cell::kHasCell) {
-        previous.c = before(call.cells, call.cx);
-        now.c = call.cells[walk.in_rows(step, H, u)];
-        carry[unit] += call.grad_cells[walk.in_rows(step, H, u)];
+        previous.c = before(call.cell_states, call.cx);
+        now.c = call.cell_states[walk.in_rows(step, H, u)];
+        carry[unit] += call.grad_cell_states[walk.in_rows(step, H, u)];
       }
-      double reserve[4], dgates[4], d_rec_n = 0;
+      double reserve[4], dgates[4], d_rec_split = 0;
       for (int i = 0; i < Cell::kReserve; ++i)
         reserve[i] = call.reserve[walk.in_rows(step, Cell::kReserve * H, i * H + u)];
-      Cell::backward(reserve, previous, now, hidden_gradient, carry[unit], dgates, d_rec_n);
+      Cell::backward({reserve, previous, now, hidden_gradient}, carry[unit], dgates, d_rec_split);
       for (int64_t g = 0; g < G; ++g) {
         const size_t at = walk.in_rows(step, G * H, g * H + u);
-        const double through_hh = Cell::kSplitGradient && g == 2 ? d_rec_n : dgates[g];
+        const double through_hh = g == Cell::kSplitGate ? d_rec_split : dgates[g];
         call.grad_gates[at] = dgates[g];
         if (Cell::kSplitGradient) call.grad_gates_hh[at] = through_hh;
         for (int64_t k = 0; k < S; ++k)
@@ -232,7 +235,7 @@ template <class Cell> void run_reference(Call& call) {
   call.output = zeros(rows * S);
   call.h_n = zeros(states * S);
   if (Cell::kHasCell) call.c_n = zeros(states * H);
-  if (Cell::kHasCell) call.cells = zeros(rows * H);
+  if (Cell::kHasCell) call.cell_states = zeros(rows * H);
   call.reserve = zeros(rows * Cell::kReserve * H);
   call.grad_gates = zeros(rows * s.gates() * H);
   if (Cell::kSplitGradient) call.grad_gates_hh = call.grad_gates;
@@ -256,14 +259,7 @@ struct HostMath {
 };
 
 inline void run_reference(Call& call) {
-  using Math = HostMath;
-  switch (call.shape.mode) {
-    case Mode::lstm: return run_reference<LstmCell<Math>>(call);
-    case Mode::gru: return run_reference<GruCell<Math>>(call);
-    case Mode::rnn_tanh: return run_reference<RnnCell<Math, Mode::rnn_tanh>>(call);
-    case Mode::rnn_relu: return run_reference<RnnCell<Math, Mode::rnn_relu>>(call);
-    default: return run_reference<RnnCell<Math, Mode::rnn_identity>>(call);
-  }
+  with_mode(call.shape.mode, [&](auto mode) { run_reference<Cell<HostMath, decltype(mode)::value>>(call); });
 }
 
 }  // namespace rnnfast::test

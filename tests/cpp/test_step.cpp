@@ -149,11 +149,11 @@ void run_forward(Call& call, const TypeCase& type, bool dependent) {
   const char* bias_hh = static_cast<const char*>(bias.device());
   for (int64_t d = 0; d < s.D && s.mode == Mode::gru; ++d) p.bias_hh[d] = bias_hh + d * 3 * s.H * gpu::size_of(dtype);
   Buffer output(dtype, call.output.size()), h_n(dtype, call.h_n.size()), c_n(dtype, call.c_n.size()),
-      cells(dtype, call.cells.size()), reserve(dtype, call.reserve.size());
+      cell_states(dtype, call.cell_states.size()), reserve(dtype, call.reserve.size());
   p.output = output.device();
   p.h_n = h_n.device();
   p.c_n = c_n.device();
-  p.cells = cells.device();
+  p.cell_states = cell_states.device();
   p.reserve = reserve.device();
   const auto states = static_cast<size_t>(s.D * s.B * s.H);
   Buffer carry(dtype == DType::float64 ? dtype : DType::float32, states), hidden(dtype, states);
@@ -165,7 +165,7 @@ void run_forward(Call& call, const TypeCase& type, bool dependent) {
   expect_close("output", output, call.output, type.tolerance);
   expect_close("h_n", h_n, call.h_n, type.tolerance);
   expect_close("c_n", c_n, call.c_n, type.tolerance);
-  expect_close("cells", cells, call.cells, type.tolerance);
+  expect_close("cell_states", cell_states, call.cell_states, type.tolerance);
   expect_close("reserve", reserve, call.reserve, type.tolerance);
 }
 
@@ -182,9 +182,9 @@ void run_backward(Call& call, const TypeCase& type, bool dependent) {
   p.grad_output = hold(call.grad_output);
   p.grad_h_n = hold(call.grad_h_n);
   p.grad_c_n = hold(call.grad_c_n);
-  p.grad_cells = hold(call.grad_cells);
+  p.grad_cell_states = hold(call.grad_cell_states);
   p.output = hold(call.output);
-  p.cells = hold(call.cells);
+  p.cell_states = hold(call.cell_states);
   p.reserve = hold(call.reserve);
   Buffer grad_gates(dtype, call.grad_gates.size()), grad_gates_hh(dtype, call.grad_gates_hh.size()),
       grad_hx(dtype, call.grad_hx.size()), grad_cx(dtype, call.grad_cx.size()),
@@ -216,7 +216,7 @@ void run_backward(Call& call, const TypeCase& type, bool dependent) {
 Call random_call_with_results(const Shape& shape, const TypeCase& type, uint64_t number) {
   Call call = random_call(shape, 17 + number);
   for (Values* values : {&call.gates, &call.weight_hh, &call.weight_hr, &call.bias_hh, &call.hx, &call.cx,
-                         &call.grad_output, &call.grad_h_n, &call.grad_c_n, &call.grad_cells})
+                         &call.grad_output, &call.grad_h_n, &call.grad_c_n, &call.grad_cell_states})
     round_to(dtype_of(type.arithmetic), *values);
   run_reference(call);
   return call;

@@ -23,7 +23,12 @@ WIDTHS = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65]
 COUNTS = [0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 24]
 EDGES = [0, 1, 2, 3, 2**15, 2**20, 2**29, 2**31, 2**33, 2**62]
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 3e38, -6e4]
-RESULT_NAMES = {"input_gates": ["gates"], "recurrence_backward": GRADIENTS, "layer": RESULTS[:3], "matmul": ["product"]}
+RESULT_NAMES = {
+    "input_projection": ["gates"],
+    "recurrence_backward": GRADIENTS,
+    "layer": RESULTS[:3],
+    "matmul": ["product"],
+}
 # What gives a call its rows: of another rank it may be well-formed still.
 ROWS = ["input", "gates", "output", "reserve"]
 
@@ -84,9 +89,9 @@ def tensors(results: Any) -> Sequence[Tensor]:
 def reads(call: OpCall, name: str) -> bool:
     """Whether the op looks at an argument, which others leave alone."""
     op, mode, kind = call.op, call.arguments.get("mode"), name.removesuffix("_reverse")
-    if op == "input_gates":
+    if op == "input_projection":
         return kind in ("input", "weight_ih", "bias_ih", "bias_hh")
-    if kind in ("cx", "cells", "grad_c_n", "grad_cells", "weight_hr"):
+    if kind in ("cx", "cell_states", "grad_c_n", "grad_cell_states", "weight_hr"):
         return mode == "LSTM"
     if kind in ("weight_ih", "bias_ih"):
         return op.startswith("layer")
@@ -153,7 +158,7 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         return OpCall(op, {argument.name: given.get(argument.name) for argument in OPS[op].arguments})
 
     if op.startswith("recurrence"):
-        given["gates"] = call("input_gates").run()
+        given["gates"] = call("input_projection").run()
     if op == "recurrence_backward":
         given |= zip(RESULTS, call("recurrence_forward").run(), strict=True)
         for name in RESULTS[:4]:
@@ -278,7 +283,11 @@ MOST_WORK = 2**24
 def at_the_edge(rng: random.Random) -> OpCall:
     """Sizes that agree with each other, of tensors that are one number in memory."""
     while True:
-        op, mode, dtype = rng.choice(["layer_forward", "layer", "input_gates"]), rng.choice(MODES), rng.choice(DTYPES)
+        op, mode, dtype = (
+            rng.choice(["layer_forward", "layer", "input_projection"]),
+            rng.choice(MODES),
+            rng.choice(DTYPES),
+        )
         T, B, I, H, P = (rng.choice(EDGES) for _ in range(5))  # noqa: E741
         G, D, batch_first = GATES[mode], rng.choice([1, 2]), rng.random() < 0.5
         projected = mode == "LSTM" and rng.random() < 0.4
