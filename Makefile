@@ -24,14 +24,14 @@ FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench -name '*
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo             train a character model with torch.nn and with rnnfast side by side (4 minutes)'
+	@echo 'make demo             train two models, each with torch.nn and with rnnfast side by side (4 minutes)'
 	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
 	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
 	@echo 'make card             all that a machine with a card needs, for compute capability 9.0 (nvcc, no GPU needed): build/card'
 	@echo 'make test-gpu         the tests that need a CUDA device; make torch-versions: the built libraries with older torches'
 	@echo 'make fuzz             random calls of the ops under ASan + UBSan and under TSan, FUZZ_SECONDS=600 each; it prints the seed'
 	@echo 'make bench            time the layers against torch.nn (9 minutes); results in benchmarks/results/'
-	@echo 'make readme-figures   the README'"'"'s figures and tables anew from the result files'
+	@echo 'make readme-figures   the figures and tables of README, docs and examples anew from the result files'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
 	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python, RNNFAST_CUDA_ARCHS=8.6 what make cuda builds for'
 
@@ -66,8 +66,8 @@ emulated: build
 	$(PY) tests/build_emulated.py --quiet
 
 demo: build
-	$(PY) benchmarks/train_charlm.py --out $(OUT)
-	$(PY) benchmarks/train_digits.py --out $(OUT)
+	$(PY) examples/train_charlm.py --out $(OUT)
+	$(PY) examples/train_digits.py --out $(OUT)
 
 # Two processes, whatever the machine: a test's own threads need room too.
 test: emulated
@@ -104,10 +104,10 @@ format: build
 	$(if $(FORMAT),$(VENV)/bin/clang-format -i $(FORMAT))
 
 bench: build
-	$(PY) benchmarks/run.py --suite bar,small,packed,ragged,models --seconds 1.5 --patience 120
+	$(PY) benchmarks/run.py --suite sizes,one-step,packed,lengths,models --seconds 1.5 --patience 120
 	$(PY) benchmarks/plot.py
 
-# The README's figures and tables, from the result files alone.
+# The pages' figures and tables, from the result files alone.
 readme-figures: build
 	$(PY) benchmarks/plot.py
 	$(PY) benchmarks/readme.py

@@ -362,7 +362,14 @@ class Check:
             options = ["--suite", "smoke", "--seconds", "0.05", "--patience", "0"]
             return [self.python(script, *options, "--out", str(out))]
         options = ["--suite", names, "--device", "cuda", "--dtype", dtypes, "--cases", cases, "--backends", backends]
-        options += ["--mode", "fwd,fwdbwd", "--seconds", "0.15", "--limit", f"{limit - min(15.0, limit / 3):.1f}"]
+        options += [
+            "--workload",
+            "inference,training",
+            "--seconds",
+            "0.15",
+            "--limit",
+            f"{limit - min(15.0, limit / 3):.1f}",
+        ]
         return [self.python(script, *options, "--case-limit", f"{limit / 3:.0f}", "--out", str(out))]
 
     def flashrnn(self, limit: float) -> list[Job] | str:

@@ -46,19 +46,19 @@ class Settings:
     keep_memory: bool = False
 
 
-# Told of each peer or mode that cannot take part, and why.
+# Told of each peer or workload that cannot take part, and why.
 Skipped = Callable[[str, str], None]
 
 
-def measure_here(case: Case, mode: str, settings: Settings, skipped: Skipped) -> list[Row]:
-    """Measures in this process; no rows where the case has no such mode."""
+def measure_here(case: Case, workload: str, settings: Settings, skipped: Skipped) -> list[Row]:
+    """Measures in this process; no rows where the case has no such workload."""
     torch.set_num_threads(settings.threads)
     if settings.keep_memory and not keep_freed_memory():
         raise OSError("--keep-memory needs glibc")
     try:
         return measure(
             case,
-            mode,
+            workload,
             settings.seconds,
             settings.device,
             backends=settings.backends,
@@ -67,7 +67,7 @@ def measure_here(case: Case, mode: str, settings: Settings, skipped: Skipped) ->
             skipped=skipped,
         )
     except Impossible as reason:
-        skipped(f"mode {mode}", str(reason))
+        skipped(f"workload {workload}", str(reason))
         return []
 
 
@@ -86,16 +86,16 @@ def _device_lost(device: torch.device) -> bool:
 def _serve(parent: Connection) -> None:
     """Measures what it is sent, case after case."""
     while True:
-        case, mode, settings = parent.recv()
+        case, workload, settings = parent.recv()
         reasons: list[tuple[str, str]] = []
         try:
             rows: list[Row] | Exception = measure_here(
-                case, mode, settings, lambda what, why, to=reasons: to.append((what, why))
+                case, workload, settings, lambda what, why, to=reasons: to.append((what, why))
             )
         except RuntimeError as error:
             # Of the device, most likely: the case's failure, not the suite's.
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows = failed_rows(case, mode, settings.backends, settings.device, why)
+            rows = failed_rows(case, workload, settings.backends, settings.device, why)
         except Exception as error:
             rows = error
         parent.send((rows, reasons, _device_lost(settings.device)))
@@ -162,15 +162,15 @@ class Processes:
         self._process = self._pipe = None
         return status
 
-    def measure(self, case: Case, mode: str, settings: Settings, skipped: Skipped) -> list[Row]:
+    def measure(self, case: Case, workload: str, settings: Settings, skipped: Skipped) -> list[Row]:
         """As `measure_here`, in a process of its own, or in the lasting one. Its death is a failure of the case."""
 
         def failed(why: str) -> list[Row]:
-            return failed_rows(case, mode, settings.backends, settings.device, why)
+            return failed_rows(case, workload, settings.backends, settings.device, why)
 
         try:
             pipe = self._start()
-            pipe.send((case, mode, settings))
+            pipe.send((case, workload, settings))
             if not pipe.poll(self._most):
                 self._end()
                 return failed(f"ended after {self._most:g} s")

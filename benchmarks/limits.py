@@ -120,11 +120,11 @@ def at_least(machine: Machine, reached: Iterable[tuple[str, float]]) -> Machine:
     return replace(machine, flops=flops)
 
 
-def chain(case: Case, mode: str, machine: Machine, peak: float) -> float:
+def chain(case: Case, workload: str, machine: Machine, peak: float) -> float:
     """Seconds of one step of the recurrence, once through (third item above)."""
     chains = case.directions * case.layers
     size = getattr(torch, case.dtype).itemsize
-    if mode == "step":
+    if workload == "streaming":
         # Nothing can be made in advance: the input's weights belong to the step as well.
         elements = case.weights() / chains
     else:
@@ -142,12 +142,12 @@ def chain(case: Case, mode: str, machine: Machine, peak: float) -> float:
     return best
 
 
-def limit_us_per_step(case: Case, mode: str, machine: Machine, tf32: bool = True) -> float | None:
+def limit_us_per_step(case: Case, workload: str, machine: Machine, tf32: bool = True) -> float | None:
     """The floor, in microseconds a step.
 
     Args:
         case: the layer and its shape.
-        mode: "fwd", "fwdbwd" or "step".
+        workload: "inference", "training" or "streaming".
         machine: where.
         tf32: whether float32 products may be in TF32 there.
 
@@ -158,14 +158,14 @@ def limit_us_per_step(case: Case, mode: str, machine: Machine, tf32: bool = True
         peak = machine.peak(case.dtype, tf32)
     except KeyError:
         return None
-    steps = timed_steps(case, mode)
-    arithmetic = case.flops(mode) / peak
-    traffic = case.bytes(mode) / machine.home(case.bytes(mode) * (1 if mode == "step" else steps))
-    walks = 2 if mode == "fwdbwd" else 1
+    steps = timed_steps(case, workload)
+    arithmetic = case.flops(workload) / peak
+    traffic = case.bytes(workload) / machine.home(case.bytes(workload) * (1 if workload == "streaming" else steps))
+    walks = 2 if workload == "training" else 1
     # The last layer is done so many steps after the first as there are layers between them.
-    latest = 1 if mode == "step" else (steps + case.layers - 1) / steps
-    calls = {"fwd": 1 / steps, "fwdbwd": 2 / steps, "step": 1.0}[mode] * machine.call
-    return 1e6 * (max(arithmetic, traffic, walks * latest * chain(case, mode, machine, peak)) + calls)
+    latest = 1 if workload == "streaming" else (steps + case.layers - 1) / steps
+    calls = {"inference": 1 / steps, "training": 2 / steps, "streaming": 1.0}[workload] * machine.call
+    return 1e6 * (max(arithmetic, traffic, walks * latest * chain(case, workload, machine, peak)) + calls)
 
 
 def best_seconds(call: Callable[[], object], seconds: float, repeats: int = 1) -> float:

@@ -1,8 +1,8 @@
 """Other libraries' recurrent layers, for comparison: each as a call that gives what torch.nn's gives, in its order.
 
-`PEERS` has an adapter for each library: from torch.nn's layer, the case, the mode and the data it builds the call that
-`rnnfast.benchmark.measure` checks, as it checks rnnfast's own, and then times. An adapter raises `Impossible`, which
-says why, where the library is not installed or does not have what the case needs; nothing is timed then.
+`PEERS` has an adapter for each library: from torch.nn's layer, the case, the workload and the data it builds the call
+that `rnnfast.benchmark.measure` checks, as it checks rnnfast's own, and then times. An adapter raises `Impossible`,
+which says why, where the library is not installed or does not have what the case needs; nothing is timed then.
 
 onnxruntime is used as an application would: a model file with the weights in it, the default session, NumPy arrays in
 and out. The others are GPU libraries. They take the input's gates as an argument (FlashRNN), or make them themselves.
@@ -108,7 +108,7 @@ def onnx_model(layer: torch.nn.RNNBase, case: Case) -> bytes:
         if case.cell == "GRU":
             # torch's: the reset gate multiplies W_hn h + b_hn, not h.
             options["linear_before_reset"] = 1
-        inputs = [below, w, r, b, "lengths" if case.padded else "", *(f"{state}0_{number}" for state in states)]
+        inputs = [below, w, r, b, "lengths" if case.lengths else "", *(f"{state}0_{number}" for state in states)]
         outputs = [f"Y_{number}", *(f"Y_{state}_{number}" for state in states)]
         nodes.append(helper.make_node(case.cell, inputs, outputs, **options))
         # Y is (T, D, B, H).
@@ -124,7 +124,7 @@ def onnx_model(layer: torch.nn.RNNBase, case: Case) -> bytes:
 
     stacked = [directions * case.layers, "B", case.hidden_size]
     ins = [tensor("x", ["T", "B", case.inputs]), *(tensor(f"{state}0", stacked) for state in states)]
-    ins += [tensor("lengths", ["B"], onnx.TensorProto.INT32)] * case.padded
+    ins += [tensor("lengths", ["B"], onnx.TensorProto.INT32)] * case.lengths
     outs = [tensor("output", ["T", "B", directions * case.hidden_size])]
     outs += [tensor(f"{state}_n", stacked) for state in states]
     graph = helper.make_graph(nodes, case.cell, ins, outs, constants)
@@ -133,9 +133,9 @@ def onnx_model(layer: torch.nn.RNNBase, case: Case) -> bytes:
     return data
 
 
-def onnxruntime(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+def onnxruntime(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
     """onnxruntime's CPU provider, with as many threads as torch has."""
-    need(mode != "fwdbwd", "onnxruntime computes no gradients")
+    need(workload != "training", "onnxruntime computes no gradients")
     need(data.values.device.type == "cpu", "onnxruntime is compared on the CPU")
     need(case.dtype == "float32", "onnxruntime's CPU layers are in float32")
     need(not case.resets, "ONNX has no resets")
@@ -165,7 +165,7 @@ def onnxruntime(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> C
             given.update({f"{state}0": value for state, value in zip(states, results[1:], strict=True)})
         return [torch.from_numpy(value) for value in results]
 
-    return stream if mode == "step" else forward
+    return stream if workload == "streaming" else forward
 
 
 # --- GPU libraries ---------------------------------------------------------------------------------------------------
@@ -179,18 +179,18 @@ def need_plain_layer(case: Case, data: Data, name: str) -> None:
     need(not case.proj_size, f"{name} has no projection")
 
 
-def trained(forward: Callable[[Tensor], Tensor], mode: str, data: Data, leaves: list[Tensor], mine: int) -> Call:
+def trained(forward: Callable[[Tensor], Tensor], workload: str, data: Data, leaves: list[Tensor], mine: int) -> Call:
     """The call of a library whose layer is differentiable.
 
     Args:
         forward: input (T, B, I) -> output (T, B, H).
-        mode: "fwd" or "fwdbwd".
+        workload: "inference" or "training".
         data: the input.
         leaves: the weights, whose gradients are computed too.
         mine: how many of these are laid out as torch.nn's, and so are handed back to be checked.
     """
-    need(mode != "step", "compared over whole sequences only")
-    if mode == "fwd":
+    need(workload != "streaming", "compared over whole sequences only")
+    if workload == "inference":
 
         def inference() -> list[Tensor]:
             with torch.no_grad():
@@ -209,7 +209,7 @@ def trained(forward: Callable[[Tensor], Tensor], mode: str, data: Data, leaves: 
     return training
 
 
-def flashrnn(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+def flashrnn(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
     """FlashRNN's fused CUDA kernels; the input's gates are made by torch, one head."""
     need_plain_layer(case, data, "FlashRNN")
     need(not case.resets, "FlashRNN has no resets")
@@ -236,10 +236,10 @@ def flashrnn(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call
         # (states, B, T, heads, H): h is the first state.
         return states[0, :, :, 0].transpose(0, 1)
 
-    return trained(forward, mode, data, [w_ih, w_hh, b_ih, b_hh], 4)
+    return trained(forward, workload, data, [w_ih, w_hh, b_ih, b_hh], 4)
 
 
-def haste(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+def haste(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
     """haste's LSTM and GRU; its weights are laid out in its own way: of the gradients the input's alone is checked."""
     need_plain_layer(case, data, "haste")
     need(not case.resets, "haste has no resets")
@@ -248,11 +248,11 @@ def haste(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
     module = library("haste_pytorch")
     theirs = getattr(module, case.cell)(case.inputs, case.hidden_size).to(data.values)
     theirs.from_native_weights(*(value.detach() for value in weights(layer, 0, 0)))
-    theirs.train(mode == "fwdbwd")
-    return trained(lambda x: theirs(x)[0], mode, data, list(theirs.parameters()), 0)
+    theirs.train(workload == "training")
+    return trained(lambda x: theirs(x)[0], workload, data, list(theirs.parameters()), 0)
 
 
-def torchrl(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+def torchrl(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
     """TorchRL's Triton kernels, with resets; (B, T, I) inside, so that their input is laid out anew in each call."""
     need_plain_layer(case, data, "TorchRL")
     need(case.cell in ("LSTM", "GRU"), "TorchRL has no plain RNN")
@@ -276,7 +276,7 @@ def torchrl(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
         output: Tensor = results[0].transpose(0, 1)
         return output
 
-    return trained(forward, mode, data, parameters, 4)
+    return trained(forward, workload, data, parameters, 4)
 
 
 PEERS: dict[str, Peer] = {

@@ -3,9 +3,9 @@
     python benchmarks/plot.py [--results FOLDER] [--out FOLDER]
 
 For every suite that has the shapes for it:
-  <device>-<suite>-ratio-<mode>-<backend>.png  heat map, H x B for each cell and type: torch.nn's time over rnnfast's
-  <device>-<suite>-time-<mode>.png             microseconds a step against H, with the limit
-  <device>-<suite>-scaling.png                 microseconds a step against T and against B
+  <device>-<suite>-ratio-<workload>-<backend>.png  heat map, H x B for each cell and type: torch.nn's time over ours
+  <device>-<suite>-time-<workload>.png             microseconds a step against H, with the limit
+  <device>-<suite>-scaling.png                     microseconds a step against T and against B
 Each file carries a fingerprint of the result file that it shows (`fingerprint`), so that a test can tell a stale one.
 """
 
@@ -15,16 +15,16 @@ import argparse
 import hashlib
 import io
 import math
-import re
 import struct
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from records import CELLS, DTYPES, MODE_NAMES, MODES, RESULTS, Record, Row, in_order, load_all, mean_ratio
+from records import CELLS, DTYPES, RESULTS, WORKLOADS, Record, Row, in_order, load_all, mean_ratio
 
 FIGURES = RESULTS.parent.parent / "docs" / "figures"
 
@@ -36,6 +36,8 @@ COLOURS = {"torch.nn": "#555555", "cpu": "#d55e00", "cuda": "#d55e00", "triton":
 MARKERS = {"torch.nn": "s", "cpu": "o", "cuda": "o", "triton": "^", "reference": "D"}
 BACKENDS = ("cpu", "cuda", "cuda-graph", "triton", "triton-graph")
 GRAPH = "-graph"
+# One layer, one direction, rows of full length.
+PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0}
 # More panels side by side cannot be read in a README's width.
 MOST_COLUMNS = 4
 
@@ -59,13 +61,8 @@ def source_of(figure: Path) -> str | None:
 
 
 def plain(record: Record) -> list[Row]:
-    """The rows of one layer, one direction, full-length sequences: those that H, B, T and the type describe."""
-    special = re.compile(r"packed|lengths|resets")
-    return [
-        row
-        for row in record.rows
-        if row["layers"] == row["directions"] == 1 and not row.get("P") and not special.search(row["case"])
-    ]
+    """The rows that their cell, H, B, T and type describe: everything else is as in `PLAIN`."""
+    return [row for row in record.rows if all(row[key] == value for key, value in PLAIN.items())]
 
 
 def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -82,13 +79,14 @@ def values(rows: Sequence[Row], key: str) -> list[int]:
 def is_grid(rows: Sequence[Row]) -> bool:
     """Whether H and B both vary, for the same cell: enough for a heat map and for lines over H."""
     return any(
-        len(values(group, "H")) >= 3 and len(values(group, "B")) >= 2 for group in groups(rows, "cell", "mode").values()
+        len(values(group, "H")) >= 3 and len(values(group, "B")) >= 2
+        for group in groups(rows, "cell", "workload").values()
     )
 
 
 def sweep(rows: Sequence[Row], over: str) -> list[Row]:
-    """Of a mode's rows those of the longest series in which only `over` varies: at least three values of it. Of several
-    the one with the largest layer."""
+    """Of a workload's rows those of the longest series in which only `over` varies: at least three values of it. Of
+    several the one with the largest layer."""
     fixed = [key for key in ("cell", "dtype", "H", "I", "T", "B") if key != over]
     candidates = groups(rows, *fixed)
     chosen = max(candidates.values(), key=lambda group: (len(values(group, over)), group[0]["H"]), default=[])
@@ -101,19 +99,39 @@ def mapped_backends(rows: Sequence[Row]) -> list[str]:
     return [name for name in backends if name + GRAPH not in backends]
 
 
-def figures_of(record: Record) -> list[str]:
-    """The names of the files that `draw` makes of this record."""
-    rows, names = plain(record), []
-    modes = in_order(MODES, [row["mode"] for row in rows])
+@dataclass(frozen=True)
+class Figure:
+    """A file that `draw` makes.
+
+    Args:
+        name: of the file.
+        kind: "ratio", "time" or "scaling".
+        workload: that is shown; "" for a scaling.
+        backend: that is shown; "" where all are.
+    """
+
+    name: str
+    kind: str
+    workload: str = ""
+    backend: str = ""
+
+
+def figures_of(record: Record) -> list[Figure]:
+    """The figures that `draw` makes of this record."""
+    rows, figures = plain(record), []
+    workloads = in_order(WORKLOADS, [row["workload"] for row in rows])
     stem = f"{record.device}-{record.suite}"
-    for mode in modes:
-        own = [row for row in rows if row["mode"] == mode]
+    for workload in workloads:
+        own = [row for row in rows if row["workload"] == workload]
         if is_grid(own):
-            names += [f"{stem}-ratio-{mode}-{backend}.png" for backend in mapped_backends(own)]
-            names.append(f"{stem}-time-{mode}.png")
-    if any(sweep([row for row in rows if row["mode"] == mode], over) for mode in modes for over in "TB"):
-        names.append(f"{stem}-scaling.png")
-    return names
+            for backend in mapped_backends(own):
+                figures.append(Figure(f"{stem}-ratio-{workload}-{backend}.png", "ratio", workload, backend))
+            figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
+    if any(
+        sweep([row for row in rows if row["workload"] == workload], over) for workload in workloads for over in "TB"
+    ):
+        figures.append(Figure(f"{stem}-scaling.png", "scaling"))
+    return figures
 
 
 def caption(record: Record) -> str:
@@ -155,12 +173,12 @@ def panels(count: int) -> tuple[int, int]:
     return math.ceil(count / columns), columns
 
 
-def ratio_map(record: Record, mode: str, backend: str, path: Path) -> None:
+def ratio_map(record: Record, workload: str, backend: str, path: Path) -> None:
     """A line of panels for each type, the cells side by side; a square is the geometric mean over what else varies."""
     plt = import_pyplot()
     from matplotlib.colors import Normalize
 
-    rows = [row for row in plain(record) if (row["mode"], row["backend"]) == (mode, backend)]
+    rows = [row for row in plain(record) if (row["workload"], row["backend"]) == (workload, backend)]
     by_panel = groups(rows, "dtype", "cell")
     dtypes = in_order(DTYPES, [row["dtype"] for row in rows])
     cells = in_order(CELLS, [row["cell"] for row in rows])
@@ -192,7 +210,7 @@ def ratio_map(record: Record, mode: str, backend: str, path: Path) -> None:
     bar = figure.colorbar(picture, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
     bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     where = f"backend {backend.removesuffix(GRAPH)}" + ", both in CUDA graphs" * backend.endswith(GRAPH)
-    title = f"torch.nn's time / rnnfast's: {MODE_NAMES[mode]}, {where}, suite {record.suite}\nabove 1 rnnfast is faster"
+    title = f"torch.nn's time / rnnfast's: {workload}, {where}, suite {record.suite}\nabove 1 rnnfast is faster"
     figure.suptitle(title, fontsize=11)
     save(figure, path, record)
 
@@ -262,10 +280,10 @@ def most_common(rows: Sequence[Row], key: str) -> Any:
     return Counter(row[key] for row in rows).most_common(1)[0][0]
 
 
-def time_figure(record: Record, mode: str, path: Path) -> None:
+def time_figure(record: Record, workload: str, path: Path) -> None:
     """A line of panels for each cell: batch sizes side by side, time against H. Of several types, 16 bits."""
     plt = import_pyplot()
-    rows = [row for row in plain(record) if row["mode"] == mode]
+    rows = [row for row in plain(record) if row["workload"] == workload]
     dtypes = in_order(("bfloat16", "float16", "float32"), [row["dtype"] for row in rows])
     rows = [row for row in rows if row["dtype"] == dtypes[0]]
     rows = [row for row in rows if row["T"] == most_common(rows, "T")]
@@ -286,30 +304,30 @@ def time_figure(record: Record, mode: str, path: Path) -> None:
         line[0].set_ylabel("µs a step")
     for axis in axes[-1]:
         axis.set_xlabel("hidden size H")
-    title = f"Time a step, {MODE_NAMES[mode]}, {dtypes[0]}, T = {most_common(rows, 'T')}, suite {record.suite}"
+    title = f"Time a step, {workload}, {dtypes[0]}, T = {most_common(rows, 'T')}, suite {record.suite}"
     legend(figure, list(axes.flat), title)
     save(figure, path, record)
 
 
 def scaling_figure(record: Record, path: Path) -> None:
-    """Panels of the longest series over T and over B, for each mode."""
+    """Panels of the longest series over T and over B, for each workload."""
     plt = import_pyplot()
     rows = plain(record)
     drawn = []
-    for mode in in_order(MODES, [row["mode"] for row in rows]):
+    for workload in in_order(WORKLOADS, [row["workload"] for row in rows]):
         for over in "TB":
-            series = sweep([row for row in rows if row["mode"] == mode], over)
+            series = sweep([row for row in rows if row["workload"] == workload], over)
             if series:
-                drawn.append((mode, over, series))
+                drawn.append((workload, over, series))
     lines, columns = panels(len(drawn))
     size = (max(1 + 2.8 * columns, 5.5), 1.4 + 2.3 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    for axis, (mode, over, series) in zip(axes.flat, drawn, strict=False):
+    for axis, (workload, over, series) in zip(axes.flat, drawn, strict=False):
         first = series[0]
         other = "B" if over == "T" else "T"
-        title = f"{MODE_NAMES[mode]}: {first['cell']} {first['dtype']}\nH = {first['H']}, {other} = {first[other]}"
+        title = f"{workload}: {first['cell']} {first['dtype']}\nH = {first['H']}, {other} = {first[other]}"
         draw_lines(axis, series, over, title)
         axis.set_xlabel({"T": "steps T", "B": "batch size B"}[over])
         axis.set_ylabel("µs a step")
@@ -320,13 +338,12 @@ def scaling_figure(record: Record, path: Path) -> None:
 def draw(record: Record, out: Path) -> list[Path]:
     """Draws every figure of the record into the folder."""
     paths = []
-    for name in figures_of(record):
-        path = out / name
-        kind, mode, backend = re.findall(r"-(ratio|time|scaling)(?:-(\w+))?(?:-([\w-]+))?\.png$", name)[0]
-        if kind == "ratio":
-            ratio_map(record, mode, backend, path)
-        elif kind == "time":
-            time_figure(record, mode, path)
+    for figure in figures_of(record):
+        path = out / figure.name
+        if figure.kind == "ratio":
+            ratio_map(record, figure.workload, figure.backend, path)
+        elif figure.kind == "time":
+            time_figure(record, figure.workload, path)
         else:
             scaling_figure(record, path)
         paths.append(path)

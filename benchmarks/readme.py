@@ -1,9 +1,10 @@
-"""Fills in what README.md and docs/performance.md say about speed, from the result files: all between its markers.
+"""Fills in what the README and other pages say about speed, from the result files: all between their markers.
 
     python benchmarks/readme.py            # rewrites them; `make readme-figures` draws the figures first
     python benchmarks/readme.py --check    # changes nothing; exit status 1 where it would
 
-A block stands between `<!-- results: NAME -->` and `<!-- end of NAME -->`; `blocks` says what goes into each.
+A block stands between `<!-- results: NAME -->` and `<!-- end of NAME -->`; `blocks` says what goes into each, and
+`DOCUMENTS` where they may stand.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import step_model
-from plot import figures_of
+from plot import Figure, figures_of
 from records import (
     CELLS,
     DTYPES,
     KEPT,
-    MODE_NAMES,
-    MODES,
     REPEAT,
     RESULTS,
+    WORKLOADS,
     Change,
     Record,
     Row,
@@ -39,13 +40,21 @@ from records import (
 )
 from rnnfast.benchmark.cores import Nearness
 
-README = RESULTS.parent.parent / "README.md"
-DOCUMENTS = (README, README.parent / "docs" / "performance.md")
+ROOT = RESULTS.parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs" / "performance.md", ROOT / "examples" / "README.md")
 
-# The suites of shapes that few but us would look for stay out of the README's table.
+# The README's few numbers are of this suite.
+SUMMARY = "sizes"
+# A suite of shapes for tests has nothing to say to readers.
 NOT_SHOWN = {"smoke"}
 # Rows that are named as slower than torch.nn; more are only counted.
 MOST_NAMED = 6
+
+
+def paragraph(text: str) -> str:
+    """In lines as long as the pages' own."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def read(results: Path, name: str) -> dict[str, Any]:
@@ -61,28 +70,62 @@ def shape(row: Row) -> str:
     return f"{model}B={row['B']}, H={row['H']}{dtype}"
 
 
+def versions(record: Record) -> str:
+    """The device and the libraries."""
+    data = record.data
+    return ", ".join(
+        [data["device"], *(f"{name} {data[name]}" for name in ("torch", "cuda", "cudnn") if data.get(name))]
+    )
+
+
+def summary(records: Sequence[Record]) -> str:
+    """The README's table: of each cell and workload of one suite the mean, the lowest and the highest ratio."""
+    (record,) = [record for record in records if record.suite == SUMMARY]
+    workloads = in_order(WORKLOADS, [row["workload"] for row in record.rows])
+    lines = ["| | " + " | ".join(workloads) + " |", "| --- |" + " --- |" * len(workloads)]
+    for cell in in_order(CELLS, [row["cell"] for row in record.rows]):
+        line = [cell]
+        for workload in workloads:
+            group = [row for row in record.rows if (row["cell"], row["workload"]) == (cell, workload)]
+            ratios = [row["ratio"] for row in group]
+            line.append(f"{mean_ratio(group):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append("| " + " | ".join(line) + " |")
+
+    def all_of(key: str) -> str:
+        return ", ".join(str(value) for value in sorted({row[key] for row in record.rows}))
+
+    shapes = f"T = {all_of('T')} steps, batches of B = {all_of('B')}, hidden sizes H = {all_of('H')}"
+    about = f"Measured on {versions(record)}; {all_of('dtype')}, {shapes}: geometric mean, and lowest to highest."
+    return "\n".join(lines) + "\n\n" + paragraph(about)
+
+
+def summary_figure(records: Sequence[Record]) -> str:
+    """The README's one figure: the training heat map of the same suite."""
+    (record,) = [record for record in records if record.suite == SUMMARY]
+    kinds = {(figure.kind, figure.workload): figure for figure in figures_of(record)}
+    return link(record, kinds["ratio", "training"], "docs/figures")
+
+
 def speeds(records: Sequence[Record]) -> str:
-    """A table: of every suite and cell (and backend, where there are several) the mean and the worst of each mode."""
+    """A table: of every suite and cell (and backend, if there are several) the mean and the worst of each workload."""
     lines = []
     for device in dict.fromkeys(record.device for record in records):
         own = [record for record in records if record.device == device and record.suite not in NOT_SHOWN]
         rows = [row for record in own for row in record.rows]
-        modes = in_order(MODES, [row["mode"] for row in rows])
+        workloads = in_order(WORKLOADS, [row["workload"] for row in rows])
         several = len({row["backend"] for row in rows}) > 1
-        first = own[0].data
-        versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "cuda", "cudnn") if first.get(name))
-        lines += [f"Ratio of torch.nn's time to rnnfast's: {first['device']}, {versions}.", ""]
+        lines += [f"Ratio of torch.nn's time to rnnfast's: {versions(own[0])}.", ""]
         heads = ["suite, cell" + ", backend" * several]
-        for mode in modes:
-            heads += [f"{MODE_NAMES[mode]}: mean", "worst"]
-        lines += ["| " + " | ".join(heads) + " |", "| --- |" + " ---: | --- |" * len(modes)]
+        for workload in workloads:
+            heads += [f"{workload}: mean", "worst"]
+        lines += ["| " + " | ".join(heads) + " |", "| --- |" + " ---: | --- |" * len(workloads)]
         for record in own:
             for cell in in_order(CELLS, [row["cell"] for row in record.rows]):
                 of_cell = [row for row in record.rows if row["cell"] == cell]
                 for backend in sorted({row["backend"] for row in of_cell}):
                     line = [f"{record.suite}, {cell}" + f", {backend}" * several]
-                    for mode in modes:
-                        group = [row for row in of_cell if (row["mode"], row["backend"]) == (mode, backend)]
+                    for workload in workloads:
+                        group = [row for row in of_cell if (row["workload"], row["backend"]) == (workload, backend)]
                         low = worst(group) if group else None
                         line += [f"{mean_ratio(group):.2f}" if group else ""]
                         line += [f"{low['ratio']:.2f} ({shape(low)})" if low else ""]
@@ -111,7 +154,7 @@ def slower(records: Sequence[Record]) -> str:
     if behind:
         behind.sort(key=lambda pair: pair[0]["ratio"])
         named = [
-            f"{row['cell']} {MODE_NAMES[row['mode']]}, T={row['T']}, {shape(row)}: {row['ratio']:.2f} "
+            f"{row['cell']} {row['workload']}, T={row['T']}, {shape(row)}: {row['ratio']:.2f} "
             f"({row['p20']:.2f} to {row['p80']:.2f})"
             for row, _ in behind[:MOST_NAMED]
         ]
@@ -120,7 +163,7 @@ def slower(records: Sequence[Record]) -> str:
     text += "."
     if wrong:
         text += f" {wrong} rows gave wrong results or failed, and were not timed."
-    return text
+    return paragraph(text)
 
 
 def packed(records: Sequence[Record]) -> str:
@@ -131,59 +174,56 @@ def packed(records: Sequence[Record]) -> str:
         numbers = [row[key] for row in rows]
         return f"{min(numbers):.2f} to {max(numbers):.2f}"
 
-    return (
+    return paragraph(
         f"A packed batch takes {span('over_padded')} of the time of the same rows padded "
         f"(torch.nn: {span('torch_over_padded')}), and {span('over_dense')} of that of a dense batch of "
-        f"exactly as many tokens\n(torch.nn: {span('torch_over_dense')})."
+        f"exactly as many tokens (torch.nn: {span('torch_over_dense')})."
     )
 
 
-def character_model(results: Path) -> str:
-    data = read(results, "charlm-lstm-cpu.json")
+def demo(results: Path, name: str) -> str:
+    """What a demo's run said, and its chart."""
+    data = read(results, f"{name}-cpu.json")
     losses = "the same losses" if data["agree"] else "losses that differ"
-    return (
-        "The demo, a character model of two LSTM layers (`make demo`): "
-        f"{losses}, {data['ratio']:.2f} times as many tokens a second.\n\n"
-        "![loss curves and throughput of the character model](benchmarks/results/charlm-lstm-cpu.png)"
+    unit = data["unit"]
+    text = (
+        f"In the run that is kept: {losses}, and {data['ratio']:.2f} times as many {unit} a second ({data['device']})."
     )
+    return f"{paragraph(text)}\n\n![losses and {unit} a second](../benchmarks/results/{name}-cpu.png)"
 
 
 def textbook(results: Path) -> str:
     data = read(results, "cpu-textbook.json")
-    steps, batch, hidden = (re.findall(rf"-?{letter}(\d+)", data["case"])[0] for letter in "TBH")
-    return (
-        f"The outputs and gradients are the same (`tests/test_textbook.py`); in one run (T = {steps}, B = {batch},\n"
-        f"H = {hidden}) it was {data['inference']['ratio']:.1f} times as fast in inference and "
+    sizes = ", ".join(f"{size} = {data[size]}" for size in "TBH")
+    return paragraph(
+        f"In the run that is kept ({sizes}) it was {data['inference']['ratio']:.1f} times as fast in inference and "
         f"{data['training']['ratio']:.1f} times in training."
     )
 
 
-def figures(records: Sequence[Record], folder: str = "docs/figures") -> str:
-    """Links to the figures of each device's widest suite, and to the scaling over T or B; `folder` as the document sees
-    it."""
-    lines = []
+def figures(records: Sequence[Record]) -> str:
+    """Links to each device's figures: over H and B of the grid, or of the first suite that has such, and a scaling."""
+    links = []
     for device in dict.fromkeys(record.device for record in records):
-        own = [record for record in records if record.device == device]
-        named = {record.suite: figures_of(record) for record in own}
-        maps = [name for names in named.values() for name in names if "-ratio-" in name]
-        chosen = [name for name in maps if name.startswith(f"{device}-{grid_suite(maps, device)}-")]
-        scaling = [name for names in named.values() for name in names if name.endswith("-scaling.png")]
-        lines += [f"![{describe(name)}]({folder}/{name})" for name in chosen + scaling[-1:]]
-    return "\n\n".join(lines)
+        drawn = {record.suite: (record, figures_of(record)) for record in records if record.device == device}
+        mapped = [suite for suite, (_, own) in drawn.items() if any(figure.kind == "ratio" for figure in own)]
+        shown = "grid" if "grid" in mapped else next(iter(mapped), "")
+        pairs = [(record, figure) for record, own in drawn.values() for figure in own]
+        chosen = [(record, figure) for record, figure in pairs if record.suite == shown and figure.kind != "scaling"]
+        chosen += [(record, figure) for record, figure in pairs if figure.kind == "scaling"][-1:]
+        links += [link(record, figure, "figures") for record, figure in chosen]
+    return "\n\n".join(links)
 
 
-def grid_suite(names: Sequence[str], device: str) -> str:
-    """The suite whose heat maps are shown: the grid where it was run, else the first that has any."""
-    suites = [name.removeprefix(f"{device}-").partition("-ratio-")[0] for name in names]
-    return "grid" if "grid" in suites else next(iter(suites), "")
-
-
-def describe(name: str) -> str:
-    device, suite, kind = re.findall(r"^(.+?)-(\w+)-((?:ratio|scaling).*)\.png$", name)[0]
-    if kind == "scaling":
-        return f"time a step against T or B, suite {suite}, {device}"
-    mode = kind.split("-")[1]
-    return f"heat map of the ratios over H and B, {MODE_NAMES[mode]}, suite {suite}, {device}"
+def link(record: Record, figure: Figure, folder: str) -> str:
+    """The figure, and what it shows for who does not see it; `folder` as the page sees it."""
+    what = {
+        "ratio": "heat map of the ratios over H and B",
+        "time": "time of a step against H",
+        "scaling": "time of a step against T or B",
+    }
+    words = [what[figure.kind], *filter(None, [figure.workload]), f"suite {record.suite}", record.device]
+    return f"![{', '.join(words)}]({folder}/{figure.name})"
 
 
 def worst_cases(records: Sequence[Record], count: int = 10) -> str:
@@ -192,13 +232,15 @@ def worst_cases(records: Sequence[Record], count: int = 10) -> str:
     if not shown:
         return "There are no result files yet."
     shown.sort(key=lambda pair: pair[0]["ratio"])
-    lines = ["| suite | case | mode | backend | us/step | torch.nn | ratio (20th to 80th percentile) | % of limit |"]
+    lines = [
+        "| suite | case | workload | backend | us/step | torch.nn | ratio (20th to 80th percentile) | % of limit |"
+    ]
     lines.append("| --- | --- | --- | --- | ---: | ---: | --- | ---: |")
     for row, record in shown[:count]:
         limit = f"{100 * row['limit_us_per_step'] / row['us_per_step']:.0f}" if row["limit_us_per_step"] else ""
         spread = f"{row['ratio']:.2f} ({row['p20']:.2f} to {row['p80']:.2f})"
         lines.append(
-            f"| {record.suite} | {row['case']} | {MODE_NAMES[row['mode']]} | {row['backend']} "
+            f"| {record.suite} | {row['case']} | {row['workload']} | {row['backend']} "
             f"| {row['us_per_step']:.2f} | {row['torch_us_per_step']:.2f} | {spread} | {limit} |"
         )
     return "\n".join(lines)
@@ -209,7 +251,7 @@ def repeated(results: Path) -> str:
     folders = (results / REPEAT, results)
     parts = changes_on_cpu(*folders)
     far = [timed_far([row for record in on_cpu(folder) for row in record.rows]) for folder in folders]
-    lines = ["| suite | cases | first run | second run | change | largest of a cell and mode | largest of a case |"]
+    lines = ["| suite | cases | first run | second run | change | largest of a cell and workload | largest of a case |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for whole in [part for part in parts if part.cell == "all"]:
         own = [part for part in parts if part.suite == whole.suite and part.cell != "all"]
@@ -217,7 +259,7 @@ def repeated(results: Path) -> str:
         means = f"{whole.before:.2f} | {whole.now:.2f} | {whole.now / whole.before - 1:+.1%}"
         lines.append(
             f"| {whole.suite} | {whole.cases} | {means} "
-            f"| {most.now / most.before - 1:+.1%} ({most.cell}, {MODE_NAMES[most.mode]}) "
+            f"| {most.now / most.before - 1:+.1%} ({most.cell}, {most.workload}) "
             f"| {whole.factor - 1:+.1%} ({whole.most}) |"
         )
     lines += ["", f"Cases that were timed with cores far apart: {far[0]} in the first run, {far[1]} in the second."]
@@ -226,12 +268,12 @@ def repeated(results: Path) -> str:
 
 def kept(results: Path) -> str:
     """What the ratios are when the allocator keeps freed memory."""
-    lines = ["| suite, cell | mode | default allocator | it keeps freed memory | what changed most |"]
+    lines = ["| suite, cell | workload | default allocator | it keeps freed memory | what changed most |"]
     lines.append("| --- | --- | ---: | ---: | --- |")
     for part in changes_on_cpu(results, results / KEPT):
         if part.cell != "all":
             lines.append(
-                f"| {part.suite}, {part.cell} | {MODE_NAMES[part.mode]} | {part.before:.2f} | {part.now:.2f} "
+                f"| {part.suite}, {part.cell} | {part.workload} | {part.before:.2f} | {part.now:.2f} "
                 f"| {part.factor - 1:+.0%} ({part.most}) |"
             )
     return "\n".join(lines)
@@ -293,14 +335,17 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     cpu = [record for record in records if record.device == "cpu"]
     cards = [record for record in records if record.device != "cpu"]
     return {
+        "cpu summary": lambda: summary(cpu),
+        "cpu figure": lambda: summary_figure(cpu),
         "cpu speeds": lambda: speeds(cpu),
         "cpu slower": lambda: slower(cpu),
         "cpu packed": lambda: packed(cpu),
         "cpu figures": lambda: figures(cpu),
-        "character model": lambda: character_model(results),
+        "character model": lambda: demo(results, "charlm-lstm"),
+        "digits": lambda: demo(results, "digits-gru"),
         "textbook": lambda: textbook(results),
         "gpu": lambda: gpu(records),
-        "gpu figures": lambda: figures(cards, "figures") or "There are no figures yet.",
+        "gpu figures": lambda: figures(cards) or "There are no figures yet.",
         "cpu worst": lambda: worst_cases(cpu),
         "cpu repeat": lambda: repeated(results),
         "cpu kept": lambda: kept(results),
@@ -341,16 +386,16 @@ def main() -> int:
     options = parser.parse_args()
     status = 0
     for path in DOCUMENTS:
-        before = path.read_text(encoding="utf-8")
+        name, before = path.relative_to(ROOT), path.read_text(encoding="utf-8")
         after = filled(before)
         if before == after:
-            print(f"{path.name}: up to date")
+            print(f"{name}: up to date")
         elif options.check:
-            print(f"{path.name} differs: run `make readme-figures`")
+            print(f"{name} differs: run `make readme-figures`")
             status = 1
         else:
             path.write_text(after, encoding="utf-8")
-            print(f"{path.name}: rewritten")
+            print(f"{name}: rewritten")
     return status
 
 

@@ -1,6 +1,6 @@
 """The result files: where they are, what their rows have in common, and a short table of them.
 
-    python benchmarks/records.py [FOLDER or FILE ...]     # for each suite, mode and backend: how many, mean, worst
+    python benchmarks/records.py [FOLDER or FILE ...]     # for each suite, workload and backend: how many, mean, worst
     python benchmarks/records.py --worst 3 [...]          # the worst cases, as options of `python -m rnnfast bench`
     python benchmarks/records.py --before FOLDER [...]    # how the ratios have changed since the files in FOLDER
 
@@ -27,11 +27,24 @@ REPEAT = "repeat"
 KEPT = "keep-memory"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
-SUITES = ("bar", "grid", "flashrnn", "corners", "deepbench", "models", "ragged", "packed", "small")
+SUITES = ("sizes", "grid", "flashrnn", "corners", "deepbench", "models", "lengths", "packed", "one-step")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MODES = ("fwd", "fwdbwd", "step")
-MODE_NAMES = {"fwd": "inference", "fwdbwd": "training", "step": "streaming"}
+WORKLOADS = ("inference", "training", "streaming")
+
+# Options of `python -m rnnfast bench` that take a value, and the field of a row that has it.
+BENCH_OPTIONS = {
+    "--cell": "cell",
+    "--hidden": "H",
+    "--input": "I",
+    "--proj": "P",
+    "--batch": "B",
+    "--steps": "T",
+    "--layers": "layers",
+    "--dtype": "dtype",
+    "--resets": "resets",
+    "--workload": "workload",
+}
 
 Row = dict[str, Any]
 
@@ -118,14 +131,14 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def short_table(records: Sequence[Record]) -> str:
-    """Fixed-width text: a line for each suite, mode and backend."""
-    lines = [("device", "suite", "mode", "backend", "rows", "failed", "mean", "worst", "at")]
+    """Fixed-width text: a line for each suite, workload and backend."""
+    lines = [("device", "suite", "workload", "backend", "rows", "failed", "mean", "worst", "at")]
     for record in records:
-        keys = {(row["mode"], row["backend"]) for row in record.data["rows"]}
-        for mode, backend in sorted(keys, key=lambda key: (rank(MODES, key[0]), key[1])):
+        keys = {(row["workload"], row["backend"]) for row in record.data["rows"]}
+        for workload, backend in sorted(keys, key=lambda key: (rank(WORKLOADS, key[0]), key[1])):
 
-            def of_key(rows: Sequence[Row], key: tuple[str, str] = (mode, backend)) -> list[Row]:
-                return [row for row in rows if (row["mode"], row["backend"]) == key]
+            def of_key(rows: Sequence[Row], key: tuple[str, str] = (workload, backend)) -> list[Row]:
+                return [row for row in rows if (row["workload"], row["backend"]) == key]
 
             rows, failed = of_key(record.rows), of_key(record.failures)
             low = worst(rows) if rows else None
@@ -133,7 +146,7 @@ def short_table(records: Sequence[Record]) -> str:
                 (
                     record.device,
                     record.suite,
-                    mode,
+                    workload,
                     backend,
                     str(len(rows)),
                     str(len(failed)),
@@ -147,17 +160,10 @@ def short_table(records: Sequence[Record]) -> str:
 
 def bench_options(row: Row) -> str:
     """The row's case as options of `python -m rnnfast bench`."""
-    options = [
-        f"--cell {row['cell'].lower()} --hidden {row['H']} --input {row['I']} --batch {row['B']} --steps {row['T']}",
-        f"--layers {row['layers']} --dtype {row['dtype']} --mode {row['mode']}",
-        f"--backends {row['backend'].removesuffix('-graph')}",
-    ]
+    options = [f"{option} {row[key]}" for option, key in BENCH_OPTIONS.items() if row[key]]
     options += ["--bidirectional"] * (row["directions"] == 2)
-    options += [f"--proj {row['P']}"] if row.get("P") else []
-    options += [f"--{word}" for word in ("packed", "lengths") if row["case"].endswith(word)]
-    # How likely a reset is does not stand in the row; the kernels take as long for many as for few.
-    options += ["--resets 0.01"] if row["case"].endswith("resets") else []
-    return " ".join(options)
+    options += [f"--{flag}" for flag in ("packed", "lengths") if row[flag]]
+    return " ".join([*options, f"--backends {row['backend'].removesuffix('-graph')}"])
 
 
 def worst_of(records: Sequence[Record], count: int) -> list[str]:
@@ -168,20 +174,20 @@ def worst_of(records: Sequence[Record], count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Change:
-    """Two runs of the same cases of one suite, cell, mode and backend; of the whole suite where `cell` is "all".
+    """Two runs of the same cases of one suite, cell, workload and backend; of the whole suite where `cell` is "all".
 
     Args:
-        device, suite, cell, mode, backend: of which.
+        device, suite, cell, workload, backend: of which.
         cases: how many both have.
         before, now: geometric means of the ratios.
-        most: the case that changed most, with its mode.
+        most: the case that changed most, with its workload.
         factor: its ratio now over that before.
     """
 
     device: str
     suite: str
     cell: str
-    mode: str
+    workload: str
     backend: str
     cases: int
     before: float
@@ -191,8 +197,8 @@ class Change:
 
 
 def changes(before: Sequence[Record], now: Sequence[Record]) -> list[Change]:
-    """How the ratios changed: of each cell, mode and backend of each suite that both have, then of the whole suite."""
-    keys = ("case", "dtype", "mode", "backend")
+    """How the ratios changed: of each suite that both have its cells, workloads and backends, then the whole suite."""
+    keys = ("case", "dtype", "workload", "backend")
     result = []
     for record in now:
         others = [other for other in before if (other.device, other.suite) == (record.device, record.suite)]
@@ -200,13 +206,13 @@ def changes(before: Sequence[Record], now: Sequence[Record]) -> list[Change]:
         groups: dict[tuple[str, str, str], list[tuple[Row, Row]]] = {}
         for row in record.rows:
             if (old := then.get(tuple(row[key] for key in keys))) is not None:
-                for group in ((row["cell"], row["mode"], row["backend"]), ("all", "", "")):
+                for group in ((row["cell"], row["workload"], row["backend"]), ("all", "", "")):
                     groups.setdefault(group, []).append((old, row))
-        for group in sorted(groups, key=lambda key: (rank(CELLS, key[0]), rank(MODES, key[1]), key[2])):
+        for group in sorted(groups, key=lambda key: (rank(CELLS, key[0]), rank(WORKLOADS, key[1]), key[2])):
             pairs = groups[group]
             old, new = max(pairs, key=lambda pair: abs(math.log(pair[1]["ratio"] / pair[0]["ratio"])))
             means = [mean_ratio([pair[side] for pair in pairs]) for side in (0, 1)]
-            most = f"{new['case']} {new['mode']}"
+            most = f"{new['case']} {new['workload']}"
             factor = new["ratio"] / old["ratio"]
             result.append(Change(record.device, record.suite, *group, len(pairs), *means, most, factor))
     return result
@@ -214,11 +220,11 @@ def changes(before: Sequence[Record], now: Sequence[Record]) -> list[Change]:
 
 def change_table(before: Sequence[Record], now: Sequence[Record]) -> str:
     """Fixed-width text: a line for each of the `changes`."""
-    lines = [("device", "suite", "cell", "mode", "backend", "cases", "before", "now", "change", "most", "at")]
+    lines = [("device", "suite", "cell", "workload", "backend", "cases", "before", "now", "change", "most", "at")]
     for c in changes(before, now):
         means = (f"{c.before:.2f}", f"{c.now:.2f}", f"{c.now / c.before - 1:+.1%}")
         lines.append(
-            (c.device, c.suite, c.cell, c.mode, c.backend, str(c.cases), *means, f"{c.factor - 1:+.1%}", c.most)
+            (c.device, c.suite, c.cell, c.workload, c.backend, str(c.cases), *means, f"{c.factor - 1:+.1%}", c.most)
         )
     return aligned(lines)
 

@@ -1,7 +1,7 @@
 """Checks, then times rnnfast's layers against torch.nn's on named suites of shapes; a table and a result file for each.
 
-    python benchmarks/run.py --suite bar,small,packed
-    python benchmarks/run.py --suite grid --device cuda --dtype bfloat16,float32 --mode fwd,fwdbwd --limit 100
+    python benchmarks/run.py --suite sizes,one-step,packed
+    python benchmarks/run.py --suite grid --device cuda --dtype bfloat16,float32 --workload training --limit 100
     python benchmarks/run.py --suite models --peers all
 
 A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster. Where a result is wrong or a backend fails the row
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from isolation import Processes, Settings, Skipped, measure_here
 from limits import Machine, at_least, better, describe, limit_us_per_step, this_machine
 from peers import PEERS
-from records import CELLS, MODES, RESULTS, Row, mean_ratio, rank, worst
+from records import CELLS, RESULTS, WORKLOADS, Row, mean_ratio, rank, worst
 from rnnfast.benchmark import Case
 from rnnfast.benchmark.case import DTYPES
 from rnnfast.benchmark.command import add_measuring_options, listed
@@ -65,7 +65,7 @@ class Suite:
     Args:
         name: in `SUITES`.
         options: the command line.
-        measurer: measures a case in a mode.
+        measurer: measures a case under a workload.
         nearness: of the cores; the same for all suites.
     """
 
@@ -76,7 +76,9 @@ class Suite:
         self.nearness = nearness
         dtypes = options.dtype or [None]
         cases = [replace(case, dtype=dtype) if dtype else case for case in SUITES[name] for dtype in dtypes]
-        self.work = [(case, mode) for case in cases if re.search(options.cases, case.name) for mode in options.mode]
+        self.work = [
+            (case, workload) for case in cases if re.search(options.cases, case.name) for workload in options.workload
+        ]
         # What was measured, by its place in the suite.
         self.measured: dict[int, list[Row]] = {}
         self.skipped: list[str] = []
@@ -96,7 +98,7 @@ class Suite:
             self.skipped.append(f"{what}: {why}")
 
     def measure(self, end: float) -> None:
-        """Measures all cases in all modes, or until Ctrl-C, or until the clock (``time.monotonic``) reads ``end``."""
+        """Measures all cases and workloads, or until Ctrl-C, or until the clock (``time.monotonic``) reads ``end``."""
         places = list(range(len(self.work)))
         if end < float("inf"):
             # If not all can be measured, then some of each kind.
@@ -105,8 +107,8 @@ class Suite:
         with progress(self.name, len(places)) as bar:
             try:
                 for place in places:
-                    case, mode = self.work[place]
-                    bar.set_postfix_str(f"{case.name} {mode}")
+                    case, workload = self.work[place]
+                    bar.set_postfix_str(f"{case.name} {workload}")
                     # Waiting neither goes beyond the end nor counts as the time that a case takes.
                     self.nearness.patience = min(self.nearness.patience, end - time.monotonic())
                     self.nearness.wait()
@@ -114,7 +116,7 @@ class Suite:
                     if begin + longest > end:
                         self.out_of_time = True
                         break
-                    self.measured[place] = self.measure_case(case, mode)
+                    self.measured[place] = self.measure_case(case, workload)
                     self.nearness.see(self.distance(place))
                     bar.update()
                     # The first has a process to start, and on a GPU a device: seconds that no other takes. One that
@@ -125,7 +127,7 @@ class Suite:
             except KeyboardInterrupt:
                 self.interrupted = True
 
-    def measure_case(self, case: Case, mode: str) -> list[Row]:
+    def measure_case(self, case: Case, workload: str) -> list[Row]:
         options = self.options
         settings = Settings(
             seconds=options.seconds,
@@ -136,12 +138,12 @@ class Suite:
             threads=options.threads,
             keep_memory=options.keep_memory,
         )
-        return self.measurer(case, mode, settings, self.skip)
+        return self.measurer(case, workload, settings, self.skip)
 
     def fill_in_limits(self, machine: Machine) -> None:
         for place, rows in self.measured.items():
             for row in rows:
-                limit = limit_us_per_step(self.work[place][0], row["mode"], machine, not self.options.no_tf32)
+                limit = limit_us_per_step(self.work[place][0], row["workload"], machine, not self.options.no_tf32)
                 if limit is not None:
                     row["limit_us_per_step"] = round(limit, 4)
                     if row["us_per_step"]:
@@ -178,10 +180,10 @@ def measure_far_again(suites: Sequence[Suite], nearness: Nearness) -> None:
     with progress("again, cores were far apart", len(waiting)) as bar, contextlib.suppress(KeyboardInterrupt):
         while waiting and nearness.wait():
             suite, place = waiting.pop(0)
-            case, mode = suite.work[place]
-            bar.set_postfix_str(f"{case.name} {mode}")
+            case, workload = suite.work[place]
+            bar.set_postfix_str(f"{case.name} {workload}")
             with nearness.spending():
-                rows, before = suite.measure_case(case, mode), suite.measured[place]
+                rows, before = suite.measure_case(case, workload), suite.measured[place]
             suite.measured[place] = rows
             nearness.see(suite.distance(place))
             # So does a result that is wrong this time.
@@ -202,7 +204,7 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
     result = Table(
         title=f"{suite}: {where['device']}, torch {where['torch']}", caption="ratio = torch.nn's time / rnnfast's time"
     )
-    for name in ("case", "mode", "backend"):
+    for name in ("case", "workload", "backend"):
         result.add_column(name, no_wrap=True)
     heads = ["torch.nn\nus/step", "\nus/step", "\nratio", "\np20 to p80", "limit\nus/step", "% of\nlimit"]
     heads += ["\nGflop/s", "\nGB/s", "\ntokens/s", "peak\nMB"]
@@ -214,7 +216,7 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
     result.add_column("results")
     for row in rows:
         peak = row["peak_memory_bytes"]
-        cells = [row["case"], row["mode"], row["backend"]]
+        cells = [row["case"], row["workload"], row["backend"]]
         cells += [number(row[key], ".2f") for key in ("torch_us_per_step", "us_per_step", "ratio")]
         cells += [f"{row['p20']:.2f} to {row['p80']:.2f}" if row["p20"] is not None else ""]
         cells += [number(row["limit_us_per_step"], ".2f"), number(row["percent_of_limit"], ".0f")]
@@ -231,19 +233,21 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
 
 
 def summary(suite: str, rows: Sequence[Row]) -> Table:
-    """For each cell, type, mode and backend the geometric mean of the ratios and the worst case."""
+    """For each cell, type, workload and backend the geometric mean of the ratios and the worst case."""
     result = Table(title=f"{suite}: torch.nn's time / rnnfast's time")
-    for name in ("cell", "type", "mode", "backend"):
+    for name in ("cell", "type", "workload", "backend"):
         result.add_column(name, no_wrap=True)
     for name in ("cases", "geometric mean", "worst"):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("worst case", no_wrap=True)
-    keys = ("cell", "dtype", "mode", "backend")
+    keys = ("cell", "dtype", "workload", "backend")
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["correct"] and row["ratio"] is not None:
             groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for key in sorted(groups, key=lambda key: (rank(CELLS, key[0]), rank(DTYPES, key[1]), rank(MODES, key[2]), key[3])):
+    for key in sorted(
+        groups, key=lambda key: (rank(CELLS, key[0]), rank(DTYPES, key[1]), rank(WORKLOADS, key[2]), key[3])
+    ):
         low = worst(groups[key])
         result.add_row(
             *key, str(len(groups[key])), f"{mean_ratio(groups[key]):.2f}", f"{low['ratio']:.2f}", low["case"]
@@ -358,7 +362,7 @@ def report(suite: Suite, console: Console) -> None:
         console.print(summary(suite.name, rows))
     for row in rows:
         if not row["correct"]:
-            print(f"FAILED, not timed: {row['case']} {row['mode']} {row['backend']}: {row['failure']}")
+            print(f"FAILED, not timed: {row['case']} {row['workload']} {row['backend']}: {row['failure']}")
     for reason in suite.skipped:
         print(f"skipped: {reason}")
     far = sum(suite.nearness.far(suite.distance(place)) for place in suite.measured)

@@ -2,9 +2,9 @@
 
 `SUITES` has a list of cases for each name:
 
-* `bar`: what this project holds itself to on a CPU; `small`: one step a call; `packed`: rows of different lengths,
-  compared with the same rows padded and with dense ones.
-* `ragged`: packed rows, and padded ones with `lengths`.
+* `sizes`: the cells over batch and hidden sizes that are usual on a CPU; `one-step`: T = 1, one step a call.
+* `packed`: packed rows of different lengths. `lengths`: the same and smaller ones, packed, and padded with `lengths=`.
+  Packed rows are compared with the same rows padded and with dense ones too.
 * `grid`: every cell over hidden sizes and batch sizes, for heat maps. `flashrnn` and `deepbench`: others' benchmarks.
 * `corners`: where cuDNN is expected to leave its fast paths: at the upper end of its kernel for small H, at batches
   that it is not made for; packed rows with two directions and several layers.
@@ -166,16 +166,16 @@ MODELS = [
 
 
 SUITES: dict[str, list[Case]] = {
-    "bar": [
+    "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
     ],
-    "small": [
+    "one-step": [
         Case(cell, batch, hidden, steps=1, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8), (64, 256))
     ],
     "packed": [Case(cell, 64, 256, packed=True, source=OWN) for cell in CELLS],
-    "ragged": [
-        Case(cell, batch, hidden, packed=not padded, padded=padded, source=OWN)
-        for cell, (batch, hidden), padded in product(CELLS, ((16, 128), (64, 256)), (False, True))
+    "lengths": [
+        Case(cell, batch, hidden, packed=not lengths, lengths=lengths, source=OWN)
+        for cell, (batch, hidden), lengths in product(CELLS, ((16, 128), (64, 256)), (False, True))
     ],
     "grid": [
         Case(cell, batch, hidden, source=OWN)
@@ -191,7 +191,7 @@ SUITES: dict[str, list[Case]] = {
     "smoke": [
         Case("LSTM", 2, 8, steps=3),
         Case("GRU", 3, 8, steps=4, packed=True),
-        Case("RNN", 3, 8, steps=4, padded=True, directions=2),
+        Case("RNN", 3, 8, steps=4, lengths=True, directions=2),
         Case("LSTM", 2, 8, steps=6, resets=0.3, proj_size=4, layers=2),
     ],
 }

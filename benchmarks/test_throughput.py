@@ -27,7 +27,7 @@ CARD = [case for case in SUITES["flashrnn"] if (case.batch, case.steps) == (16, 
 CARD += [
     case for case in SUITES["grid"] if case.cell != "RNN" and case.hidden_size in (128, 512, 2048) and case.batch == 16
 ]
-CASES = [("cpu", case) for case in SUITES["bar"] + SUITES["small"] + SUITES["packed"]]
+CASES = [("cpu", case) for case in SUITES["sizes"] + SUITES["one-step"] + SUITES["packed"]]
 CASES += [("cuda", replace(case, dtype="bfloat16")) for case in CARD]
 
 
@@ -35,17 +35,17 @@ def identify(value: object) -> str | None:
     return value.name.replace(" ", "-") if isinstance(value, Case) else None
 
 
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+@pytest.mark.parametrize("workload", ["inference", "training"])
 @pytest.mark.parametrize(("device", "case"), CASES, ids=identify)
-def test_layer(benchmark: Any, device: str, case: Case, mode: str) -> None:
+def test_layer(benchmark: Any, device: str, case: Case, workload: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     where = torch.device(device)
     torch.manual_seed(0)
     theirs, ours = make_layers(case, where)
     data = make_data(case, where, 0)
-    call = make_call(ours, case, mode, data)
-    wrong = compare(exact(theirs, case, mode, data), make_call(theirs, case, mode, data)(), call())
+    call = make_call(ours, case, workload, data)
+    wrong = compare(exact(theirs, case, workload, data), make_call(theirs, case, workload, data)(), call())
     assert wrong is None, wrong
 
     def synchronized() -> None:
@@ -53,8 +53,8 @@ def test_layer(benchmark: Any, device: str, case: Case, mode: str) -> None:
         torch.cuda.synchronize(where)
 
     timed: Callable[[], object] = synchronized if device == "cuda" else call
-    benchmark.group = f"{device}, {case.cell}, {mode}"
-    with torch.set_grad_enabled(mode == "fwdbwd"):
+    benchmark.group = f"{device}, {case.cell}, {workload}"
+    with torch.set_grad_enabled(workload == "training"):
         benchmark.extra_info["plan"] = explain(ours, data.rows).kernel
-    benchmark.extra_info["steps"] = timed_steps(case, mode)
+    benchmark.extra_info["steps"] = timed_steps(case, workload)
     benchmark(timed)

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rnnfast import benchmark, cli, modules
-from rnnfast.benchmark import Case, Impossible, measure, timing
+from rnnfast import cli, modules
+from rnnfast.benchmark import Case, Impossible, comparison, measure, timing
 from rnnfast.benchmark.case import CELLS, compare, exact, make_call, make_data, make_layers
 
 pytest.importorskip("rich", reason="the suites print with rich: pip install rnnfast[bench]")
@@ -31,8 +31,8 @@ from run import summary, table
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 SCHEMA = (
-    "case cell layers directions dtype T B I H mode backend us_per_step torch_us_per_step ratio p20 p80 "
-    "limit_us_per_step plan correct"
+    "case cell layers directions dtype T B I H P packed lengths resets model workload backend us_per_step "
+    "torch_us_per_step ratio p20 p80 limit_us_per_step plan correct"
 ).split()
 TINY = Case("LSTM", 2, 8, steps=5)
 
@@ -65,16 +65,18 @@ def run(*arguments, status=0):
 
 
 def test_suite_writes_a_row_a_case_and_mode(tmp_path):
-    printed = run("--suite", "smoke", "--seconds", 0.02, "--mode", "fwd,fwdbwd,step", "--out", tmp_path)
+    printed = run(
+        "--suite", "smoke", "--seconds", 0.02, "--workload", "inference,training,streaming", "--out", tmp_path
+    )
     record = json.loads((tmp_path / "cpu-smoke.json").read_text())
     assert list(record) == ["device", "torch", "cuda", "cudnn", "commit", "date", "suite", "rows"]
     expected = [
-        (case.name, mode)
+        (case.name, workload)
         for case in shapes.SUITES["smoke"]
-        for mode in ("fwd", "fwdbwd", "step")
-        if mode != "step" or not (case.ragged or case.resets)
+        for workload in ("inference", "training", "streaming")
+        if workload != "streaming" or not (case.ragged or case.resets)
     ]
-    assert [(row["case"], row["mode"]) for row in record["rows"]] == expected
+    assert [(row["case"], row["workload"]) for row in record["rows"]] == expected
     for row in record["rows"]:
         assert list(row)[: len(SCHEMA)] == SCHEMA
         assert row["correct"], row["failure"]
@@ -83,22 +85,22 @@ def test_suite_writes_a_row_a_case_and_mode(tmp_path):
         assert row["limit_us_per_step"] > 0
         assert row["tokens_per_s"] > 0
         assert row["peak_memory_bytes"] > 0
-        assert ("over_padded" in row) == row["case"].endswith("packed")
+        assert ("over_padded" in row) == row["packed"]
     assert "geometric mean" in printed
-    assert "skipped: mode step: a streaming step has neither lengths nor resets" in printed
+    assert "skipped: workload streaming: a streaming step has neither lengths nor resets" in printed
 
 
 def test_interrupt_keeps_what_is_done_and_the_older_file(tmp_path):
-    older = tmp_path / "cpu-bar.json"
+    older = tmp_path / "cpu-sizes.json"
     older.write_text("{}")
     process = subprocess.Popen(
-        **command("--suite", "bar", "--seconds", 0.02, "--out", tmp_path),
+        **command("--suite", "sizes", "--seconds", 0.02, "--out", tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        # The bar counts the cases: "bar:   4%|... 2/54 [".
+        # The bar counts the cases: "sizes:   4%|... 2/54 [".
         seen = ""
         while not re.search(r" [1-9]\d*/54 ", seen):
             seen += process.stderr.read(1)
@@ -111,7 +113,7 @@ def test_interrupt_keeps_what_is_done_and_the_older_file(tmp_path):
     assert "Traceback" not in errors
     assert "Interrupted" in printed
     assert older.read_text() == "{}"
-    kept = json.loads((tmp_path / "interrupted" / "cpu-bar.json").read_text())["rows"]
+    kept = json.loads((tmp_path / "interrupted" / "cpu-sizes.json").read_text())["rows"]
     assert 1 <= len(kept) < 54
 
 
@@ -123,7 +125,7 @@ def test_time_limit_measures_some_and_says_so(tmp_path):
 
 def test_wrong_backend_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown backend 'cpuu'"):
-        measure(TINY, "fwd", 0.01, CPU, backends=["cpuu"])
+        measure(TINY, "inference", 0.01, CPU, backends=["cpuu"])
 
 
 # --- a wrong kernel --------------------------------------------------------------------------------------------------
@@ -141,11 +143,11 @@ def wrong_kernel(monkeypatch):
     monkeypatch.setattr(modules.LSTM, "forward", off)
 
 
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd", "step"])
-def test_wrong_kernel_fails_and_is_not_timed(wrong_kernel, monkeypatch, mode):
+@pytest.mark.parametrize("workload", ["inference", "training", "streaming"])
+def test_wrong_kernel_fails_and_is_not_timed(wrong_kernel, monkeypatch, workload):
     timed = []
-    monkeypatch.setattr(benchmark, "interleave", lambda *arguments: timed.append(arguments))
-    (row,) = measure(TINY, mode, 0.01, CPU)
+    monkeypatch.setattr(comparison, "interleave", lambda *arguments: timed.append(arguments))
+    (row,) = measure(TINY, workload, 0.01, CPU)
     assert not row["correct"]
     assert "result 0: error" in row["failure"]
     assert row["us_per_step"] is row["ratio"] is row["p20"] is row["p80"] is None
@@ -155,7 +157,7 @@ def test_wrong_kernel_fails_and_is_not_timed(wrong_kernel, monkeypatch, mode):
 def test_suite_with_a_wrong_kernel(wrong_kernel, tmp_path, monkeypatch, capsys):
     import run as script
 
-    arguments = ["run.py", "--suite", "smoke", "--seconds", "0.01", "--mode", "fwd", "--out", str(tmp_path)]
+    arguments = ["run.py", "--suite", "smoke", "--seconds", "0.01", "--workload", "inference", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1", "--in-process"])
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -164,7 +166,7 @@ def test_suite_with_a_wrong_kernel(wrong_kernel, tmp_path, monkeypatch, capsys):
         signal.signal(signal.SIGTERM, before)
     rows = json.loads((tmp_path / "cpu-smoke.json").read_text())["rows"]
     assert [row["correct"] for row in rows] == [row["cell"] != "LSTM" for row in rows]
-    assert "FAILED, not timed: LSTM-T3-B2-I8-H8 fwd cpu: result 0" in capsys.readouterr().out
+    assert "FAILED, not timed: LSTM-T3-B2-I8-H8 inference cpu: result 0" in capsys.readouterr().out
 
 
 def test_failing_backend_fails_and_the_others_go_on(monkeypatch):
@@ -172,15 +174,15 @@ def test_failing_backend_fails_and_the_others_go_on(monkeypatch):
         raise RuntimeError("no such kernel\nwith details")
 
     monkeypatch.setattr(modules.LSTM, "forward", broken)
-    rows = measure(TINY, "fwd", 0.01, CPU, backends=["cpu"], peers={"theirs": own_call})
+    rows = measure(TINY, "inference", 0.01, CPU, backends=["cpu"], peers={"theirs": own_call})
     assert [row["correct"] for row in rows] == [False, True]
     assert rows[0]["failure"] == "RuntimeError: no such kernel"
     assert rows[1]["ratio"] > 0
 
 
-def own_call(layer, case, mode, data):
+def own_call(layer, case, workload, data):
     """A peer that is torch.nn itself."""
-    return make_call(layer, case, mode, data)
+    return make_call(layer, case, workload, data)
 
 
 def test_nan_and_wrong_shapes_do_not_pass():
@@ -207,18 +209,18 @@ def test_what_tf32_rounds_is_no_error_where_it_is_allowed():
 # --- the calls -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+@pytest.mark.parametrize("workload", ["inference", "training"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", shapes.SUITES["smoke"], ids=lambda case: case.name)
-def test_both_layers_give_the_same_results(case, mode, dtype):
+def test_both_layers_give_the_same_results(case, workload, dtype):
     case = replace(case, dtype=dtype)
     theirs, ours = make_layers(case, CPU)
     data = make_data(case, CPU)
-    results = [make_call(layer, case, mode, data)() for layer in (theirs, ours)]
-    truth = exact(theirs, case, mode, data)
+    results = [make_call(layer, case, workload, data)() for layer in (theirs, ours)]
+    truth = exact(theirs, case, workload, data)
     assert len(truth) == len(results[0]) == len(results[1])
     assert compare(truth, *results) is None
-    if mode == "fwdbwd":
+    if workload == "training":
         # The output, the input's gradient, and one for each parameter.
         assert len(truth) == 2 + len(list(ours.parameters()))
 
@@ -233,7 +235,7 @@ def test_resets_in_torch_nn_are_what_they_say():
     for row, reset in zip(data.rows, data.resets, strict=True):
         output, state = layer(row.unsqueeze(0), state * ~reset.view(1, -1, 1))
         outputs.append(output)
-    results = make_call(layer, case, "fwd", data)()
+    results = make_call(layer, case, "inference", data)()
     torch.testing.assert_close(results[0], torch.cat(outputs))
     torch.testing.assert_close(results[1], state)
 
@@ -242,15 +244,15 @@ def test_streaming_gives_the_sequences_states():
     case = replace(TINY, layers=2)
     for layer in make_layers(case, CPU):
         data = make_data(case, CPU)
-        whole, streamed = (make_call(layer, case, mode, data)() for mode in ("fwd", "step"))
+        whole, streamed = (make_call(layer, case, workload, data)() for workload in ("inference", "streaming"))
         torch.testing.assert_close(streamed[0], whole[0][-1:])
         torch.testing.assert_close(streamed[1:], whole[1:])
 
 
-@pytest.mark.parametrize("case", [replace(TINY, packed=True), replace(TINY, padded=True), replace(TINY, resets=0.5)])
+@pytest.mark.parametrize("case", [replace(TINY, packed=True), replace(TINY, lengths=True), replace(TINY, resets=0.5)])
 def test_no_streaming_of_rows_with_lengths_or_resets(case):
     with pytest.raises(Impossible, match="neither lengths nor resets"):
-        measure(case, "step", 0.01, CPU)
+        measure(case, "streaming", 0.01, CPU)
 
 
 # --- the timing ------------------------------------------------------------------------------------------------------
@@ -374,11 +376,11 @@ def pretended_cuda(monkeypatch):
     return log
 
 
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
-def test_cuda_rows_and_graphs(pretended_cuda, mode):
+@pytest.mark.parametrize("workload", ["inference", "training"])
+def test_cuda_rows_and_graphs(pretended_cuda, workload):
     names = ["cpu", "cpu-graph", "torch-graph", "cuda"]
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
-    rows = measure(TINY, mode, 0.01, Pretended("cpu"), backends=names)
+    rows = measure(TINY, workload, 0.01, Pretended("cpu"), backends=names)
     after = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     assert before == after
     assert [row["backend"] for row in rows] == names
@@ -394,13 +396,13 @@ def test_cuda_rows_and_graphs(pretended_cuda, mode):
         assert row["tf32"]
     assert rows[0]["peak_memory_bytes"] == 250
     # Each graph is captured for every input that takes turns.
-    assert pretended_cuda.count("capture") == 2 * benchmark.INPUTS
+    assert pretended_cuda.count("capture") == 2 * comparison.INPUTS
     assert "empty_cache" in pretended_cuda
 
 
 def test_graphs_need_a_cuda_device():
     with pytest.raises(Impossible, match="CUDA device"):
-        measure(TINY, "fwd", 0.01, CPU, backends=["cpu-graph"])
+        measure(TINY, "inference", 0.01, CPU, backends=["cpu-graph"])
 
 
 @pytest.mark.gpu
@@ -408,8 +410,8 @@ def test_graphs_need_a_cuda_device():
 def test_bench_on_a_card(dtype):
     case = Case("GRU", 16, 64, steps=20, dtype=dtype)
     device = torch.device("cuda")
-    for mode in ("fwd", "fwdbwd", "step"):
-        rows = measure(case, mode, 0.1, device)
+    for workload in ("inference", "training", "streaming"):
+        rows = measure(case, workload, 0.1, device)
         assert rows
         for row in rows:
             assert row["correct"], row["failure"]
@@ -421,35 +423,37 @@ def test_bench_on_a_card(dtype):
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    options = "bench --cell gru --hidden 8 --batch 2 --steps 4 --mode fwd,fwdbwd,step --seconds 0.01".split()
+    options = (
+        "bench --cell gru --hidden 8 --batch 2 --steps 4 --workload inference,training,streaming --seconds 0.01".split()
+    )
     assert cli.main([*options, "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("GRU-T4-B2-I8-H8: ")
-    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["fwd", "fwdbwd", "step"]
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["inference", "training", "streaming"]
     assert printed.count("agree") == 3
     assert [list(row)[: len(SCHEMA)] for row in json.loads(path.read_text())["rows"]] == [SCHEMA] * 3
 
 
 def test_command_line_with_wrong_results(wrong_kernel, capsys):
-    assert cli.main("bench --hidden 8 --batch 2 --steps 4 --mode fwd --seconds 0.01".split()) == 1
+    assert cli.main("bench --hidden 8 --batch 2 --steps 4 --workload inference --seconds 0.01".split()) == 1
     assert "FAILED, not timed: result 0" in capsys.readouterr().out
 
 
 def test_command_line_refuses_what_cannot_be(capsys):
-    assert cli.main("bench --hidden 8 --packed --mode step --seconds 0.01".split()) == 2
+    assert cli.main("bench --hidden 8 --packed --workload streaming --seconds 0.01".split()) == 2
     assert "neither lengths nor resets" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main("bench --mode forward".split())
-    assert "forward: choose from fwd, fwdbwd, step" in capsys.readouterr().err
+        cli.main("bench --workload forward".split())
+    assert "forward: choose from inference, training, streaming" in capsys.readouterr().err
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def test_suites_cover_the_bar():
-    bar = {(case.cell, case.batch, case.hidden_size, case.steps) for case in shapes.SUITES["bar"]}
-    assert bar == {(c, b, h, 100) for c in CELLS for b in (1, 8, 64) for h in (64, 256, 512)}
-    assert all(case.steps == 1 for case in shapes.SUITES["small"])
+def test_suites_have_the_shapes_that_they_are_named_for():
+    sizes = {(case.cell, case.batch, case.hidden_size, case.steps) for case in shapes.SUITES["sizes"]}
+    assert sizes == {(c, b, h, 100) for c in CELLS for b in (1, 8, 64) for h in (64, 256, 512)}
+    assert all(case.steps == 1 for case in shapes.SUITES["one-step"])
     headline = shapes.SUITES["flashrnn"][0]
     assert (headline.batch, headline.steps, headline.hidden_size) == (16, 1024, 768)
     assert all(case.model for case in shapes.SUITES["models"])
@@ -470,9 +474,9 @@ def test_flops_and_bytes_of_a_case():
     case = Case("LSTM", 3, 5, steps=10, input_size=2, layers=2, directions=2)
     weights = 2 * 20 * (2 + 5) + 2 * 20 * (10 + 5)
     assert case.weights() == weights == sum(p.numel() for p in make_layers(case, CPU)[1].parameters() if p.dim() == 2)
-    assert case.flops("fwd") == 2 * 3 * weights
-    assert case.flops("fwdbwd") == 3 * case.flops("fwd")
-    assert case.bytes("fwd") == 4 * (3 * 2 + 3 * 10 + weights / 10)
+    assert case.flops("inference") == 2 * 3 * weights
+    assert case.flops("training") == 3 * case.flops("inference")
+    assert case.bytes("inference") == 4 * (3 * 2 + 3 * 10 + weights / 10)
     projected = Case("LSTM", 1, 6, input_size=2, proj_size=3)
     assert projected.weights() == 24 * (2 + 3) + 3 * 6
 
@@ -489,28 +493,28 @@ def machine(**options):
 
 def test_limit_by_arithmetic():
     # 2 * 64 * 4 * 16 * 32 operations at 2 Gflop/s.
-    assert limits.limit_us_per_step(Case("LSTM", 64, 16), "fwd", machine()) == pytest.approx(131.072)
-    assert limits.limit_us_per_step(Case("LSTM", 64, 16), "fwdbwd", machine()) == pytest.approx(3 * 131.072)
+    assert limits.limit_us_per_step(Case("LSTM", 64, 16), "inference", machine()) == pytest.approx(131.072)
+    assert limits.limit_us_per_step(Case("LSTM", 64, 16), "training", machine()) == pytest.approx(3 * 131.072)
 
 
 def test_limit_by_the_chain():
     # One row: a core alone reads 16 KB a step, 15 KB of it from memory. Two cores read 8 KB each, 7 KB of it from
     # memory at half its speed, in 14 us, and hand over in 1 us.
     fast = machine(flops={"float32": 1e15})
-    assert limits.chain(Case("LSTM", 1, 32, steps=1000), "fwd", fast, 1e15) == pytest.approx(15.384e-6)
+    assert limits.chain(Case("LSTM", 1, 32, steps=1000), "inference", fast, 1e15) == pytest.approx(15.384e-6)
     # Weights near enough for one core: nobody needs to hand over.
     small = machine(flops={"float32": 1e15}, levels=(limits.Level("near", 1e6, 10e9), fast.levels[1]))
-    assert limits.chain(Case("LSTM", 1, 32, steps=1000), "fwd", small, 1e15) == pytest.approx(1.6384e-6)
+    assert limits.chain(Case("LSTM", 1, 32, steps=1000), "inference", small, 1e15) == pytest.approx(1.6384e-6)
     # The two directions need not wait for each other.
-    both = limits.chain(Case("LSTM", 1, 32, steps=1000, directions=2), "fwd", small, 1e15)
+    both = limits.chain(Case("LSTM", 1, 32, steps=1000, directions=2), "inference", small, 1e15)
     assert both == pytest.approx(1.6384e-6)
 
 
 def test_limit_by_calls():
     idle = machine(flops={"float32": 1e18}, levels=(limits.Level("memory", math.inf, 1e18, shared=True),), call=1e-5)
-    assert limits.limit_us_per_step(Case("GRU", 1, 4, steps=10), "fwd", idle) == pytest.approx(1.0, rel=1e-3)
-    assert limits.limit_us_per_step(Case("GRU", 1, 4, steps=10), "step", idle) == pytest.approx(10.0, rel=1e-3)
-    assert limits.limit_us_per_step(Case("GRU", 1, 4, dtype="float16"), "fwd", idle) is None
+    assert limits.limit_us_per_step(Case("GRU", 1, 4, steps=10), "inference", idle) == pytest.approx(1.0, rel=1e-3)
+    assert limits.limit_us_per_step(Case("GRU", 1, 4, steps=10), "streaming", idle) == pytest.approx(10.0, rel=1e-3)
+    assert limits.limit_us_per_step(Case("GRU", 1, 4, dtype="float16"), "inference", idle) is None
 
 
 def test_measured_processor_and_data_sheets():
@@ -525,25 +529,27 @@ def test_measured_processor_and_data_sheets():
     assert limits.gpu("NVIDIA RTX A4000") is None
     h200 = limits.gpu("NVIDIA H200")
     case = Case("LSTM", 16, 1024, dtype="bfloat16")
-    assert 0 < limits.limit_us_per_step(case, "fwd", h200) < limits.limit_us_per_step(case, "fwdbwd", h200)
+    assert 0 < limits.limit_us_per_step(case, "inference", h200) < limits.limit_us_per_step(case, "training", h200)
     # TF32 is another peak than float32.
     single = replace(case, batch=256, dtype="float32")
-    assert limits.limit_us_per_step(single, "fwd", h200) < limits.limit_us_per_step(single, "fwd", h200, tf32=False)
+    assert limits.limit_us_per_step(single, "inference", h200) < limits.limit_us_per_step(
+        single, "inference", h200, tf32=False
+    )
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["fwd", "step"])
-@pytest.mark.parametrize("shape", [{}, {"layers": 2}, {"directions": 2, "layers": 2, "padded": True}], ids=str)
+@pytest.mark.parametrize("workload", ["inference", "streaming"])
+@pytest.mark.parametrize("shape", [{}, {"layers": 2}, {"directions": 2, "layers": 2, "lengths": True}], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_onnxruntime_gives_torchs_results(cell, shape, mode):
+def test_onnxruntime_gives_torchs_results(cell, shape, workload):
     pytest.importorskip("onnxruntime", reason="onnxruntime is compared where it is installed: pip install onnxruntime")
     pytest.importorskip("onnx", reason="its model files are written with onnx: pip install onnx")
     case = Case(cell, 3, 16, steps=7, input_size=5, **shape)
-    if case.padded and mode == "step":
+    if case.lengths and workload == "streaming":
         return
-    (row,) = measure(case, mode, 0.01, CPU, backends=[], peers={"onnxruntime": peers.onnxruntime})
+    (row,) = measure(case, workload, 0.01, CPU, backends=[], peers={"onnxruntime": peers.onnxruntime})
     assert row["correct"], row["failure"]
     assert row["ratio"] > 0
 
@@ -552,7 +558,7 @@ def test_onnxruntime_gives_torchs_results(cell, shape, mode):
 def test_peers_say_why_they_cannot(name):
     reasons = []
     rows = measure(
-        replace(TINY, packed=True), "fwdbwd", 0.01, CPU, peers={name: peers.PEERS[name]},
+        replace(TINY, packed=True), "training", 0.01, CPU, peers={name: peers.PEERS[name]},
         skipped=lambda *reason: reasons.append(reason),
     )  # fmt: skip
     assert [row["backend"] for row in rows] == ["cpu"]
@@ -567,17 +573,17 @@ def test_missing_library_is_named():
 
 
 def test_wrong_peer_is_not_timed():
-    def doubled(layer, case, mode, data):
-        call = make_call(layer, case, mode, data)
+    def doubled(layer, case, workload, data):
+        call = make_call(layer, case, workload, data)
         return lambda: [2 * value for value in call()]
 
-    rows = measure(TINY, "fwd", 0.01, CPU, peers={"doubled": doubled})
+    rows = measure(TINY, "inference", 0.01, CPU, peers={"doubled": doubled})
     assert [row["correct"] for row in rows] == [True, False]
     assert rows[1]["us_per_step"] is None
 
 
 def test_tables_show_failures_too():
-    good, bad = measure(TINY, "fwd", 0.01, CPU, backends=["cpu", "cuda"])
+    good, bad = measure(TINY, "inference", 0.01, CPU, backends=["cpu", "cuda"])
     assert good["correct"]
     assert not bad["correct"]
     where = timing.environment(CPU)

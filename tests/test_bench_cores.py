@@ -71,16 +71,16 @@ def test_a_forked_child_has_no_pool_to_measure(threads):
 def test_rows_say_how_far_apart_the_cores_were(threads):
     case = Case("GRU", 2, 8, steps=5)
     threads(2)
-    (row,) = measure(case, "fwd", 0.01, torch.device("cpu"))
+    (row,) = measure(case, "inference", 0.01, torch.device("cpu"))
     assert row["core_to_core_ns"] > 0
     threads(1)
-    (row,) = measure(case, "fwd", 0.01, torch.device("cpu"))
+    (row,) = measure(case, "inference", 0.01, torch.device("cpu"))
     assert row["core_to_core_ns"] is None
 
 
 @needs_library
 def test_the_command_says_how_far_apart_the_cores_were(threads, capsys):
-    command = "bench --cell gru --hidden 8 --batch 2 --steps 5 --mode fwd --seconds 0.01".split()
+    command = "bench --cell gru --hidden 8 --batch 2 --steps 5 --workload inference --seconds 0.01".split()
     for count, said in ((2, True), (1, False)):
         threads(count)
         assert cli.main(command) == 0
@@ -143,13 +143,13 @@ class Suite:
     def __init__(self, nearness, *measurements):
         self.nearness = nearness
         self.coming = [iter(each) for each in measurements]
-        self.work = [(SimpleNamespace(name=str(place)), "fwd") for place in range(len(measurements))]
+        self.work = [(SimpleNamespace(name=str(place)), "inference") for place in range(len(measurements))]
         self.measured = {}
-        for place, (case, mode) in enumerate(self.work):
-            self.measured[place] = self.measure_case(case, mode)
+        for place, (case, workload) in enumerate(self.work):
+            self.measured[place] = self.measure_case(case, workload)
             nearness.see(self.distance(place))
 
-    def measure_case(self, case, mode):
+    def measure_case(self, case, workload):
         distance, ratio = next(self.coming[int(case.name)])
         return [{"core_to_core_ns": distance, "ratio": ratio, "correct": ratio is not None}]
 
@@ -212,8 +212,8 @@ def test_a_suite_on_far_cores_says_so(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "measure_here", far)
     monkeypatch.setattr(run, "this_machine", lambda *arguments: None)
-    arguments = f"run.py --suite smoke --seconds 0.01 --mode fwd --threads 1 --in-process --patience 0 --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", arguments.split())
+    arguments = "run.py --suite smoke --seconds 0.01 --workload inference --threads 1 --in-process --patience 0"
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), "--out", str(tmp_path)])
     before = torch.get_num_threads()
     try:
         assert run.main() == 0

@@ -37,7 +37,7 @@ def nothing_skipped(what, why):
 
 def test_rows_are_those_of_the_same_process(processes):
     (there,), (here,) = (
-        measure(TINY, "fwdbwd", SETTINGS, nothing_skipped) for measure in (processes.measure, measure_here)
+        measure(TINY, "training", SETTINGS, nothing_skipped) for measure in (processes.measure, measure_here)
     )
     assert list(there) == list(here)
     times = {"us_per_step", "torch_us_per_step", "ratio", "p20", "p80", "tokens_per_s", "gflop_per_s", "gbyte_per_s"}
@@ -50,14 +50,14 @@ def test_rows_are_those_of_the_same_process(processes):
 def test_reasons_come_back(processes):
     reasons = []
     packed = Case("GRU", 2, 8, steps=5, packed=True)
-    assert processes.measure(packed, "step", SETTINGS, lambda what, why: reasons.append((what, why))) == []
-    assert reasons == [("mode step", "a streaming step has neither lengths nor resets")]
+    assert processes.measure(packed, "streaming", SETTINGS, lambda what, why: reasons.append((what, why))) == []
+    assert reasons == [("workload streaming", "a streaming step has neither lengths nor resets")]
 
 
 def test_errors_come_back(processes):
     settings = Settings(0.01, torch.device("cpu"), ["cpuu"], [], True, 1)
     with pytest.raises(ValueError, match="unknown backend 'cpuu'"):
-        processes.measure(TINY, "fwd", settings, nothing_skipped)
+        processes.measure(TINY, "inference", settings, nothing_skipped)
 
 
 class Exits(Case):
@@ -80,9 +80,9 @@ class Crashes(Case):
     ],
 )
 def test_death_of_the_process_fails_the_case_and_the_next_goes_on(processes, case, why):
-    (row,) = processes.measure(case, "fwd", SETTINGS, nothing_skipped)
+    (row,) = processes.measure(case, "inference", SETTINGS, nothing_skipped)
     assert (row["correct"], row["failure"], row["ratio"]) == (False, why, None)
-    (row,) = processes.measure(TINY, "fwd", SETTINGS, nothing_skipped)
+    (row,) = processes.measure(TINY, "inference", SETTINGS, nothing_skipped)
     assert row["correct"]
 
 
@@ -100,7 +100,7 @@ class Broken(Case):
 
 
 def test_an_error_of_the_device_fails_the_case_and_not_the_suite(processes):
-    (row,) = processes.measure(Broken("GRU", 2, 8, packed=True), "fwd", SETTINGS, nothing_skipped)
+    (row,) = processes.measure(Broken("GRU", 2, 8, packed=True), "inference", SETTINGS, nothing_skipped)
     assert row["failure"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert not row["correct"]
 
@@ -113,7 +113,7 @@ def lasting():
 
 
 def process_of(processes):
-    (row,) = processes.measure(TINY, "fwd", SETTINGS, nothing_skipped)
+    (row,) = processes.measure(TINY, "inference", SETTINGS, nothing_skipped)
     assert row["correct"]
     return processes._process.pid
 
@@ -122,7 +122,7 @@ def process_of(processes):
 def test_a_lasting_process_serves_until_it_dies(lasting, case):
     first = process_of(lasting)
     assert process_of(lasting) == first
-    (row,) = lasting.measure(case, "fwd", SETTINGS, nothing_skipped)
+    (row,) = lasting.measure(case, "inference", SETTINGS, nothing_skipped)
     assert row["failure"].startswith("the process ")
     assert process_of(lasting) != first
 
@@ -131,7 +131,7 @@ def test_a_case_that_takes_too_long_is_ended(lasting):
     first = process_of(lasting)
     lasting._most = 0.3
     begin = time.monotonic()
-    (row,) = lasting.measure(Sleeps("GRU", 2, 8), "fwd", SETTINGS, nothing_skipped)
+    (row,) = lasting.measure(Sleeps("GRU", 2, 8), "inference", SETTINGS, nothing_skipped)
     assert time.monotonic() - begin < 30
     assert (row["correct"], row["failure"], row["ratio"]) == (False, "ended after 0.3 s", None)
     lasting._most = 30
@@ -145,7 +145,7 @@ def test_a_process_that_has_lost_its_device_is_replaced(lasting):
     # There is no device to lose here; asking for one is an error as well.
     settings = Settings(0.01, torch.device("cuda", 0), ["cpu"], [], True, 1)
     with contextlib.suppress(Exception):
-        lasting.measure(TINY, "fwd", settings, nothing_skipped)
+        lasting.measure(TINY, "inference", settings, nothing_skipped)
     assert process_of(lasting) != first
 
 
@@ -162,7 +162,7 @@ def test_interrupt_ends_the_process(processes, interruptible):
     timer.start()
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        processes.measure(Sleeps("GRU", 2, 8), "fwd", SETTINGS, nothing_skipped)
+        processes.measure(Sleeps("GRU", 2, 8), "inference", SETTINGS, nothing_skipped)
     timer.join()
     assert time.monotonic() - begin < 30
 

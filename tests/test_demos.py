@@ -3,20 +3,16 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from textbook import by_steps
 
 pytest.importorskip("matplotlib", reason="the demos draw with matplotlib: pip install rnnfast[bench]")
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY_TEXT = "--hidden 8 --layers 2 --batch 4 --chunk 12 --characters 60000 --sample 20 --device cpu".split()
 DEMOS = {
     "charlm-lstm": ["train_charlm.py", "--cell", "lstm", *TINY_TEXT],
@@ -29,7 +25,7 @@ def command(*arguments):
     script, *options = map(str, arguments)
     # One thread: the settings are tiny, and other tests may share the machine.
     return {
-        "args": [sys.executable, str(BENCHMARKS / script), *options],
+        "args": [sys.executable, str(EXAMPLES / script), *options],
         "env": {**os.environ, "OMP_NUM_THREADS": "1"},
         # A shell's background job ignores Ctrl-C, and so would its children.
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -94,25 +90,3 @@ def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
     record = check_files(tmp_path, name)
     assert record["interrupted"]
     assert 0 < record["steps"] < 1000000
-
-
-def run_examples(page):
-    """Runs a page's code blocks in order; the names they define."""
-    text = (BENCHMARKS.parent / page).read_text()
-    space = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        exec(block, space)
-    return space
-
-
-def test_guides_examples_run():
-    assert run_examples("docs/guide.md")["per_sample"]
-
-
-def test_readmes_examples_run():
-    space = run_examples("README.md")
-    textbook = space["TextbookRNN"](3, 4, 2)
-    x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
-    expected, actual = by_steps(textbook, x, h), space["FastTextbookRNN"](textbook, 3, 4)(x, h)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)

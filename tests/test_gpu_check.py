@@ -43,14 +43,14 @@ ROW = {
     "case": "LSTM-T100-B1-I128-H128",
     "cell": "LSTM",
     "dtype": "bfloat16",
-    "mode": "fwd",
+    "workload": "inference",
     "backend": "cuda",
     "ratio": 0.5,
     "correct": True,
     **dict.fromkeys(("I", "H"), 128),
     **dict.fromkeys(("B", "layers", "directions"), 1),
     "T": 100,
-    "P": 0,
+    **dict.fromkeys(("P", "packed", "lengths", "resets"), 0),
 }
 BACKENDS = ("cuda", "triton")
 # A file of outcomes; half a line, of a process that was killed, is passed over.
@@ -190,7 +190,7 @@ def test_second_run(tmp_path: Path) -> None:
     (report,) = (call for call in calls if call.startswith("ncu"))
     assert "--clock-control none --kill yes" in report
     assert "--hidden 128" in report
-    assert re.search(r"^h100 +flashrnn +fwd +cuda +1 +0 +0.50", done.stdout, re.MULTILINE)
+    assert re.search(r"^h100 +flashrnn +inference +cuda +1 +0 +0.50", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("run", STAGES)
@@ -200,7 +200,7 @@ def test_whoever_hangs_takes_no_time_from_the_next(tmp_path: Path, run: str) -> 
     seconds = {"first": 12, "measure": 14}[run]
     machine = Machine(tmp_path, **dict.fromkeys(programs, HANG))
     (machine.out).mkdir()
-    (machine.out / "h100-bar.json").write_text(json.dumps({"suite": "bar", "rows": [ROW]}))
+    (machine.out / "h100-sizes.json").write_text(json.dumps({"suite": "sizes", "rows": [ROW]}))
     begin = time.monotonic()
     done = machine.check(run, "--seconds", str(seconds))
     assert time.monotonic() - begin < seconds + 5
@@ -569,7 +569,7 @@ def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = on_this_machine(out, "measure", "--device", "cpu", "--stages", "flashrnn,ncu,alone")
     assert done.returncode == 0, done.stdout + (out / "logs.txt").read_text()
-    assert re.search(r"^cpu +smoke +fwd +cpu +\d+ +0 +", done.stdout, re.MULTILINE)
+    assert re.search(r"^cpu +smoke +inference +cpu +\d+ +0 +", done.stdout, re.MULTILINE)
     assert re.search(r"^ncu +skipped +0.0  a rehearsal on the CPU", done.stdout, re.MULTILINE)
     done = on_this_machine(out, "first", "--device", "cpu", "--stages", "kernels")
     assert done.returncode == 0, done.stdout + (out / "logs.txt").read_text()

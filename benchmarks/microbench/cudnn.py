@@ -1,7 +1,7 @@
 """cuDNN's own time a step, through torch.nn: LSTM and GRU over hidden sizes, batch sizes and types, inference and
 training, called and as a CUDA graph. What the kernels of rnnfast have to beat; nothing of rnnfast runs here.
 
-Prints one JSON object a line: {"what": "cudnn", "cell", "dtype", "T", "B", "H", "mode", "graph", "us"}, `us` in
+Prints one JSON object a line: {"what": "cudnn", "cell", "dtype", "T", "B", "H", "workload", "graph", "us"}, `us` in
 microseconds a step, the input's product (I = H) included; or "error" in place of "us". float32 is TF32, as the others
 use tensor cores too. Exit status 3: no CUDA device.
 """
@@ -24,16 +24,16 @@ CELLS = ("LSTM", "GRU")
 DTYPES = ("bfloat16", "float16", "float32")
 HIDDEN_SIZES = (64, 128, 192, 256, 512, 768, 1024, 2048)
 BATCH_SIZES = (1, 16, 64, 256)
-MODES = ("fwd", "fwdbwd")
+WORKLOADS = ("inference", "training")
 
 
-def layer_call(cell: str, dtype: str, steps: int, batch: int, hidden: int, mode: str) -> Callable[[], object]:
+def layer_call(cell: str, dtype: str, steps: int, batch: int, hidden: int, workload: str) -> Callable[[], object]:
     """A call of torch.nn's layer: inference, or forward and backward (gradients of input and weights)."""
     options: dict[str, Any] = {"device": "cuda", "dtype": getattr(torch, dtype)}
     layer = getattr(torch.nn, cell)(hidden, hidden, **options)
     layer.flatten_parameters()
     input = torch.randn(steps, batch, hidden, **options)
-    if mode == "fwd":
+    if workload == "inference":
         layer.eval()
 
         def forward() -> object:
@@ -109,12 +109,12 @@ def main() -> int:
         if time.perf_counter() > stop:
             left_out += 1
             continue
-        for mode in MODES:
+        for workload in WORKLOADS:
             row = {"what": "cudnn", "cell": cell, "dtype": dtype, "T": options.steps, "B": batch, "H": hidden}
             for graphed in (False, True):
-                result: dict[str, Any] = {"mode": mode, "graph": graphed}
+                result: dict[str, Any] = {"workload": workload, "graph": graphed}
                 try:
-                    call = layer_call(cell, dtype, options.steps, batch, hidden, mode)
+                    call = layer_call(cell, dtype, options.steps, batch, hidden, workload)
                     us = microseconds(graph_of(call) if graphed else call, options.each)
                     result["us"] = round(us / options.steps, 4)
                 except RuntimeError as error:  # out of memory; a path that cannot be captured

@@ -18,9 +18,9 @@ from .. import modules, reference
 CELLS = ("LSTM", "GRU", "RNN")
 GATES = {cell: reference.GATES[mode] for cell, mode in zip(CELLS, ("LSTM", "GRU", "RNN_TANH"), strict=True)}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# fwd: inference. fwdbwd: forward, then the gradients of input and weights. step: inference, one step a call, the state
-# handed from call to call, as a program does that streams.
-MODES = ("fwd", "fwdbwd", "step")
+# What is done with a layer. Training: forward, then the gradients of input and weights. Streaming: inference, one step
+# a call, the state handed from call to call.
+WORKLOADS = ("inference", "training", "streaming")
 # The calls of one step that are timed together: more say no more.
 STREAMED = 16
 
@@ -29,12 +29,12 @@ Call = Callable[[], list[Tensor]]
 
 
 class Impossible(Exception):
-    """A mode that a case does not have; the text says why."""
+    """A workload that a case does not have; the text says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer on one shape. The names of the fields' short forms, T, B, I, H and P, are those of the result files.
+    """One layer on one shape. A benchmark's option is a field here; `row` says what a result file calls it.
 
     Args:
         cell: "LSTM", "GRU" or "RNN".
@@ -47,7 +47,8 @@ class Case:
         dtype: name of a torch dtype.
         packed: a ``PackedSequence`` of ``batch`` rows with lengths from T/2 to 3T/2: B * T tokens, as
             many as the dense case has.
-        padded: the same rows padded to the longest: rnnfast takes ``lengths``, torch.nn packs them and pads the result.
+        lengths: the same rows padded to the longest: rnnfast takes ``lengths``, torch.nn packs them and pads the
+            result.
         resets: how likely it is that the state is zeroed before a step of a row. torch.nn is called once for every
             stretch of steps in which no row is reset.
         proj_size: P, LSTM only; 0 means no projection.
@@ -64,7 +65,7 @@ class Case:
     directions: int = 1
     dtype: str = "float32"
     packed: bool = False
-    padded: bool = False
+    lengths: bool = False
     resets: float = 0.0
     proj_size: int = 0
     model: str = ""
@@ -81,16 +82,37 @@ class Case:
 
     @property
     def name(self) -> str:
+        """For people. Programs read the fields of `row`."""
         parts = [self.cell, f"T{self.steps}", f"B{self.batch}", f"I{self.inputs}", f"H{self.hidden_size}"]
         parts += [f"P{self.proj_size}"] * (self.proj_size > 0)
         parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
         parts += [self.dtype] * (self.dtype != "float32")
-        parts += ["packed"] * self.packed + ["lengths"] * self.padded + ["resets"] * (self.resets > 0)
+        parts += ["packed"] * self.packed + ["lengths"] * self.lengths + ["resets"] * (self.resets > 0)
         return (f"{self.model} " if self.model else "") + "-".join(parts)
 
     @property
+    def row(self) -> dict[str, Any]:
+        """What the rows of a result file say of the case."""
+        return {
+            "case": self.name,
+            "cell": self.cell,
+            "layers": self.layers,
+            "directions": self.directions,
+            "dtype": self.dtype,
+            "T": self.steps,
+            "B": self.batch,
+            "I": self.inputs,
+            "H": self.hidden_size,
+            "P": self.proj_size,
+            "packed": self.packed,
+            "lengths": self.lengths,
+            "resets": self.resets,
+            "model": self.model,
+        }
+
+    @property
     def ragged(self) -> bool:
-        return self.packed or self.padded
+        return self.packed or self.lengths
 
     @property
     def row_lengths(self) -> list[int]:
@@ -114,15 +136,15 @@ class Case:
         projection = self.proj_size * self.hidden_size
         return sum(self.directions * (gates * (i + self.outputs) + projection) for i in self.layer_inputs)
 
-    def flops(self, mode: str) -> float:
+    def flops(self, workload: str) -> float:
         """Floating point operations of the matrix products for one step of all rows (mean over the steps).
 
         Two for each weight and row; with gradients three times as many (the output, the gradients of the input and
         the state, the gradients of the weights). What the cells compute between the products is not counted.
         """
-        return 2.0 * self.batch * self.weights() * (3 if mode == "fwdbwd" else 1)
+        return 2.0 * self.batch * self.weights() * (3 if workload == "training" else 1)
 
-    def bytes(self, mode: str) -> float:
+    def bytes(self, workload: str) -> float:
         """Bytes that every implementation has to move for one step of all rows (mean over the steps of a call).
 
         Forward reads input and weights once a call and writes the output; with gradients, input and weights are read
@@ -130,9 +152,9 @@ class Case:
         What an implementation keeps for its backward pass is its own affair.
         """
         size = getattr(torch, self.dtype).itemsize
-        weights = self.weights() / (1 if mode == "step" else self.steps)
+        weights = self.weights() / (1 if workload == "streaming" else self.steps)
         rows_in, rows_out = self.batch * self.inputs, self.batch * self.directions * self.outputs
-        if mode == "fwdbwd":
+        if workload == "training":
             return size * (3 * rows_in + 2 * rows_out + 3 * weights)
         return size * (rows_in + rows_out + weights)
 
@@ -223,8 +245,8 @@ def _run_stretches(
     state: Any = None
     for start, end in pairwise(cuts):
         if states:
-            alive = ~resets[start].view(1, -1, 1)
-            states = [value * alive for value in states]
+            goes_on = ~resets[start].view(1, -1, 1)
+            states = [value * goes_on for value in states]
             state = tuple(states) if len(states) > 1 else states[0]
         output, state = layer(rows[start:end], state)
         states = list(state) if isinstance(state, tuple) else [state]
@@ -232,29 +254,29 @@ def _run_stretches(
     return torch.cat(outputs), states
 
 
-def make_call(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Call:
+def make_call(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
     """What is timed.
 
     Args:
         layer: torch.nn's or rnnfast's.
         case: the case.
-        mode: one of `MODES`.
+        workload: one of `WORKLOADS`.
         data: its input.
 
     Returns:
-        A function that gives, for "fwd" and "step", the output (of the last step) and the last states; for "fwdbwd" the
-        output and the gradients of input and weights, for one fixed gradient of the output.
+        A function that gives, for "inference" and "streaming", the output (of the last step) and the last states; for
+        "training" the output and the gradients of input and weights, for one fixed gradient of the output.
 
     Raises:
-        Impossible: "step" of rows with lengths or resets.
+        Impossible: "streaming" of rows with lengths or resets.
     """
-    if mode == "step" and (case.ragged or case.resets):
+    if workload == "streaming" and (case.ragged or case.resets):
         raise Impossible("a streaming step has neither lengths nor resets")
     cuts = _stretches(data.resets) if data.resets is not None and not is_ours(layer) else []
-    layer.train(mode == "fwdbwd")
+    layer.train(workload == "training")
     if is_ours(layer) and data.lengths is not None:
         data = data._replace(lengths=data.lengths.to(data.values.device))
-    if mode == "fwd":
+    if workload == "inference":
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
@@ -262,7 +284,7 @@ def make_call(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Cal
             return [output, *states]
 
         return forward
-    if mode == "step":
+    if workload == "streaming":
         steps = [row.unsqueeze(0) for row in data.values[:STREAMED]]
 
         def stream() -> list[Tensor]:
@@ -288,14 +310,14 @@ def make_call(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> Cal
     return forward_backward
 
 
-def timed_steps(case: Case, mode: str) -> int:
+def timed_steps(case: Case, workload: str) -> int:
     """How many steps one call takes."""
-    return min(case.steps, STREAMED) if mode == "step" else case.steps
+    return min(case.steps, STREAMED) if workload == "streaming" else case.steps
 
 
-def exact(layer: torch.nn.RNNBase, case: Case, mode: str, data: Data) -> list[Tensor]:
+def exact(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> list[Tensor]:
     """What the call should give: torch.nn's results in float64."""
-    truth = make_call(copy.deepcopy(layer).double(), case, mode, data.with_values(data.values.double()))
+    truth = make_call(copy.deepcopy(layer).double(), case, workload, data.with_values(data.values.double()))
     return [value.detach() for value in truth()]
 
 
@@ -313,7 +335,7 @@ def rounding(dtype: torch.dtype, tf32: bool) -> float:
 def compare(
     truth: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor], tf32: bool = False
 ) -> str | None:
-    """Holds a call's results to the rule: error against float64 at most twice torch.nn's own, plus the type's rounding.
+    """Checks a call's results: the error against float64 at most twice torch.nn's own, plus the type's rounding.
 
     Args:
         truth: from `exact`.

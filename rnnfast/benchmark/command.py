@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import libraries
-from . import Row, measure
-from .case import CELLS, DTYPES, MODES, Case, Impossible
+from .case import CELLS, DTYPES, WORKLOADS, Case, Impossible
+from .comparison import Row, measure
 from .timing import environment, keep_freed_memory
 
-EXAMPLE = "example: python -m rnnfast bench --cell lstm --hidden 512 --batch 16 --mode fwd,fwdbwd"
+EXAMPLE = "example: python -m rnnfast bench --cell lstm --hidden 512 --batch 16 --workload inference,training"
 
 
 def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
@@ -40,12 +41,15 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """What a single case and a suite share."""
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
     parser.add_argument(
-        "--mode", type=listed(MODES), default=["fwd", "fwdbwd"], help="of fwd,fwdbwd,step (default fwd,fwdbwd)"
+        "--workload",
+        type=listed(WORKLOADS),
+        default=["inference", "training"],
+        help=f"of {','.join(WORKLOADS)} (default inference,training); streaming: one step a call",
     )
     parser.add_argument(
         "--backends", type=names, help="rnnfast's, such as cuda,cuda-graph,triton,torch-graph (default: all here)"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a case in a mode (default 3)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a case and workload (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--keep-memory",
@@ -62,14 +66,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Checks rnnfast's layer against torch.nn's with the same weights, then times both in turn.\n"
         "A ratio is torch.nn's time over rnnfast's: above 1 rnnfast is faster.\n\n" + EXAMPLE
     )
+    # Each option is a field of `Case`.
     parser.add_argument("--cell", type=str.upper, choices=CELLS, default="LSTM", help="lstm (default), gru or rnn")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default 256)")
-    parser.add_argument("--input", type=int, default=0, help="input size (default: the hidden size)")
-    parser.add_argument("--proj", type=int, default=0, help="projection size, LSTM only")
+    parser.add_argument("--hidden", dest="hidden_size", type=int, default=256, help="hidden size (default 256)")
+    parser.add_argument("--input", dest="input_size", type=int, default=0, help="input size (default: the hidden size)")
+    parser.add_argument("--proj", dest="proj_size", type=int, default=0, help="projection size, LSTM only")
     parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
     parser.add_argument("--steps", type=int, default=100, help="time steps (default 100)")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--bidirectional", dest="directions", action="store_const", const=2, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--packed", action="store_true", help="a PackedSequence, rows of half to 1.5 times --steps")
     parser.add_argument("--lengths", action="store_true", help="the same rows padded, with lengths=")
@@ -78,9 +83,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
 
 
+def case_of(options: argparse.Namespace) -> Case:
+    """The case that the options of `add_options` describe."""
+    given = vars(options)
+    return Case(**{field.name: given[field.name] for field in fields(Case) if field.name in given})
+
+
 def lines(rows: Sequence[Row]) -> list[str]:
     """The rows as an aligned table."""
-    head = ["mode", "backend", "torch.nn us/step", "us/step", "ratio", "p20", "p80", "tokens/s", "peak MB", "results"]
+    head = ["workload", "backend", "torch.nn us/step", "us/step", "ratio", "p20", "p80", "tokens/s", "peak MB"]
+    head += ["results"]
     body = [head]
     for row in rows:
         if row["correct"]:
@@ -89,7 +101,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
             numbers += [f"{row['tokens_per_s']:,}", f"{peak / 1e6:.1f}" if peak is not None else "", "agree"]
         else:
             numbers = [""] * 7 + [f"FAILED, not timed: {row['failure']}"]
-        body.append([row["mode"], row["backend"], *numbers])
+        body.append([row["workload"], row["backend"], *numbers])
     widths = [max(len(line[column]) for line in body) for column in range(len(head))]
     # Words to the left, numbers to the right.
     return [
@@ -118,28 +130,15 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    case = Case(
-        options.cell,
-        options.batch,
-        options.hidden,
-        steps=options.steps,
-        input_size=options.input,
-        layers=options.layers,
-        directions=2 if options.bidirectional else 1,
-        dtype=options.dtype,
-        packed=options.packed,
-        padded=options.lengths,
-        resets=options.resets,
-        proj_size=options.proj,
-    )
+    case = case_of(options)
     where = environment(options.device)
     print(f"{case.name}: {where['device']}, torch {where['torch']}", flush=True)
     rows: list[Row] = []
     status = 0
     try:
-        for mode in options.mode:
+        for workload in options.workload:
             rows += measure(
-                case, mode, options.seconds, options.device, backends=options.backends, tf32=not options.no_tf32
+                case, workload, options.seconds, options.device, backends=options.backends, tf32=not options.no_tf32
             )
     except (Impossible, ValueError) as error:
         print(f"rnnfast bench: {error}")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import rnnfast
-from demo import Side, Step, arguments, pick_device, race, report, run
+from side_by_side import Side, Step, arguments, pick_device, race, report, run
 
 
 class DigitReader(torch.nn.Module):
@@ -57,7 +57,7 @@ def read_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def trainer(
     model: DigitReader, rows: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor, batch: int, seed: int
 ) -> Step:
-    """A training step for :class:`demo.Side`: batch number i of an order that the seed alone decides."""
+    """A training step for `side_by_side.Side`: batch number i of an order that the seed alone decides."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(seed)
     batches = len(labels) // batch

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import rnnfast
-from demo import Side, Step, arguments, pick_device, race, report, run
+from side_by_side import Side, Step, arguments, pick_device, race, report, run
 
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -78,7 +78,7 @@ def detach(state: State) -> State:
 
 
 def trainer(model: CharacterModel, text: torch.Tensor, chunk: int, steps: int, rate: float) -> Step:
-    """A training step for :class:`demo.Side`: chunk number i of all streams, the state carried on."""
+    """A training step for `side_by_side.Side`: chunk number i of all streams, the state carried on."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     # Warm up over 20 steps, then go down in a line to a tenth.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - 0.9 * i / steps))

@@ -1,4 +1,4 @@
-"""What the training demos share: two models trained side by side, the same seed and data, and the account of it.
+"""Trains two models side by side, with the same seed and data, and reports how they compare: what the demos share.
 
 The two sides take turns in blocks of steps, so that a busy moment of the machine meets both: the ratio of their speeds
 is the median over the blocks. Ctrl-C ends the training after the step in progress; what was measured is reported.
@@ -26,7 +26,6 @@ from rnnfast.benchmark.timing import Ratio, environment, synchronize
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
 COLOURS = {"torch.nn": "#b0b0b0", "rnnfast": "#c2410c"}
 # Both sides compute the same, each with its own float32 rounding, which training amplifies step by step: over the first
 # steps the losses agree to rounding, later (smoothed over SMOOTH steps) to a small part of what the seed alone changes.
@@ -159,7 +158,7 @@ def report(
     Args:
         name: the files' stem.
         title: the chart's first line.
-        sides: torch.nn's, then rnnfast's, after :func:`race`.
+        sides: torch.nn's, then rnnfast's, after `race`.
         unit: what speeds count ("tokens").
         loss_unit: the loss axis' unit.
         device: where it ran.
@@ -269,7 +268,7 @@ def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=4.0, help="end after this much training in all (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, help="default: the GPU where rnnfast has kernels for it, or cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="where the PNG and the numbers go")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the PNG and the numbers go (default out)")
     return parser
 
 

@@ -1,6 +1,6 @@
 """The textbook's recurrent network, called a step at a time, and its fast form: the same outputs and gradients.
 
-    python benchmarks/textbook.py
+    python examples/textbook.py
 
 checks the one against the other and prints how much faster the fast form is. The class is the one of PyTorch's tutorial
 on classifying names ("NLP From Scratch"): two linear maps of the input and the hidden state, no nonlinearity. Its
@@ -66,7 +66,7 @@ class FastTextbookRNN(torch.nn.Module):
 
 
 def by_steps(textbook: TextbookRNN, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loop around the textbook's network: the same arguments and results as :class:`FastTextbookRNN`."""
+    """The loop around the textbook's network: the same arguments and results as `FastTextbookRNN`."""
     outputs = []
     for x_t in x:
         output, h = textbook(x_t, h)
@@ -79,7 +79,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of each mode (default 4)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="measuring time of inference and of training (default 4)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--out", type=Path, help="write the result to this JSON file too")
     options = parser.parse_args()
@@ -99,16 +101,16 @@ def main() -> int:
     def infer(form: str) -> None:
         by_steps(textbook, x, h) if form == "textbook" else fast(x, h)
 
-    modes = {
+    workloads = {
         "inference": (lambda: infer("textbook"), lambda: infer("fast")),
         "training": (lambda: train(textbook, by_steps(textbook, x, h)[0]), lambda: train(fast, fast(x, h)[0])),
     }
-    record = {**environment(x.device), "case": f"T{options.steps}-B{options.batch}-I57-H{options.hidden}-O18"}
-    for mode, calls in modes.items():
+    record = {**environment(x.device), "T": options.steps, "B": options.batch, "I": 57, "H": options.hidden, "O": 18}
+    for workload, calls in workloads.items():
         slow, quick = interleave(calls, options.seconds, x.device)
         times = [statistics.median(s) * 1e3 for s in (slow, quick)]
-        print(f"{mode}: {times[0]:.2f} ms a step at a time, {times[1]:.2f} ms in one call: {Ratio.of(slow, quick)}")
-        record[mode] = {"textbook_ms": times[0], "fast_ms": times[1], "ratio": Ratio.of(slow, quick).median}
+        print(f"{workload}: {times[0]:.2f} ms a step at a time, {times[1]:.2f} ms in one call: {Ratio.of(slow, quick)}")
+        record[workload] = {"textbook_ms": times[0], "fast_ms": times[1], "ratio": Ratio.of(slow, quick).median}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
