@@ -10,6 +10,7 @@ NVCC_THREADS (architectures of one file compiled at once), NVCC_CCBIN (nvcc's ho
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -30,21 +31,23 @@ CPU = "rnnfast._C_cpu"
 CUDA = "rnnfast._C_cuda"
 CPU_BUILD = ROOT / "build" / f"cpu-{platform.machine()}"
 CUDA_BUILD = ROOT / "build" / f"cuda-{platform.machine()}"
+CUDA_UNITS = ROOT / "build" / "cuda-units"
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON_FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror {STABLE_ABI}".split()
 # The kernels throw nothing and include no torch header. -Wno-psabi: vectors are passed only inside one compile unit.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -Wno-psabi".split()
-# (name in RNNFAST_CPU_ISA, table in kernels.h, flags)
+# Names in RNNFAST_CPU_ISA, each with its flags; csrc/cpu/kernels.h and isa.cpp have them too.
 ISAS = {
-    "x86_64": [
-        ("portable", "kKernelsPortable", []),
-        ("avx2", "kKernelsAvx2", ["-mavx2", "-mfma"]),
-        ("avx512", "kKernelsAvx512", "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma".split()),
-    ],
+    "x86_64": {
+        "portable": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma".split(),
+    },
     # Elsewhere the compiler's baseline: on aarch64 that is NEON.
-    "other": [("portable", "kKernelsPortable", [])],
+    "other": {"portable": []},
 }
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
 # nvcc 12.8 is the first that knows them all. 80 runs on 86 to 89 too, but 90a and 100a serve one generation each.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0"
@@ -52,6 +55,12 @@ CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0"
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall,-Wextra,-fPIC,-fvisibility=hidden".split()
 # Compressed machine code: a third of the size.
 NVCC_FLAGS += ["-Xfatbin", "-compress-all", "-I", str(CSRC)]
+
+# The kernels' compile units: the template that each kind of kernel instantiates, and its header, for each family of
+# cells (Family in csrc/cells.h) and each arithmetic (csrc/cuda/arithmetic.cuh).
+CUDA_KERNELS = {"step": ("cuda/step/launch.cuh", "StepInstance")}
+CUDA_FAMILIES = ["lstm", "gru", "rnn"]
+CUDA_ARITHMETICS = ["Float64", "Float32", "Tf32", "BFloat16", "Float16"]
 
 
 def without_cuda(reason: str) -> SystemExit:
@@ -159,9 +168,10 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
         unit("cpu/ops_cpu.cpp", "ops_cpu", torch_includes()),
         unit("cpu/isa.cpp", "isa", []),
     ]
-    for isa, table, flags in ISAS.get(platform.machine(), ISAS["other"]):
-        defines = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_KERNELS={table}"]
-        objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}", KERNEL_FLAGS + flags + defines))
+    for isa, flags in ISAS.get(platform.machine(), ISAS["other"]).items():
+        for dtype in DTYPES:
+            names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_DTYPE={dtype}"]
+            objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
     libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl", "-pthread"]
     library = ninja.edge("link", "_C_cpu.so", objects, [*libraries, *added])
     if not ninja.run(quiet=quiet):
@@ -249,7 +259,21 @@ def cuda_ops_flags(archs: list[str], torch: Path | None = None) -> list[str]:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted(CSRC.glob("cuda/*.cu")) + sorted(CSRC.glob("cuda/instances/*.cu"))
+    """The CUDA library's compile units but the ops; brings those that are made from a list up to date."""
+    CUDA_UNITS.mkdir(parents=True, exist_ok=True)
+    units = []
+    for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS):
+        for kernels, (header, instance) in CUDA_KERNELS.items():
+            unit = CUDA_UNITS / f"{kernels}_{family}_{arithmetic.lower()}.cu"
+            arguments = f"rnnfast::Family::{family}, rnnfast::gpu::{arithmetic}"
+            text = f'#include "{header}"\n\ntemplate struct rnnfast::gpu::{instance}<{arguments}>;\n'
+            # An unchanged file keeps its time, for ninja. Never half written: builds may run at once.
+            if not unit.exists() or unit.read_text() != text:
+                temporary = unit.with_suffix(f".{os.getpid()}")
+                temporary.write_text(text)
+                temporary.replace(unit)
+            units.append(unit)
+    return sorted(CSRC.glob("cuda/*.cu")) + units
 
 
 def build_cuda(nvcc: str) -> Path:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / f"cuda-{platform.machine()}"
+sys.path.insert(0, str(ROOT))
+
+from setup import CUDA_BUILD as BUILD  # noqa: E402
+from setup import CUDA_FAMILIES  # noqa: E402
+
 TABLE = ROOT / "build" / "cuda_resources.csv"
 
 
@@ -61,11 +65,12 @@ def run_tool(name: str, *arguments: str, cwd: Path | None = None) -> str:
 
 
 def readable(symbols: list[str]) -> dict[str, str]:
-    """Mangled kernel names as name<arguments>, without return type, parameters and our namespaces."""
+    """Mangled kernel names as name<arguments>, without return type, parameters and our namespaces; families by name."""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     names = {}
     for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
         name = re.sub(r"\b(rnnfast|gpu)::|\(anonymous namespace\)::|^void ", "", name)
+        name = re.sub(r"\(Family\)(\d+)", lambda found: CUDA_FAMILIES[int(found[1])], name)
         depth = 0
         for end, character in enumerate(name):
             depth += (character == "<") - (character == ">")

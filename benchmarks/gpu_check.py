@@ -99,9 +99,10 @@ def facts() -> dict[str, Any]:
 
     from rnnfast import libraries
     from rnnfast.benchmark.timing import short_name
+    from rnnfast.triton import availability
 
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton")}
-    problems = {"cpu": libraries.cpu_error, "cuda": libraries.cuda_problem(), "triton": libraries.triton_problem()}
+    problems = {"cpu": libraries.cpu_error, "cuda": libraries.cuda_problem(), "triton": availability.problem()}
     found["libraries"] = problems
     if (why := libraries.device_problem()) is not None:
         return {**found, "problem": why}

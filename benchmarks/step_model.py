@@ -1,4 +1,4 @@
-"""What a step of the step kernels (csrc/cuda/step.cuh) should cost at least on a Hopper card. A prediction: its machine
+"""What a step of the step kernels (csrc/cuda/step/) should cost at least on a Hopper card. A prediction: its machine
 constants are from data sheets and others' measurements, not from this project's own; benchmarks/microbench measures
 them. Here they are what a kernel may hope for; those of limits.py are what nothing can beat.
 
@@ -29,7 +29,7 @@ SM_FLOPS = {
     "float32": 256 * CLOCK,
 }
 SIZES = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
-# From step.cuh and arithmetic.cuh: hidden units a block, and batch rows of a block for small and large batches.
+# From step/block.cuh, product.cuh and arithmetic.cuh: hidden units a block, and its states for small and large batches.
 UNITS, SMALL_BATCH = 16, 8
 LARGE_BATCH = {"bfloat16": 32, "float16": 32, "tf32": 32, "float32": 16}
 

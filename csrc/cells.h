@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <iterator>
-#include <string>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -39,26 +38,34 @@ struct CellTraits {
   // The gate whose recurrent part, W_hh h + b_hh, is multiplied by another gate, or kNoGate. Its b_hh is no part of the
   // input projection, and the gradient of its recurrent part differs from that of its input part.
   int split_gate;
+  bool may_project;  // the layer may have weight_hr: h_t = W_hr hidden. Not for a cell that reads_previous_h
 };
 
-// In the order of Mode.
-inline constexpr CellTraits kCells[] = {
-    {Mode::lstm, "LSTM", Family::lstm, 4, 4, true, false, kNoGate},
-    {Mode::gru, "GRU", Family::gru, 3, 4, false, true, 2},
-    {Mode::rnn_tanh, "RNN_TANH", Family::rnn, 1, 0, false, false, kNoGate},
-    {Mode::rnn_relu, "RNN_RELU", Family::rnn, 1, 0, false, false, kNoGate},
-    {Mode::rnn_identity, "RNN_IDENTITY", Family::rnn, 1, 0, false, false, kNoGate},
+// In the order of Mode. Not inline, which would be a symbol that the kernels of several ISAs share.
+constexpr CellTraits kCells[] = {
+    {Mode::lstm, "LSTM", Family::lstm, 4, 4, true, false, kNoGate, true},
+    {Mode::gru, "GRU", Family::gru, 3, 4, false, true, 2, false},
+    {Mode::rnn_tanh, "RNN_TANH", Family::rnn, 1, 0, false, false, kNoGate, false},
+    {Mode::rnn_relu, "RNN_RELU", Family::rnn, 1, 0, false, false, kNoGate, false},
+    {Mode::rnn_identity, "RNN_IDENTITY", Family::rnn, 1, 0, false, false, kNoGate, false},
 };
 constexpr int kModes = static_cast<int>(std::size(kCells));
 
 constexpr const CellTraits& traits(Mode mode) { return kCells[static_cast<int>(mode)]; }
 
-constexpr bool cells_are_in_order() {
-  for (int i = 0; i < kModes; ++i)
-    if (static_cast<int>(kCells[i].mode) != i) return false;
+// Whether backward hands an earlier step something beside the product: gradients of c, or of h past the gates.
+constexpr bool carries(const CellTraits& cell) { return cell.has_cell_state || cell.reads_previous_h; }
+
+constexpr bool cells_fit() {
+  for (int i = 0; i < kModes; ++i) {
+    const CellTraits& cell = kCells[i];
+    if (static_cast<int>(cell.mode) != i) return false;
+    // One value a unit is carried, and with a projection h has other units than the cell.
+    if (cell.reads_previous_h && (cell.has_cell_state || cell.may_project)) return false;
+  }
   return true;
 }
-static_assert(cells_are_in_order());
+static_assert(cells_fit());
 
 // Calls use(std::integral_constant<Mode, mode>) and returns what it returns.
 template <int kFirst = 0, class Use> auto with_mode(Mode mode, const Use& use) {
@@ -70,7 +77,7 @@ template <int kFirst = 0, class Use> auto with_mode(Mode mode, const Use& use) {
 
 // ---- the equations --------------------------------------------------------------------------------------------------
 
-// State of one hidden unit: h_t, or o * tanh(c_t) before a projection; c_t where the cell has one.
+// State of one hidden unit: h_t, or `hidden` = o * tanh(c_t) before a projection; c_t where the cell has one.
 template <class Value> struct UnitState {
   Value h;
   Value c;
@@ -86,7 +93,7 @@ template <class Value> struct UnitInputs {
 template <class Value> struct UnitGradients {
   const Value* reserve;            // as forward left it
   UnitState<Value> previous, now;  // before and after the step, as far as the cell looks at them
-  Value dh;                        // gradient of h_t, or of o * tanh(c_t) before a projection
+  Value dh;                        // gradient of h_t, or of `hidden` before a projection
 };
 
 template <class Math, Mode kMode> struct Cell;
@@ -99,6 +106,8 @@ template <Mode kMode> struct CellConstants {
   static constexpr bool kNeedsPreviousH = traits(kMode).reads_previous_h;
   static constexpr int kSplitGate = traits(kMode).split_gate;
   static constexpr bool kSplitGradient = kSplitGate != kNoGate;
+  static constexpr bool kMayProject = traits(kMode).may_project;
+  static constexpr bool kCarries = carries(traits(kMode));
 };
 
 template <class Math> struct Cell<Math, Mode::lstm> : CellConstants<Mode::lstm> {

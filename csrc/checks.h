@@ -1,5 +1,5 @@
-// Argument checks of the ops, shared by every backend. The contract's messages are raised in Python; these guard direct
-// callers.
+// Argument checks of the ops, shared by every backend. The messages that users see are raised in Python; these guard
+// direct callers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -53,10 +53,10 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
        ", got ", shape_text(sizes.data(), static_cast<int64_t>(sizes.size())));
 }
 
-inline void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& model) {
-  RNNFAST_CHECK(tensor.scalar_type() == model.scalar_type(), op, ": ", argument,
+inline void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
+  RNNFAST_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", argument,
                 ": expected the dtype of the first tensor, got another");
-  RNNFAST_CHECK(tensor.device() == model.device(), op, ": ", argument,
+  RNNFAST_CHECK(tensor.device() == like.device(), op, ": ", argument,
                 ": expected the device of the first tensor, got another");
 }
 

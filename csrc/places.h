@@ -3,58 +3,46 @@
 // owns, and what packages compiled programs hands an empty list over as none.
 #pragma once
 
+#include <array>
+
 #include "checks.h"
 
 namespace rnnfast {
 
-// A new kind of parameter is a line here, at the end: saved programs count places. rnnfast/signatures.py says what
-// else.
-#define RNNFAST_PLACES(PLACE) \
-  PLACE(weight_ih)            \
-  PLACE(weight_hh)            \
-  PLACE(bias_ih)              \
-  PLACE(bias_hh)              \
-  PLACE(weight_hr)
+// A place's name among the arguments.
+inline std::string place_name(const KindTraits& kind, int64_t direction) {
+  return std::string(kind.name) + (direction ? "_reverse" : "");
+}
 
-#define RNNFAST_ONE(name) +1
-constexpr size_t kPlaces = 0 RNNFAST_PLACES(RNNFAST_ONE);
-#undef RNNFAST_ONE
+// All are optional arguments: an op says itself which it needs.
+struct Places : PerKind<std::array<OptionalTensor, kMaxDirections>> {
+  static constexpr const char* kDefault = "=None";
 
-// One direction's parameters.
-struct Parameters {
-#define RNNFAST_MEMBER(name) OptionalTensor name;
-  RNNFAST_PLACES(RNNFAST_MEMBER)
-#undef RNNFAST_MEMBER
-};
+  // In the order of the ops' arguments.
+  template <class Use> void each(const Use& use) {
+    for (const KindTraits& kind : kKinds)
+      for (int64_t d = 0; d < kMaxDirections; ++d) use([&] { return place_name(kind, d); }, (*this)[kind.kind][d]);
+  }
 
-struct Places {
-  Parameters of[kMaxDirections];
-
-  const Parameters& operator[](int64_t direction) const { return of[direction]; }
   int64_t directions() const {
-#define RNNFAST_GIVEN(name) || of[1].name
-    return (false RNNFAST_PLACES(RNNFAST_GIVEN)) ? 2 : 1;
-#undef RNNFAST_GIVEN
+    for (const auto& parameters : of)
+      if (parameters[1]) return 2;
+    return 1;
   }
 };
 
-// A place's name among the arguments.
-inline std::string place_name(const char* kind, int64_t direction) {
-  return std::string(kind) + (direction ? "_reverse" : "");
-}
-
-inline const Tensor& required(const char* op, const char* kind, int64_t direction, const OptionalTensor& tensor) {
+inline const Tensor& required(const char* op, const KindTraits& kind, int64_t direction, const Places& places) {
+  const OptionalTensor& tensor = places[kind.kind][direction];
   RNNFAST_CHECK(tensor, op, ": ", place_name(kind, direction), ": expected a tensor, got None");
   return *tensor;
 }
 
 // Whether a kind that a layer may lack is there: in each direction, or in none.
-inline bool present(const char* op, const char* kind, const Places& places, OptionalTensor Parameters::* member) {
-  const bool first = (places[0].*member).has_value();
-  if (places.directions() == 2)
-    RNNFAST_CHECK((places[1].*member).has_value() == first, op, ": ", kind, ": expected it in both directions or in ",
-                  "none, got it in one");
-  return first;
+inline bool present(const char* op, const KindTraits& kind, int64_t directions, const Places& places) {
+  const auto& parameters = places[kind.kind];
+  RNNFAST_CHECK(directions == 1 || parameters[0].has_value() == parameters[1].has_value(), op, ": ", kind.name,
+                ": expected it in both directions or in none, got it in one");
+  return parameters[0].has_value();
 }
 
 }  // namespace rnnfast

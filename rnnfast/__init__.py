@@ -7,8 +7,9 @@ print(rnnfast.accelerate(model))                # or: swap them all inside a mod
 from . import _dynamo_hook, functional, registration
 
 # This hides the submodule of the same name: `from rnnfast.backends import ...` still reaches it.
-from .backends import backend, backends, explain
+from .backends import backend, backends
 from .cells import GRUCell, LSTMCell, RNNCell
+from .explanation import explain
 from .modules import GRU, LSTM, RNN
 from .patch import accelerate, exporting, restore
 

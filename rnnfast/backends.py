@@ -1,4 +1,4 @@
-"""Which backend computes a recurrence, and why: the only place where that is decided.
+"""Which backend computes a recurrence, and why: what a backend is stands here, and nowhere else.
 
 The backends are `cpu` (the C++ kernels), `cuda` (the CUDA kernels), `triton` and `reference` (plain PyTorch, any device
 and dtype); developers have `emulated` too, the CUDA kernels compiled for the processor.
@@ -19,17 +19,112 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import libraries, ops
+from . import libraries, ops, reference
+from .cell_types import CELLS
+from .sequences import Sequences
+from .signatures import OPS, taking_flat
+from .triton import availability
 
-NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
-# The devices whose tensors a backend's kernels take. Shapes on the meta device come from the fake kernels of tracing.
-_DEVICES = {
-    "cpu": ("cpu", "meta"),
-    "cuda": ("cuda", "meta"),
-    "triton": ("cpu", "meta") if libraries.triton_interpreted() else ("cuda", "meta"),
-    "emulated": ("cpu", "meta"),
-}
+@dataclass
+class Backend:
+    """One backend.
+
+    Attributes:
+        name: by which it is asked for.
+        devices: the types of device whose tensors it takes; empty: any. Shapes on the meta device come from the fake
+            kernels of tracing.
+        problem: why it cannot run here, None where it can. Dynamo must not look into it.
+        describe: what it is where it runs, in words.
+        kernel: (mode, module, input): which of its kernels run a module's call, in words.
+        kernels: its functions; an op that is not loaded raises.
+        differentiable: its ops for programs that run without rnnfast's Python: with their derivatives.
+        automatic: whether `auto` may take it.
+        for_developers: whether it is listed only where it was loaded.
+        load: brings it into the process, where asking for it does that.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    problem: Callable[[], str | None]
+    describe: Callable[[], str]
+    kernel: Callable[[str, Any, Tensor], str]
+    kernels: ops.Kernels
+    differentiable: ops.Kernels
+    automatic: bool = True
+    for_developers: bool = False
+    load: Callable[[], None] | None = None
+
+    def use(self, namespace: str) -> None:
+        """Makes the ops of a namespace, with derivatives, those of this backend."""
+        self.kernels, self.differentiable = ops.without_derivatives(namespace), ops.overloads(namespace)
+
+
+def _missing(name: str, problem: Callable[[], str | None]) -> ops.Kernels:
+    def missing(*_: Any) -> Any:
+        raise RuntimeError(f"rnnfast: backend {name!r} is not available: {problem()}")
+
+    return ops.Kernels(*[missing] * len(ops.Kernels._fields))
+
+
+def _of_library(name: str, namespace: str, problem: Callable[[], str | None], loaded: bool, **others: Any) -> Backend:
+    """A backend whose kernels are ops of torch."""
+    missing = _missing(name, problem)
+    backend = Backend(name, problem=problem, kernels=missing, differentiable=missing, **others)
+    if loaded:
+        backend.use(namespace)
+    return backend
+
+
+def _triton_in_words() -> str:
+    where = "in Triton's interpreter on the CPU: very slow" if availability.interpreted() else "compiled on use"
+    return f"Triton kernels, {where}"
+
+
+def _triton_kernel(mode: str, module: Any, data: Tensor) -> str:
+    from .triton import layers  # imports Triton
+
+    family = layers.family_of(mode, data.dtype, module.hidden_size, getattr(module, "proj_size", 0) > 0)
+    return {"persistent": "one launch a layer (Triton)", "step": "one launch a step (Triton)"}[family]
+
+
+_CPU = _of_library(
+    "cpu", "rnnfast", lambda: libraries.cpu_problem(), libraries.cpu_error is None, devices=("cpu", "meta"),
+    describe=lambda: f"C++ kernels, instruction set {ops.cpu_isa()}",
+    kernel=lambda *_: f"C++ time loop ({ops.cpu_isa()})",
+)  # fmt: skip
+_CUDA = _of_library(
+    "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
+    describe=lambda: f"CUDA kernels, one launch a step, for {torch.ops.rnnfast.cuda_archs()}",
+    kernel=lambda *_: "one launch a step (CUDA)",
+)  # fmt: skip
+if libraries.cuda_error is None:
+    _CUDA.kernels = ops.on_cuda(_CUDA.kernels)
+# Its ops are defined, and handed over, by registration.py.
+_TRITON = _of_library(
+    "triton", "rnnfast_triton", lambda: availability.problem(), False,
+    devices=("cpu", "meta") if availability.interpreted() else ("cuda", "meta"), describe=_triton_in_words,
+    kernel=_triton_kernel,
+    # Not for what the interpreter alone could do: a name must ask for that.
+    automatic=not availability.interpreted(),
+)  # fmt: skip
+_EMULATED = _of_library(
+    "emulated", "rnnfast_emulated", libraries.emulated_problem, libraries.emulated_problem() is None,
+    devices=("cpu", "meta"),
+    describe=lambda: "the CUDA kernels compiled for the processor, for tests: very slow",
+    kernel=lambda *_: "one launch a step (CUDA, emulated on the processor)", automatic=False, for_developers=True,
+)  # fmt: skip
+_FUNCTIONS = ops.Kernels(*(taking_flat(OPS[name].record, getattr(reference, name)) for name in ops.Kernels._fields))
+_REFERENCE = Backend(
+    "reference", devices=(), problem=lambda: None, describe=lambda: "plain PyTorch: any device and dtype, slow",
+    kernel=lambda *_: "a loop over the steps in plain PyTorch", kernels=_FUNCTIONS, differentiable=_FUNCTIONS,
+    automatic=False,
+)  # fmt: skip
+
+# In the order in which `auto` asks them.
+BACKENDS = {backend.name: backend for backend in (_CPU, _CUDA, _TRITON, _REFERENCE, _EMULATED)}
+# What may be asked for, but for what only developers have.
+NAMES = ("auto", *(name for name, backend in BACKENDS.items() if not backend.for_developers))
 
 # The name asked for by `with backend(...)`, of this thread alone.
 _asked = threading.local()
@@ -45,33 +140,6 @@ class Availability(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found. `str()` of it is one readable paragraph.
-
-    Attributes:
-        backend: name of the backend that runs the call, `torch.nn` where torch's own does.
-        kernel: what runs inside that backend.
-        reason: why this backend.
-        prediction: predicted time a step in microseconds, or None where the backend has no cost model.
-    """
-
-    backend: str
-    kernel: str
-    reason: str
-    prediction: float | None = None
-
-    def __str__(self) -> str:
-        text = f"backend {self.backend}: {self.kernel}; {self.reason}"
-        if self.prediction is not None:
-            text += f"; predicted {self.prediction:.2f} us a step"
-        return text
-
-
-# A backend with a cost model puts a function here: (mode, hidden_size, batch, dtype, training) -> microseconds a step.
-predictors: dict[str, Callable[[str, int, int, torch.dtype, bool], float]] = {}
-
-
 def backends() -> dict[str, Availability]:
     """The backends and whether each can run here.
 
@@ -79,32 +147,22 @@ def backends() -> dict[str, Availability]:
         dict from name (`cpu`, `cuda`, `triton`, `reference`, and `emulated` where it was loaded) to
         `Availability(available, reason)`.
     """
-    names = [name for name in NAMES if name != "auto"] + (["emulated"] if ops.emulated_loaded else [])
-    missing = {name: _missing(name) for name in names}
-    return {name: Availability(why is None, why or _describe(name)) for name, why in missing.items()}
+    missing = {name: backend.problem() for name, backend in BACKENDS.items()}
+    return {
+        name: Availability(why is None, why or BACKENDS[name].describe())
+        for name, why in missing.items()
+        if why is None or not BACKENDS[name].for_developers
+    }
 
 
-def _describe(name: str) -> str:
-    """What an available backend is, in words."""
-    if name == "cpu":
-        return f"C++ kernels, instruction set {ops.cpu_isa()}"
-    if name == "cuda":
-        return f"CUDA kernels, one launch a step, for {torch.ops.rnnfast.cuda_archs()}"
-    if name == "triton":
-        where = "in Triton's interpreter on the CPU: very slow" if libraries.triton_interpreted() else "compiled on use"
-        return f"Triton kernels, {where}"
-    if name == "emulated":
-        return "the CUDA kernels compiled for the processor, for tests: very slow"
-    return "plain PyTorch: any device and dtype, slow"
+def has_kernels(device: str) -> bool:
+    """Whether a backend that `auto` may take runs tensors of that type of device here."""
+    return _automatic(device) is not None
 
 
-def _missing(name: str) -> str | None:
-    """Why the backend cannot run here, None where it can."""
-    if name == "cpu":
-        return ops.library_error
-    if name == "cuda":
-        return libraries.cuda_problem()
-    return libraries.triton_problem() if name == "triton" else None
+def asked_for() -> str:
+    """The name that `with backend(...)` asks for in this thread, `auto` outside of any."""
+    return getattr(_asked, "name", "auto")
 
 
 @contextlib.contextmanager
@@ -118,14 +176,15 @@ def backend(name: str) -> Iterator[None]:
         ValueError: the name is unknown.
         RuntimeError: the backend is not available here; the message says what is missing.
     """
-    if name == "emulated":
-        ops.load_emulated()
-    elif name not in NAMES:
+    found = BACKENDS.get(name)
+    if found is None and name != "auto":
         raise ValueError(f"rnnfast.backend: unknown backend {name!r}, expected one of {', '.join(NAMES)}")
-    missing = _missing(name)
+    if found is not None and found.load is not None and found.problem() is not None:
+        found.load()
+    missing = None if found is None else found.problem()
     if missing is not None:
         raise RuntimeError(f"rnnfast.backend: {name!r} is not available: {missing}")
-    before = getattr(_asked, "name", "auto")
+    before = asked_for()
     _asked.name = name
     try:
         yield
@@ -140,13 +199,17 @@ def select(tensor: Tensor) -> str:
         RuntimeError: a backend was asked for by name that cannot run this tensor.
     """
     name = getattr(_asked, "name", "auto")
-    # The two common cases first: this is on the path of every call.
+    # The common case first: this is on the path of every call.
     if name == "auto":
         if tensor.is_cpu and ops.library_error is None:
             return "cpu"
-        return _automatic(tensor.device.type)
-    devices = _DEVICES.get(name)
-    if devices is not None and tensor.device.type not in devices:
+        device = tensor.device.type
+        found = _automatic(device)
+        if found is None and device != "meta":
+            _warn_once(device)
+        return found or "reference"
+    devices = BACKENDS[name].devices
+    if devices and tensor.device.type not in devices:
         raise RuntimeError(
             f"rnnfast: backend {name!r} was asked for by name, but the input is on {tensor.device}; move the input and "
             f"the module to {'the CPU' if devices[0] == 'cpu' else 'a CUDA device'}, or leave the choice to 'auto'"
@@ -154,17 +217,12 @@ def select(tensor: Tensor) -> str:
     return name
 
 
-def _automatic(device: str) -> str:
-    """`auto`'s choice where it is not simply the C++ CPU kernels."""
-    if device == "cuda" and libraries.cuda_ready():
-        return "cuda"
-    # Not for what the interpreter alone could do: a name must ask for that.
-    if device == "cuda" and not libraries.triton_interpreted() and libraries.triton_ready():
-        return "triton"
-    if device == "meta":
-        return "cpu" if ops.library_error is None else "reference"
-    _warn_once(device)
-    return "reference"
+def _automatic(device: str) -> str | None:
+    """The first backend that can run tensors of this type of device, None where only the reference does."""
+    for name, backend in BACKENDS.items():
+        if backend.automatic and device in backend.devices and backend.problem() is None:
+            return name
+    return None
 
 
 # Bound once: on the path of every training call.
@@ -180,7 +238,7 @@ def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool) -> s
     The table that this rule comes from is in docs/performance.md.
 
     Args:
-        mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
+        mode: a key of `CELLS`.
         batch: B.
         one_gate: weights of one gate, H * (I + H).
         cell: whether a cell is called, else layers.
@@ -188,11 +246,11 @@ def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool) -> s
     Returns:
         The reason in words; None where ours is to run.
     """
-    if mode == "RNN_IDENTITY":  # torch has no such op
+    if CELLS[mode].torch_cell is None:
         return None
     if batch == 1 and one_gate >= 2**15:
         return "torch's own op reads the weights for a single row faster"
-    if mode not in ("LSTM", "GRU") and 0 < batch * one_gate < (2**20 if cell else 2**18):
+    if CELLS[mode].gates == 1 and 0 < batch * one_gate < (2**20 if cell else 2**18):
         return "in so small a step what surrounds the kernels decides, and torch's own op has less of it"
     return None
 
@@ -203,7 +261,7 @@ def torch_runs_cell(
     """Whether a cell's call in grad mode is better left to torch's own op: so for some sizes in training on the CPU.
 
     Args:
-        mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
+        mode: a key of `CELLS`.
         input: (B, I).
         hx, cx: (B, H), None for zeros.
         weights: weight_ih (G*H, I), weight_hh (G*H, H) and, where there are, the biases.
@@ -219,16 +277,21 @@ def torch_runs_cell(
 
 
 def torch_runs_layers(
-    mode: str, batch_first: bool, input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]
+    mode: str, input: Tensor, hx: Tensor | None, sequences: Sequences, weights: Sequence[Tensor]
 ) -> str | None:
     """As `torch_runs_cell`, for layers over `input`, (T, B, I) or with batch_first (B, T, I): one step of GRU and RNN.
 
     torch.nn's LSTM goes another way on the CPU, and ours was faster at T = 1 at every size measured.
     """
-    # A tracer would record this look at the shapes.
-    if mode == "LSTM" or _is_compiling() or _tracing_state() is not None or input.shape[1 if batch_first else 0] != 1:
+    if CELLS[mode].torch_layers is None or not sequences.every_row_counts or input.dim() != 3:
         return None
-    batch, hidden_size = input.shape[0 if batch_first else 1], weights[1].shape[1]
+    # A tracer would record this look at the shapes.
+    if _is_compiling() or _tracing_state() is not None:
+        return None
+    steps, batch = (input.shape[1], input.shape[0]) if sequences.batch_first else (input.shape[0], input.shape[1])
+    if steps != 1:
+        return None
+    hidden_size = weights[1].shape[1]
     reason = torchs_step_is_faster(mode, batch, hidden_size * (input.shape[2] + hidden_size), False)
     return reason if reason and _is_plain_training(input, (hx, *weights)) else None
 
@@ -248,11 +311,12 @@ def _is_plain_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _reason(device: str) -> str:
+def why_reference(device: str) -> str:
+    """Why no backend but the reference runs tensors of this type of device here."""
     if device == "cpu":
         return str(ops.library_error)
     if device == "cuda":
-        triton = libraries.triton_problem() or "TRITON_INTERPRET is set"
+        triton = availability.problem() or "TRITON_INTERPRET is set"
         return f"CUDA kernels: {libraries.cuda_problem()}; Triton kernels: {triton}"
     return f"there are no kernels for {device!r} devices"
 
@@ -263,96 +327,7 @@ def _warn_once(device: str) -> None:
         return
     _warned.add(device)
     warnings.warn(
-        f"rnnfast runs its slow reference implementation on {device!r} tensors: {_reason(device)}",
+        f"rnnfast runs its slow reference implementation on {device!r} tensors: {why_reference(device)}",
         UserWarning,
         stacklevel=5,
     )
-
-
-def _triton_kernel(mode: str, module: Any, data: Tensor) -> str:
-    from .triton import layers  # imports Triton
-
-    family = layers.family_of(mode, data.dtype, module.hidden_size, getattr(module, "proj_size", 0) > 0)
-    return {"persistent": "one launch a layer (Triton)", "step": "one launch a step (Triton)"}[family]
-
-
-def _mode_of(module: Any) -> str:
-    if isinstance(module, torch.nn.RNNBase):
-        return module.mode
-    if isinstance(module, torch.nn.RNNCell):
-        return f"RNN_{module.nonlinearity.upper()}"
-    return "LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"
-
-
-def explain(module: Any, input: Any) -> Explanation:
-    """Says which backend and which kernel run `module(input)`, and why.
-
-    Args:
-        module: an LSTM, GRU, RNN, LSTMCell, GRUCell or RNNCell, of rnnfast or of torch.nn.
-        input: its input, a tensor (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence; for a cell (B, I)
-            or (I,).
-
-    Returns:
-        Explanation: backend, kernel, reason and, where the backend has a cost model, the predicted time a step.
-
-    Raises:
-        TypeError: `module` is not a recurrent module, or `input` is neither a tensor nor a PackedSequence.
-        RuntimeError: a backend was asked for by name that cannot run this input.
-    """
-    cell = isinstance(module, torch.nn.RNNCellBase)
-    if not cell and not isinstance(module, torch.nn.RNNBase):
-        raise TypeError(
-            f"rnnfast.explain: module should be an LSTM, GRU, RNN or one of their cells, got {type(module).__name__}"
-        )
-    packed = isinstance(input, torch.nn.utils.rnn.PackedSequence) and not cell
-    data = input.data if packed else input
-    if not isinstance(data, Tensor):
-        raise TypeError(
-            f"rnnfast.explain: input should be a tensor{'' if cell else ' or a PackedSequence'}, "
-            f"got {type(input).__name__}"
-        )
-    from . import cells, modules  # which import this module
-
-    if not isinstance(module, (cells.Cell, modules.Recurrent)):
-        return Explanation("torch.nn", "torch.nn's own", "a module of torch.nn; rnnfast.accelerate(model) swaps it")
-    mode, weights = _mode_of(module), module._weights()
-    training = torch.is_grad_enabled() and (data.requires_grad or any(weight.requires_grad for weight in weights))
-    torchs: str | None = None
-    if packed:
-        batch = int(input.batch_sizes[0])
-    elif cell:
-        rows = data if data.dim() == 2 else data.unsqueeze(0)
-        batch = rows.size(0)
-        torchs = torch_runs_cell(mode, rows, None, None, weights) if training else None
-    else:
-        axis = 0 if module.batch_first else 1
-        rows = data if data.dim() == 3 else data.unsqueeze(axis)
-        batch = rows.size(axis)
-        torchs = torch_runs_layers(mode, bool(module.batch_first), rows, None, weights) if training else None
-    if torchs:
-        return Explanation("torch.nn", "torch's own op for one step, in training", torchs)
-
-    name = select(data)
-    asked = getattr(_asked, "name", "auto")
-    reason = f"asked for by name ({asked!r})" if asked != "auto" else f"the fastest available for {data.device.type!r}"
-    if name == "reference" and asked == "auto":
-        reason = f"fallback: {_reason(data.device.type)}"
-    if name == "reference":
-        kernel = "a loop over the steps in plain PyTorch"
-    else:
-        kernel = {
-            "cpu": f"C++ time loop ({ops.cpu_isa()})",
-            "cuda": "one launch a step (CUDA)",
-            "triton": _triton_kernel(mode, module, data) if name == "triton" else "",
-            "emulated": "one launch a step (CUDA, emulated on the processor)",
-        }[name]
-        kernel += ", with reserve for backward" if training else ", inference"
-    if cell:
-        kernel += ", one step"
-    else:
-        kernel += f", {2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)"
-    if packed:
-        kernel += ", packed rows as they are"
-    predictor = predictors.get(name)
-    prediction = predictor(mode, module.hidden_size, batch, data.dtype, training) if predictor else None
-    return Explanation(name, kernel, reason, prediction)

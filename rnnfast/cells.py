@@ -7,30 +7,36 @@ own op runs where it is faster (`backends.torch_runs_cell`). Checks and messages
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .backends import torch_runs_cell
+from .cell_types import CELLS, NONLINEARITIES
 from .functional import COMPUTED_TYPES, run_layers
 from .modules import check_alike, check_weights, refuse_type
+from .sequences import Sequences
+from .signatures import kinds_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-_RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
+_ONE_STEP = Sequences()
 
 
 class Cell(nn.RNNCellBase):
-    """What the three cells share: weights, checks, and the step."""
+    """What the cells share: weights, checks, and the step."""
 
     __prepare_scriptable__ = as_torch_nn
+
+    def _mode(self) -> str:
+        raise NotImplementedError
 
     def _weights(self) -> list[Tensor]:
         """weight_ih, weight_hh and, with bias, bias_ih, bias_hh as they are now, whoever replaced them."""
         parameters = self._parameters
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        names = kinds_of(bool(self.bias), False)
         weights: list[Any] = [parameters.get(name) for name in names]
         for i, weight in enumerate(weights):
             if weight is None:
@@ -68,8 +74,9 @@ class Cell(nn.RNNCellBase):
             check_alike(input, state, "hidden")
         check_weights(input, weights)
 
-    def _step(self, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks, then one step for input (N, I) or (I,). Returns h', c' (c' None without a cell state)."""
+        mode = self._mode()
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)
@@ -105,27 +112,27 @@ class Cell(nn.RNNCellBase):
         if self.hidden_size == 0:
             # Nothing to compute; the product keeps the result attached to the graph, as it is in torch.nn.
             empty = nn.functional.linear(input, weights[0])
-            return empty, empty.clone() if mode == "LSTM" else None
+            return empty, empty.clone() if CELLS[mode].has_cell_state else None
         if torch.is_grad_enabled() and torch_runs_cell(mode, input, h, c, weights):
             return _torchs_step(mode, input, h, c, weights)
         output, _, c_n, _ = run_layers(
-            mode,
-            input,
-            h,
-            c,
-            weights,
-            bias=bool(self.bias),
-            num_layers=1,
-            bidirectional=False,
-            batch_first=False,
-            dropout=0.0,
-            training=self.training,
+            mode, input, h, c, weights, _ONE_STEP, bias=bool(self.bias), training=self.training
         )
         return output, c_n
 
-    def _check_rank(self, cell: str, name: str, tensor: Tensor) -> None:
-        if tensor.dim() not in (1, 2):
-            raise ValueError(f"{cell}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+    def _one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        """What forward does where the state is one tensor."""
+        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
+            return result[0]
+        if input.dim() not in (1, 2):
+            self._refuse_rank("input", input)
+        if hx is not None and hx.dim() not in (1, 2):
+            self._refuse_rank("hidden", hx)
+        return self._step(input, hx, None)[0]
+
+    def _refuse_rank(self, name: str, tensor: Tensor) -> NoReturn:
+        cell = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__).__name__
+        raise ValueError(f"{cell}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
 
 
 def _torchs_step(
@@ -135,9 +142,11 @@ def _torchs_step(
     zeros = input.new_zeros(input.shape[0], weights[1].shape[1]) if h is None else h
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
-    if mode == "LSTM":
-        return torch.lstm_cell(input, (zeros, zeros if c is None else c), weight_ih, weight_hh, bias_ih, bias_hh)
-    step = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}[mode]
+    step = CELLS[mode].torch_cell
+    assert step is not None
+    if CELLS[mode].has_cell_state:
+        h_n, c_n = step(input, (zeros, zeros if c is None else c), weight_ih, weight_hh, bias_ih, bias_hh)
+        return h_n, c_n
     return step(input, zeros, weight_ih, weight_hh, bias_ih, bias_hh), None
 
 
@@ -157,6 +166,9 @@ class LSTMCell(Cell, nn.LSTMCell):
         device, dtype: of the parameters.
     """
 
+    def _mode(self) -> str:
+        return "LSTM"
+
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -172,16 +184,18 @@ class LSTMCell(Cell, nn.LSTMCell):
         """
         if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
             return result[0]
-        self._check_rank("LSTMCell", "input", input)
+        if input.dim() not in (1, 2):
+            self._refuse_rank("input", input)
         h: Tensor | None = None
         c: Tensor | None = None
         if hx is not None:
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
             h, c = hx[0], hx[1]
-            self._check_rank("LSTMCell", "hx[0]", h)
-            self._check_rank("LSTMCell", "hx[1]", c)
-        h_n, c_n = self._step("LSTM", input, h, c)
+            for name, state in (("hx[0]", h), ("hx[1]", c)):
+                if state.dim() not in (1, 2):
+                    self._refuse_rank(name, state)
+        h_n, c_n = self._step(input, h, c)
         assert c_n is not None
         return h_n, c_n
 
@@ -202,6 +216,9 @@ class GRUCell(Cell, nn.GRUCell):
         device, dtype: of the parameters.
     """
 
+    def _mode(self) -> str:
+        return "GRU"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step.
 
@@ -213,12 +230,7 @@ class GRUCell(Cell, nn.GRUCell):
         Raises:
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
         """
-        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
-            return result[0]
-        self._check_rank("GRUCell", "input", input)
-        if hx is not None:
-            self._check_rank("GRUCell", "hidden", hx)
-        return self._step("GRU", input, hx, None)[0]
+        return self._one_state(input, hx)
 
 
 class RNNCell(Cell, nn.RNNCell):
@@ -235,10 +247,16 @@ class RNNCell(Cell, nn.RNNCell):
         input_size: I, the features of the input.
         hidden_size: H, the features of the state; 0 is allowed.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
-        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``, looked at in forward as torch.nn does. Default:
-            ``'tanh'``
+        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``, looked at in forward as torch.nn does.
+            Default: ``'tanh'``
         device, dtype: of the parameters.
     """
+
+    def _mode(self) -> str:
+        mode = NONLINEARITIES.get(self.nonlinearity)
+        if mode is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return mode
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step.
@@ -252,12 +270,4 @@ class RNNCell(Cell, nn.RNNCell):
             ValueError, RuntimeError: shapes, types and devices that do not fit, or a nonlinearity that is not known, in
                 the words of torch.nn.
         """
-        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
-            return result[0]
-        self._check_rank("RNNCell", "input", input)
-        if hx is not None:
-            self._check_rank("RNNCell", "hidden", hx)
-        mode = _RNN_MODES.get(self.nonlinearity)
-        if mode is None:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(mode, input, hx, None)[0]
+        return self._one_state(input, hx)

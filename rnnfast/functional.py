@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import reference
 from .autograd import Layer, apply_layer, layer_in_graph, mark_layer_in_graph
-from .backends import select, torch_runs_layers
-from .signatures import place_weights
+from .backends import BACKENDS, select, torch_runs_layers
+from .cell_types import CELLS, NONLINEARITIES
+from .sequences import RowOptions, Sequences, dense_sequences, packed_sequences
+from .signatures import KINDS, LayerArguments, kinds_of, nested, place_weights
 
 Tensors = Sequence[Tensor]
 
@@ -31,32 +33,29 @@ def run_layers(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Tensors,
+    sequences: Sequences,
     *,
     bias: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
     return_cell_states: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs stacked layers. The caller has checked the arguments.
 
     Args:
-        mode: LSTM, GRU, RNN_TANH, RNN_RELU or RNN_IDENTITY.
-        input: (T, B, I), with batch_first (B, T, I), or packed rows (N, I) with batch_sizes.
-        hx, cx: (L*D, B, P or H), (L*D, B, H), None for zeros; cx for the LSTM only.
+        mode: a key of `CELLS`.
+        input: (T, B, I), with batch_first (B, T, I), packed rows (N, I) with batch_sizes, or one step (B, I).
+        hx, cx: (L*D, B, P or H), (L*D, B, H), of one step (B, H), None for zeros; cx for cells with a cell state only.
         weights: every parameter, in the order of torch.nn's `_flat_weights`.
+        sequences: how the rows lie, and which count.
         dropout: probability, between layers and in training only.
-        batch_sizes, lengths, resets: see docs/design.md.
-        return_cell_states: whether every c_t of the last layer is wanted (LSTM).
+        return_cell_states: whether every c_t of the last layer is wanted.
 
     Returns:
-        output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None but for the LSTM; cell_states (rows, D*H),
-        every c_t of the last layer, None unless asked for.
+        output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None without a cell state; cell_states
+        (rows, D*H), every c_t of the last layer, None unless asked for.
     """
     if _autocast_active():
         device = input.device.type
@@ -65,60 +64,26 @@ def run_layers(
             # From here on the types are what they should be; autocast must not touch the products inside.
             with torch.autocast(device, enabled=False):
                 return run_layers(
-                    mode, input, hx, cx, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
-                    batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
-                    lengths=lengths, resets=resets, return_cell_states=return_cell_states,
+                    mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers,
+                    bidirectional=bidirectional, dropout=dropout, training=training,
+                    return_cell_states=return_cell_states,
                 )  # fmt: skip
 
-    graph = _needs_graph(input, hx, cx, weights)
-    if num_layers == 1 and not graph and not return_cell_states and not bidirectional:
+    run = _choose(mode, input, hx, cx, weights, sequences, return_cell_states)
+    has_cell_state = CELLS[mode].has_cell_state
+    if num_layers == 1 and not return_cell_states:
         # The shortest way, for calls of one step: no loop, no slices.
-        output, h_n, c_n = ops.kernels[select(input)].layer(
-            mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, weights[0], None, weights[1], None,
-            weights[2] if bias else None, None, weights[3] if bias else None, None,
-            weights[-1] if len(weights) % 2 else None,
-        )  # fmt: skip
-        return output, h_n, (c_n if mode == "LSTM" else None), None
-
-    # One step in plain training, where torch's own op is faster.
-    one_step = input.dim() == 3 and batch_sizes is None and lengths is None and resets is None
-    if one_step and _grad_enabled() and torch_runs_layers(mode, batch_first, input, hx, weights):
-        count, batch = num_layers * (2 if bidirectional else 1), input.shape[0 if batch_first else 1]
-        torchs_op: Callable[..., Any] = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
-        state = input.new_zeros(count, batch, weights[1].shape[1]) if hx is None else hx
-        output, h_n = torchs_op(
-            input, state, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first
-        )  # fmt: skip
-        return output, h_n, None, None
-
-    backend = select(input)
-    dual = forward_ad._current_level >= 0
-    run: Callable[..., Any]
-    if dual:
-        run = reference.layer_forward
-    elif _captures() and not _functorch_active():
-        # The op itself, whether or not gradients are wanted now: it carries its derivative.
-        run = ops.differentiable(backend).layer_forward if return_cell_states else ops.differentiable(backend).layer
-    elif graph:
-        apply = apply_layer
-        if torch.compiler.is_compiling() or _functorch_active():
-            apply = Layer.apply
-            if torch.compiler.is_compiling() and _functorch_active() and mark_layer_in_graph():
-                apply = layer_in_graph
-
-        def run(*arguments: Any) -> Any:
-            return apply(backend, *arguments)
-    else:
-        run = ops.kernels[backend].layer_forward if return_cell_states else ops.kernels[backend].layer
+        places = place_weights(weights, 2 if bidirectional else 1, bool(bias))
+        output, h_n, c_n, *_ = run(mode, input, hx, cx, *sequences, *places)
+        return output, h_n, c_n if has_cell_state else None, None
 
     # torch.nn draws its dropout masks on time-major outputs, also with batch_first: so do we, for the same masks. The
     # last layer turns back, so that the result is laid out as it always is.
     drops = dropout > 0 and training and num_layers > 1
-    transposed = drops and batch_first and batch_sizes is None
-    layer_resets = resets
+    transposed = drops and sequences.batch_first and sequences.batch_sizes is None
+    inner_sequences = sequences
     if transposed:
-        input, batch_first = input.transpose(0, 1), False
-        layer_resets = None if resets is None else resets.transpose(0, 1).contiguous()
+        input, inner_sequences = input.transpose(0, 1), sequences.time_major()
 
     directions = 2 if bidirectional else 1
     each = len(weights) // num_layers
@@ -127,29 +92,82 @@ def run_layers(
     for layer in range(num_layers):
         last = layer == num_layers - 1
         if transposed and last:
-            output, batch_first, layer_resets = output.transpose(0, 1), True, resets
-        layer_weights = weights[layer * each : (layer + 1) * each]
-        if num_layers == 1:
-            layer_hx, layer_cx = hx, cx
-        else:
-            layer_hx = None if hx is None else hx.narrow(0, layer * directions, directions)
-            layer_cx = None if cx is None else cx.narrow(0, layer * directions, directions)
-        output, h_n, c_n, *saved = run(
-            mode, batch_first, output, layer_hx, layer_cx, batch_sizes, lengths, layer_resets,
-            *place_weights(layer_weights, directions, bias),
-        )  # fmt: skip
+            output, inner_sequences = output.transpose(0, 1), sequences
+        places = place_weights(weights[layer * each : (layer + 1) * each], directions, bool(bias))
+        layer_hx = None if hx is None else hx.narrow(0, layer * directions, directions)
+        layer_cx = None if cx is None else cx.narrow(0, layer * directions, directions)
+        output, h_n, c_n, *saved = run(mode, output, layer_hx, layer_cx, *inner_sequences, *places)
         states_h.append(h_n)
         states_c.append(c_n)
-        if last and return_cell_states and mode == "LSTM":
+        if last and return_cell_states and has_cell_state:
             cell_states = saved[0]
         if drops and not last:
             output = torch.dropout(output, dropout, True)
 
     all_h = states_h[0] if num_layers == 1 else torch.cat(states_h)
     all_c = None
-    if mode == "LSTM":
+    if has_cell_state:
         all_c = states_c[0] if num_layers == 1 else torch.cat(states_c)
     return output, all_h, all_c, cell_states
+
+
+def _choose(
+    mode: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Tensors,
+    sequences: Sequences,
+    return_cell_states: bool,
+) -> Callable[..., Any]:
+    """What runs each layer of a call: it takes the arguments of the op `layer`, and returns at least its results."""
+    if forward_ad._current_level >= 0:
+        return _reference
+    apply = Layer.apply
+    if not _functorch_active():
+        # Without grad mode first: the common case of small calls.
+        if not _grad_enabled():
+            kernels = BACKENDS[select(input)].kernels
+            return kernels.layer_forward if return_cell_states else kernels.layer
+        if _captures():
+            # The op itself, whether or not gradients are wanted now: it carries its derivative.
+            op = BACKENDS[select(input)].differentiable
+            return op.layer_forward if return_cell_states else op.layer
+        if not _wants_gradient(input, hx, cx, weights):
+            kernels = BACKENDS[select(input)].kernels
+            return kernels.layer_forward if return_cell_states else kernels.layer
+        # One step in plain training, where torch's own op is faster.
+        if torch_runs_layers(mode, input, hx, sequences, weights):
+            return _torchs
+        if not torch.compiler.is_compiling():
+            apply = apply_layer
+    elif torch.compiler.is_compiling() and mark_layer_in_graph():
+        apply = layer_in_graph
+    backend = select(input)
+
+    def with_derivative(*arguments: Any) -> Any:
+        return apply(backend, *arguments)
+
+    return with_derivative
+
+
+def _reference(*arguments: Any) -> tuple[Tensor, ...]:
+    """Ordinary differentiable PyTorch, in forward mode too."""
+    return reference.layer_forward(nested(LayerArguments, arguments))
+
+
+def _torchs(*arguments: Any) -> tuple[Tensor, Tensor, None]:
+    """A layer by torch's own op, for cells whose state is one tensor: `backends.torch_runs_layers` says when."""
+    mode, input, hx, _, sequences, parameters = nested(LayerArguments, arguments)
+    op, directions = CELLS[mode].torch_layers, parameters.directions
+    assert op is not None
+    weights = [parameter for d in range(directions) for parameter in parameters[d::2] if parameter is not None]
+    if hx is None:
+        batch = input.shape[0 if sequences.batch_first else 1]
+        hx = input.new_zeros(directions, batch, parameters.each("weight_hh")[0].shape[1])
+    bias = parameters.bias_ih is not None
+    output, h_n = op(input, hx, weights, bias, 1, 0.0, False, directions == 2, sequences.batch_first)
+    return output, h_n, None
 
 
 def _captures() -> bool:
@@ -166,12 +184,8 @@ def _autocast_available(device: str) -> bool:
 _autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _needs_graph(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> bool:
-    """Whether anybody may differentiate or transform this call."""
-    if _functorch_active() or forward_ad._current_level >= 0:
-        return True
-    if not _grad_enabled():
-        return False
+def _wants_gradient(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> bool:
+    """Whether anything wants a gradient."""
     if input.requires_grad or (hx is not None and hx.requires_grad) or (cx is not None and cx.requires_grad):
         return True
     for weight in weights:  # noqa: SIM110 (a generator would cost more than the loop)
@@ -253,18 +267,14 @@ def lstm(
         (rows, D*H).
 
     Raises:
-        ValueError: an argument has the wrong shape, type or device.
+        ValueError: an argument has the wrong shape, type or device. TypeError: lengths are not integers, or resets not
+            bool.
     """
-    _check_input("lstm", input, weights, batch_first, dropout, batch_sizes, lengths, resets)
-    bias, hidden_size, out_size = _check_weights("lstm", "LSTM", input, weights, num_layers, bidirectional)
     h_0, c_0 = (None, None) if hx is None else hx
-    directions = 2 if bidirectional else 1
-    _check_state("lstm", "hx[0]", h_0, num_layers * directions, out_size, input, batch_first, batch_sizes)
-    _check_state("lstm", "hx[1]", c_0, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
-    output, h_n, c_n, cell_states = run_layers(
-        "LSTM", input, h_0, c_0, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
-        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
-        lengths=_beside(input, lengths), resets=_beside(input, resets), return_cell_states=return_cell_states,
+    output, h_n, c_n, cell_states = _run(
+        "lstm", "LSTM", input, weights, h_0, c_0, num_layers, bidirectional, batch_first, dropout, training,
+        batch_sizes,
+        RowOptions(lengths, resets), return_cell_states,
     )  # fmt: skip
     assert c_n is not None
     if return_cell_states:
@@ -302,12 +312,13 @@ def gru(
         output (rows, D*H), h_n (L*D, B, H).
 
     Raises:
-        ValueError: an argument has the wrong shape, type or device.
+        ValueError, TypeError: as for `lstm`.
     """
-    return _without_cells(
-        "gru", "GRU", input, weights, hx, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
-        lengths, resets,
+    output, h_n, _, _ = _run(
+        "gru", "GRU", input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
+        RowOptions(lengths, resets),
     )  # fmt: skip
+    return output, h_n
 
 
 def rnn(
@@ -341,41 +352,58 @@ def rnn(
         output (rows, D*H), h_n (L*D, B, H).
 
     Raises:
-        ValueError: an argument has the wrong shape, type or device, or nonlinearity is unknown.
+        ValueError, TypeError: as for `lstm`; ValueError also where nonlinearity is unknown.
     """
-    if nonlinearity not in ("tanh", "relu", "identity"):
-        raise ValueError(f"rnn: nonlinearity should be 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
-    return _without_cells(
-        "rnn", f"RNN_{nonlinearity.upper()}", input, weights, hx, num_layers, bidirectional, batch_first, dropout,
-        training, batch_sizes, lengths, resets,
+    mode = NONLINEARITIES.get(nonlinearity)
+    if mode is None:
+        raise ValueError(f"rnn: nonlinearity should be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
+    output, h_n, _, _ = _run(
+        "rnn", mode, input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
+        RowOptions(lengths, resets),
     )  # fmt: skip
+    return output, h_n
 
 
-def _without_cells(
+def _run(
     name: str,
     mode: str,
     input: Tensor,
     weights: Tensors,
     hx: Tensor | None,
+    cx: Tensor | None,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
     dropout: float,
     training: bool,
     batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check_input(name, input, weights, batch_first, dropout, batch_sizes, lengths, resets)
-    bias, hidden_size, _ = _check_weights(name, mode, input, weights, num_layers, bidirectional)
-    directions = 2 if bidirectional else 1
-    _check_state(name, "hx", hx, num_layers * directions, hidden_size, input, batch_first, batch_sizes)
-    output, h_n, _, _ = run_layers(
-        mode, input, hx, None, weights, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
-        batch_first=batch_first, dropout=dropout, training=training, batch_sizes=batch_sizes,
-        lengths=_beside(input, lengths), resets=_beside(input, resets),
+    options: RowOptions,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Checks the arguments of a public function, and runs the layers."""
+    _check_input(name, input, weights, dropout, batch_sizes)
+    if input.size(1 if batch_first and batch_sizes is None else 0) == 0:
+        # torch.nn's words
+        raise ValueError(
+            f"{name}: Expected sequence length to be larger than 0 in RNN, got input of shape {list(input.shape)}"
+        )
+    try:
+        if batch_sizes is not None:
+            options.refuse_with("packed input (batch_sizes)")
+            sequences = packed_sequences(batch_sizes)
+        else:
+            sequences = dense_sequences(input, batch_first, options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    bias, hidden_size, state_size = _check_weights(name, mode, input, weights, num_layers, bidirectional)
+    count = num_layers * (2 if bidirectional else 1)
+    has_cell_state = CELLS[mode].has_cell_state
+    _check_state(name, "hx[0]" if has_cell_state else "hx", hx, count, state_size, input, sequences)
+    _check_state(name, "hx[1]", cx, count, hidden_size, input, sequences)
+    return run_layers(
+        mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
+        dropout=dropout, training=training, return_cell_states=return_cell_states,
     )  # fmt: skip
-    return output, h_n
 
 
 def _check_weights(
@@ -385,42 +413,37 @@ def _check_weights(
     directions = 2 if bidirectional else 1
     count = num_layers * directions
     each, rest = divmod(len(weights), count) if num_layers > 0 else (0, 1)
-    allowed = (2, 3, 4, 5) if mode == "LSTM" else (2, 4)
+    projections = (False, True) if CELLS[mode].may_project else (False,)
+    # By their number for a direction of a layer: whether there are biases, and the kinds.
+    allowed = {len(kinds_of(bias, p)): (bias, kinds_of(bias, p)) for bias in (False, True) for p in projections}
     if rest or each not in allowed:
         raise ValueError(
-            f"{name}: weights should hold {' or '.join(map(str, allowed))} tensors for each of {num_layers} layer(s) x "
-            f"{directions} direction(s), got {len(weights)} tensors"
+            f"{name}: weights should hold {' or '.join(map(str, sorted(allowed)))} tensors for each of {num_layers} "
+            f"layer(s) x {directions} direction(s), got {len(weights)} tensors"
         )
-    bias, projection = each >= 4, each % 2 == 1
-    gates = ops.GATES[mode]
+    bias, kinds = allowed[each]
+    gates = CELLS[mode].gates
     _check_type(name, "weights[0]", weights[0])
     if weights[1].dim() != 2 or weights[1].size(0) % gates:
         raise ValueError(f"{name}: weight_hh should be ({gates}*H, P or H), got {list(weights[1].shape)}")
-    hidden_size, out_size = weights[1].size(0) // gates, weights[1].size(1)
-    if not projection and hidden_size != out_size:
+    hidden_size, state_size = weights[1].size(0) // gates, weights[1].size(1)
+    if kinds == kinds_of(bias, False) and hidden_size != state_size:
         expected_hh = [gates * hidden_size, hidden_size]
         raise ValueError(f"{name}: weight_hh should be {expected_hh}, got {list(weights[1].shape)}")
+    sizes = {"gates": gates * hidden_size, "state": state_size, "hidden": hidden_size}
     for index, weight in enumerate(weights):
-        layer, kind = index // (each * directions), index % each
-        if kind == 0:
-            label = "weight_ih"
-            expected: tuple[int, ...] = (gates * hidden_size, input.size(-1) if layer == 0 else directions * out_size)
-        elif kind == 1:
-            label, expected = "weight_hh", (gates * hidden_size, out_size)
-        elif bias and kind < 4:
-            label, expected = ("bias_ih" if kind == 2 else "bias_hh"), (gates * hidden_size,)
-        else:
-            label, expected = "weight_hr", (out_size, hidden_size)
-        if tuple(weight.shape) != expected:
+        layer, kind = index // (each * directions), kinds[index % each]
+        sizes["input"] = input.size(-1) if layer == 0 else directions * state_size
+        expected = [sizes[size] for size in KINDS[kind].shape]
+        if list(weight.shape) != expected:
             raise ValueError(
-                f"{name}: weights[{index}], {label} of layer {layer}, should be {list(expected)}, "
-                f"got {list(weight.shape)}"
+                f"{name}: weights[{index}], {kind} of layer {layer}, should be {expected}, got {list(weight.shape)}"
             )
         if weight.dtype != weights[0].dtype:
             raise ValueError(f"{name}: weights[{index}] should be {weights[0].dtype} as weights[0], got {weight.dtype}")
         if weight.device != input.device:
             raise ValueError(f"{name}: weights[{index}] is on {weight.device}, input on {input.device}")
-    return bias, hidden_size, out_size
+    return bias, hidden_size, state_size
 
 
 def _check_type(name: str, label: str, tensor: Tensor) -> None:
@@ -430,51 +453,16 @@ def _check_type(name: str, label: str, tensor: Tensor) -> None:
         )
 
 
-def _check_input(
-    name: str,
-    input: Tensor,
-    weights: Tensors,
-    batch_first: bool,
-    dropout: float,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-) -> None:
+def _check_input(name: str, input: Tensor, weights: Tensors, dropout: float, batch_sizes: Tensor | None) -> None:
     _check_type(name, "input", input)
     if weights and input.dtype != weights[0].dtype and not _autocast_active():
         raise ValueError(f"{name}: input is {input.dtype}, the weights are {weights[0].dtype}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"{name}: dropout should be in [0, 1], got {dropout}")
-    if input.dim() > 1 and input.size(1 if batch_first and batch_sizes is None else 0) == 0:
-        # torch.nn's words
-        raise ValueError(
-            f"{name}: Expected sequence length to be larger than 0 in RNN, got input of shape {list(input.shape)}"
-        )
-    if batch_sizes is not None:
-        if input.dim() != 2:
-            raise ValueError(f"{name}: with batch_sizes input should be packed rows, 2-D, got {input.dim()}-D")
-        if lengths is not None or resets is not None:
-            raise ValueError(f"{name}: lengths and resets are for dense input, not for packed rows (batch_sizes)")
-        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-            raise ValueError(
-                f"{name}: batch_sizes should be 1-D int64 on the CPU, got {batch_sizes.dim()}-D {batch_sizes.dtype} "
-                f"on {batch_sizes.device}"
-            )
-        return
-    if input.dim() != 3:
+    if batch_sizes is not None and input.dim() != 2:
+        raise ValueError(f"{name}: with batch_sizes input should be packed rows, 2-D, got {input.dim()}-D")
+    if batch_sizes is None and input.dim() != 3:
         raise ValueError(f"{name}: input should be 3-D, (T, B, I) or with batch_first (B, T, I), got {input.dim()}-D")
-    steps, batch = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
-    if lengths is not None and (lengths.dtype != torch.int64 or lengths.dim() != 1 or lengths.size(0) != batch):
-        raise ValueError(f"{name}: lengths should be int64 ({batch},), got {lengths.dtype} {list(lengths.shape)}")
-    if resets is not None:
-        expected = [batch, steps] if batch_first else [steps, batch]
-        if resets.dtype != torch.bool or list(resets.shape) != expected:
-            raise ValueError(f"{name}: resets should be bool {expected}, got {resets.dtype} {list(resets.shape)}")
-
-
-def _beside(input: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """`tensor` on the input's device. A copy from the host waits for the device: give it there where that matters."""
-    return tensor if tensor is None or tensor.device == input.device else tensor.to(input.device)
 
 
 def _check_state(
@@ -484,12 +472,11 @@ def _check_state(
     count: int,
     features: int,
     input: Tensor,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
+    sequences: Sequences,
 ) -> None:
     if state is None:
         return
-    batch = input.size(0 if batch_first else 1) if batch_sizes is None else None
+    batch = input.size(0 if sequences.batch_first else 1) if sequences.batch_sizes is None else None
     if (
         state.dim() != 3
         or state.size(0) != count

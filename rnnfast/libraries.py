@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -83,6 +82,12 @@ def _load_cuda() -> str | None:
 cpu_error: str | None = _load_cpu()
 cuda_error: str | None = _load_cuda()
 
+
+def cpu_problem() -> str | None:
+    """Why the C++ kernels cannot run here, None where they can."""
+    return cpu_error
+
+
 # What the CUDA library said about this machine; None until it was asked.
 _machine_problem: str | None = None
 
@@ -112,32 +117,6 @@ def device_problem() -> str | None:
     # The CUDA library asks the driver itself.
     why = cuda_problem() or ""
     return why if why.startswith("no CUDA device") else "no CUDA device"
-
-
-def cuda_ready() -> bool:
-    """Whether the CUDA kernels can run here."""
-    return cuda_problem() is None
-
-
-# None where Triton is installed, else why its kernels cannot be had. It is imported by the first call: that takes long.
-triton_error: str | None = None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET=1 before Triton is imported."""
-    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes")
-
-
-def triton_problem() -> str | None:
-    """Why the Triton kernels cannot run here, None where they can."""
-    if triton_error is not None:
-        return triton_error
-    return None if triton_interpreted() else device_problem()
-
-
-def triton_ready() -> bool:
-    """Whether the Triton kernels can run here."""
-    return triton_problem() is None
 
 
 # What the public property reads, at a twentieth of its price.
@@ -182,9 +161,21 @@ def follow_tf32() -> bool:
 
 # The effect of torch.compiler.assume_constant_result, which would import Dynamo: Dynamo calls these while it traces and
 # puts nothing into the graph. So a compiled graph has the TF32 setting of the last trace or eager call.
-cuda_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
-triton_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def emulated_problem() -> str | None:
+    """Why the emulated kernels cannot run here, None where they can."""
+    return (
+        None
+        if _is_loaded("rnnfast_emulated::layer_forward", "CPU")
+        else "not loaded: `with rnnfast.backend('emulated')` does"
+    )
+
+
+emulated_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load_emulated_library(path: str | None) -> None:

@@ -14,66 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .cell_types import CELLS, NONLINEARITIES
 from .functional import COMPUTED_TYPES, run_layers
-from .reference import GATES
+from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
+from .signatures import kinds_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 States: TypeAlias = tuple[Tensor, Tensor]
-
-
-def as_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device) -> Tensor:
-    """Checks `lengths` and brings them to the form that the ops take.
-
-    Args:
-        lengths: (N,) integers with 0 <= lengths <= steps, as a tensor on any device or as a sequence.
-        steps: T.
-        batch: N.
-        device: where the input is.
-    Returns:
-        (N,) int64 on `device`.
-    Raises:
-        TypeError: not integers. ValueError: wrong shape or out of range. On an accelerator, and while a graph is
-            traced, the range is not looked at: reading it would halt the device, or break the graph.
-    """
-    if not isinstance(lengths, Tensor):
-        # On the CPU whatever torch's default device is: there they can be looked at.
-        try:
-            lengths = torch.tensor(lengths, device="cpu", dtype=None if len(lengths) else torch.int64)
-        except (OverflowError, RuntimeError, ValueError) as error:
-            if "overflow" not in str(error).lower():
-                raise
-            raise ValueError(f"lengths should be from 0 to T = {steps}, got {list(lengths)}") from error
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths should be integers, got a tensor of {lengths.dtype}")
-    if lengths.dim() != 1 or lengths.shape[0] != batch:
-        raise ValueError(f"Expected lengths of shape (N,) = ({batch},), got {tuple(lengths.shape)}")
-    # Comparisons come after: there are none for most unsigned types. Beyond 2**63 the result is negative.
-    converted = lengths.to(torch.int64)
-    if batch > 0 and _readable(converted) and (int(converted.min()) < 0 or int(converted.max()) > steps):
-        wrong = next(length for length in lengths.tolist() if not 0 <= length <= steps)
-        raise ValueError(f"lengths should be from 0 to T = {steps}, got {wrong}")
-    return converted.to(device)
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` can be looked at here without breaking a graph or waiting for a device."""
-    return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and type(tensor) is Tensor  # not a FakeTensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def check_resets(resets: Tensor, first: int, second: int, batch_first: bool) -> None:
-    """Raises TypeError unless `resets` is bool, ValueError unless its shape is (first, second)."""
-    if resets.dtype != torch.bool:
-        raise TypeError(f"resets should be a bool tensor, got {resets.dtype}")
-    if resets.dim() != 2 or resets.shape[0] != first or resets.shape[1] != second:
-        axes = "(N, T)" if batch_first else "(T, N)"
-        raise ValueError(f"Expected resets of shape {axes} = ({first}, {second}), got {tuple(resets.shape)}")
 
 
 def refuse_type(dtype: torch.dtype, kind: str) -> None:
@@ -119,14 +68,17 @@ def check_weights(input: Tensor, weights: list[Tensor]) -> None:
 
 
 class Recurrent(nn.RNNBase):
-    """What LSTM, GRU and RNN share: weights, checks, and the call of the layers."""
+    """What the layers share: weights, checks, and the call of the layers."""
 
     # How _dynamo_hook.py knows our layers.
     _rnnfast_layer = True
-    # LSTM and GRU: their mode whatever the attribute says, which torch.nn does not ask there either.
+    # All but the RNN: their mode whatever the attribute says, which torch.nn does not ask there either.
     _own_mode: str | None = None
 
     __prepare_scriptable__ = as_torch_nn
+
+    def _mode(self) -> str:
+        return self._own_mode or self.mode
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read each weight where it is, so there is no flat buffer to keep."""
@@ -172,13 +124,14 @@ class Recurrent(nn.RNNBase):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
-        out_size = proj_size if proj_size > 0 else hidden_size
+        state_size = proj_size if proj_size > 0 else hidden_size
         if h is not None:
-            self._check_state(h, batch, out_size, "hidden" if c is None else "hidden[0]")
+            self._check_state(h, batch, state_size, "hidden" if c is None else "hidden[0]")
             check_alike(input, h, "hidden")
         mode = self._own_mode or self.mode
-        if weights[1].shape != (GATES.get(mode, 0) * hidden_size, out_size):
-            self._refuse_sizes(weights[1], out_size)
+        cell = CELLS.get(mode)
+        if cell is None or weights[1].shape != (cell.gates * hidden_size, state_size):
+            self._refuse_sizes(weights[1], state_size)
         if c is not None:
             self._check_state(c, batch, self.hidden_size, "hidden[1]")
             check_alike(input, c, "hidden")
@@ -199,8 +152,7 @@ class Recurrent(nn.RNNBase):
         directions = ["", "_reverse"] if self.bidirectional else [""]
         if not isinstance(layers, int):
             raise TypeError(f"{type(self).__name__}: num_layers should be of type int, got: {type(layers).__name__}")
-        kinds = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ())]
-        kinds += ["weight_hr"] if self.proj_size > 0 else []
+        kinds = kinds_of(bool(self.bias), self.proj_size > 0)
         names = [f"{kind}_l{layer}{way}" for layer in range(layers) for way in directions for kind in kinds]
         there_are = 0 < len(names) < len(weights) and self._flat_weights_names[: len(names)] == names
         if there_are and self._own_mode == "LSTM" and self.proj_size <= 0:
@@ -217,14 +169,15 @@ class Recurrent(nn.RNNBase):
             if not isinstance(value, bool):
                 raise TypeError(f"{type(self).__name__}: {name} should be of type bool, got: {type(value).__name__}")
 
-    def _refuse_sizes(self, weight_hh: Tensor, out_size: int) -> None:
+    def _refuse_sizes(self, weight_hh: Tensor, state_size: int) -> None:
         """Raises what fits `mode`, `hidden_size` or `proj_size` that are not those of the weights."""
-        mode = self._own_mode or self.mode
-        if mode not in GATES or (self._own_mode is None and not mode.startswith("RNN_")):
-            raise AssertionError(f"mode must be RNN_TANH, RNN_RELU or RNN_IDENTITY, got {mode}")
+        mode = self._mode()
+        if mode not in CELLS or (self._own_mode is None and mode not in NONLINEARITIES.values()):
+            *others, last = NONLINEARITIES.values()
+            raise AssertionError(f"mode must be {', '.join(others)} or {last}, got {mode}")
         raise RuntimeError(
             f"{type(self).__name__}: hidden_size={self.hidden_size}, proj_size={self.proj_size} need weight_hh_l0 of "
-            f"shape ({GATES[mode] * self.hidden_size}, {out_size}), got {tuple(weight_hh.shape)}"
+            f"shape ({CELLS[mode].gates * self.hidden_size}, {state_size}), got {tuple(weight_hh.shape)}"
         )
 
     def _check_dropout(self) -> None:
@@ -247,78 +200,53 @@ class Recurrent(nn.RNNBase):
         input: Tensor,
         h: Tensor | None,
         c: Tensor | None,
-        lengths: Tensor | Sequence[int] | None,
-        resets: Tensor | None,
+        options: RowOptions | None,
         cell_states: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, cell_states."""
+        """Dense input, (T, N, I), (N, T, I) or (T, I): checks, then all layers. Returns output, h_n, c_n, every c_t."""
         batch_first: Any = self.batch_first
         if batch_first is not True and batch_first is not False:
             self._check_flags()
         rank = input.dim()
         if rank == 2:
-            return self._run_unbatched(input, h, c, lengths, resets, cell_states)
+            return self._run_unbatched(input, h, c, options, cell_states)
         if rank != 3:
             # torch.nn's RNN alone says "tensor".
             name, noun = (self._own_mode, "") if self._own_mode else ("RNN", " tensor")
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {rank}D{noun} instead")
-        first, second = input.shape[0], input.shape[1]
-        steps, batch = (second, first) if batch_first else (first, second)
+        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
         mode, weights = self._check(input, batch, h, c)
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            lengths = as_lengths(lengths, steps, batch, input.device)
-        if resets is not None:
-            check_resets(resets, first, second, batch_first)
-            resets = resets.to(input.device)
+        sequences = EVERY_ROW_COUNTS[batch_first] if options is None else dense_sequences(input, batch_first, options)
         return run_layers(
-            mode,
-            input,
-            h,
-            c,
-            weights,
-            bias=self.bias,
-            num_layers=self.num_layers,
-            bidirectional=bool(self.bidirectional),
-            batch_first=batch_first,
-            dropout=self.dropout,
-            training=self.training,
-            lengths=lengths,
-            resets=resets,
-            return_cell_states=cell_states,
-        )
+            mode, input, h, c, weights, sequences, bias=self.bias,
+            num_layers=self.num_layers, bidirectional=bool(self.bidirectional), dropout=self.dropout,
+            training=self.training, return_cell_states=cell_states,
+        )  # fmt: skip
 
     def _run_unbatched(
         self,
         input: Tensor,
         h: Tensor | None,
         c: Tensor | None,
-        lengths: Tensor | Sequence[int] | None,
-        resets: Tensor | None,
+        options: RowOptions | None,
         cell_states: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(T, I) as a batch of one. What comes back has no batch dimension either."""
         axis = 0 if self.batch_first else 1
-        if resets is not None:
-            if resets.dim() != 1:
-                raise ValueError(f"Expected resets of shape (T,) = ({input.shape[0]},), got {tuple(resets.shape)}")
-            resets = resets.unsqueeze(axis)
-        if isinstance(lengths, Tensor) and lengths.dim() == 0:
-            lengths = lengths.unsqueeze(0)
-        output, h_n, c_n, cell_states = self._run(
+        output, h_n, c_n, every_c = self._run(
             input.unsqueeze(axis),
             None if h is None else h.unsqueeze(1),
             None if c is None else c.unsqueeze(1),
-            lengths,
-            resets,
+            None if options is None else options.of_a_batch_of_one(input.shape[0], axis),
             cell_states,
         )
         return (
             output.squeeze(axis),
             h_n.squeeze(1),
             None if c_n is None else c_n.squeeze(1),
-            None if cell_states is None else cell_states.squeeze(axis),
+            None if every_c is None else every_c.squeeze(axis),
         )
 
     def _run_packed(
@@ -326,15 +254,12 @@ class Recurrent(nn.RNNBase):
         packed: PackedSequence,
         h: Tensor | None,
         c: Tensor | None,
-        lengths: Tensor | Sequence[int] | None,
-        resets: Tensor | None,
+        options: RowOptions | None,
         cell_states: bool,
     ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
         """Packed rows go to the ops as they are; the states are permuted on the way in and on the way out."""
-        if lengths is not None:
-            raise ValueError("lengths cannot be given with a PackedSequence, which carries its own")
-        if resets is not None:
-            raise ValueError("resets cannot be given with a PackedSequence: pass a padded input with lengths instead")
+        if options is not None:
+            options.refuse_with("a PackedSequence")
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
@@ -350,25 +275,15 @@ class Recurrent(nn.RNNBase):
             # Without a state the op's results have a size that is a number in batch_sizes, which breaks a graph.
             count = self.num_layers * (2 if self.bidirectional else 1)
             h = input.new_zeros(count, batch, self.proj_size or self.hidden_size)
-            c = input.new_zeros(count, batch, self.hidden_size) if mode == "LSTM" else None
+            c = input.new_zeros(count, batch, self.hidden_size) if CELLS[mode].has_cell_state else None
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)
             c = None if c is None else c.index_select(1, sorted_indices)
-        output, h_n, c_n, cell_states = run_layers(
-            mode,
-            input,
-            h,
-            c,
-            weights,
-            bias=self.bias,
-            num_layers=self.num_layers,
-            bidirectional=bool(self.bidirectional),
-            batch_first=False,
-            dropout=self.dropout,
-            training=self.training,
-            batch_sizes=batch_sizes,
+        output, h_n, c_n, every_c = run_layers(
+            mode, input, h, c, weights, Sequences(batch_sizes), bias=self.bias, num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional), dropout=self.dropout, training=self.training,
             return_cell_states=cell_states,
-        )
+        )  # fmt: skip
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
@@ -376,7 +291,7 @@ class Recurrent(nn.RNNBase):
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             h_n,
             c_n,
-            None if cell_states is None else PackedSequence(cell_states, batch_sizes, sorted_indices, unsorted_indices),
+            None if every_c is None else PackedSequence(every_c, batch_sizes, sorted_indices, unsorted_indices),
         )
 
     def _check_ranks(self, input: Tensor, hx: Tensor) -> None:
@@ -442,8 +357,8 @@ class LSTM(Recurrent, nn.LSTM):
             ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
         """
         if (type(input) is not Tensor and type(input) is not PackedSequence) or tool_watches():
-            options = {"lengths": lengths, "resets": resets, "return_cell_states": return_cell_states}
-            if (result := result_for_tool(self, input, hx, **options)) is not None:
+            watched = RowOptions(lengths, resets)._asdict() | {"return_cell_states": return_cell_states}
+            if (result := result_for_tool(self, input, hx, **watched)) is not None:
                 return result[0]
         h: Tensor | None = None
         c: Tensor | None = None
@@ -458,19 +373,20 @@ class LSTM(Recurrent, nn.LSTM):
                         f"For {'batched' if rank == 3 else 'unbatched'} {rank}-D input, hx and cx should "
                         f"also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
                     )
+        options = None if lengths is None and resets is None else RowOptions(lengths, resets)
         output: Any
         cell_states: Any
         if isinstance(input, PackedSequence):
-            output, h_n, c_n, cell_states = self._run_packed(input, h, c, lengths, resets, return_cell_states)
+            output, h_n, c_n, cell_states = self._run_packed(input, h, c, options, return_cell_states)
         else:
-            output, h_n, c_n, cell_states = self._run(input, h, c, lengths, resets, return_cell_states)
+            output, h_n, c_n, cell_states = self._run(input, h, c, options, return_cell_states)
         if return_cell_states:
             return output, (h_n, c_n), cell_states
         return output, (h_n, c_n)
 
 
 class _OneState(Recurrent):
-    """GRU and RNN: the state is one tensor."""
+    """All but the LSTM: the state is one tensor."""
 
     def forward(
         self,
@@ -497,15 +413,16 @@ class _OneState(Recurrent):
             ValueError, TypeError: lengths or resets that do not fit, or that come with a PackedSequence.
         """
         if (type(input) is not Tensor and type(input) is not PackedSequence) or tool_watches():
-            result = result_for_tool(self, input, hx, lengths=lengths, resets=resets)
+            result = result_for_tool(self, input, hx, **RowOptions(lengths, resets)._asdict())
             if result is not None:
                 return result[0]
+        options = None if lengths is None and resets is None else RowOptions(lengths, resets)
         if isinstance(input, PackedSequence):
-            packed, h_n, _, _ = self._run_packed(input, hx, None, lengths, resets, False)
+            packed, h_n, _, _ = self._run_packed(input, hx, None, options, False)
             return packed, h_n
         if hx is not None:
             self._check_ranks(input, hx)
-        output, h_n, _, _ = self._run(input, hx, None, lengths, resets, False)
+        output, h_n, _, _ = self._run(input, hx, None, options, False)
         return output, h_n
 
 
@@ -543,7 +460,8 @@ class RNN(_OneState, nn.RNN):
 
     .. math:: h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of :class:`torch.nn.RNN`.
+    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of
+    :class:`torch.nn.RNN`.
 
     Args:
         input_size: I, the features of the input.
@@ -561,17 +479,21 @@ class RNN(_OneState, nn.RNN):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # torch.nn knows no linear recurrence: it builds a tanh one, whose parameters are the same.
-        identity = (args[3] if len(args) > 3 else kwargs.get("nonlinearity")) == "identity"
-        if identity and len(args) > 3:
+        # Where torch.nn does not know the nonlinearity, it builds a tanh RNN, whose parameters are the same.
+        wanted = args[3] if len(args) > 3 else kwargs.get("nonlinearity", "tanh")
+        ours = NONLINEARITIES.get(wanted) if isinstance(wanted, str) else None
+        if ours is None or CELLS[ours].torch_cell is not None:
+            super().__init__(*args, **kwargs)
+            return
+        if len(args) > 3:
             args = (*args[:3], "tanh", *args[4:])
-        elif identity:
+        else:
             kwargs["nonlinearity"] = "tanh"
         super().__init__(*args, **kwargs)
-        if identity:
-            self.nonlinearity = "identity"
-            self.mode = "RNN_IDENTITY"
+        self.nonlinearity = wanted
+        self.mode = ours
 
     def extra_repr(self) -> str:
-        # torch.nn leaves the nonlinearity out; the one that it does not have is worth showing.
-        return super().extra_repr() + (", nonlinearity=identity" if self.mode == "RNN_IDENTITY" else "")
+        # torch.nn leaves the nonlinearity out; one that it does not have is worth showing.
+        theirs = CELLS[self.mode].torch_cell is not None if self.mode in CELLS else True
+        return super().extra_repr() + ("" if theirs else f", nonlinearity={self.nonlinearity}")

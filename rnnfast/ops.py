@@ -1,9 +1,4 @@
-"""The ops of rnnfast: the compiled kernels where they are built, plain PyTorch (`reference.py`) otherwise.
-
-Each function here has the signature of the op of the same name (`signatures.py`; docs/design.md lists shapes and
-meanings) and one more argument, `backend`: the name of the backend that runs it, None for the one that
-`backends.select` chooses. They are for direct calls: the layers go to `kernels` themselves.
-"""
+"""The compiled ops as Python calls them, and the matrix product of the CPU library."""
 
 from __future__ import annotations
 
@@ -15,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import libraries, reference
-from .reference import GATES as GATES
+from . import libraries
 
 # None where the C++ library is loaded, else why it is not.
 library_error = libraries.cpu_error
@@ -29,10 +23,8 @@ _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 class Kernels(NamedTuple):
-    """One backend's functions, each with the signature of the op of its name."""
+    """One backend's functions. Each takes the arguments of the op of its name, flat (`signatures.OPS`)."""
 
-    input_projection: Callable[..., Any]
-    recurrence_forward: Callable[..., Any]
     recurrence_backward: Callable[..., Any]
     layer_forward: Callable[..., Any]
     layer: Callable[..., Any]
@@ -57,26 +49,14 @@ def _without_derivative(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _library_kernels(namespace: str) -> Kernels:
+def without_derivatives(namespace: str) -> Kernels:
+    """The ops of a loaded library for callers that need no derivative or bring one."""
     return Kernels(*map(_without_derivative, overloads(namespace)))
 
 
-def add_kernels(backend: str, namespace: str) -> None:
-    """Makes the ops of a namespace those of a backend."""
-    kernels[backend] = _library_kernels(namespace)
-    _overloads[backend] = overloads(namespace)
-
-
-def differentiable(backend: str) -> Kernels:
-    """A backend's ops for programs that run without rnnfast's Python: with their derivatives."""
-    return _overloads.get(backend) or kernels[backend]
-
-
-def _missing_kernels(backend: str, why: str | None) -> Kernels:
-    def missing(*_: Any) -> Any:
-        raise RuntimeError(f"rnnfast: backend {backend!r} is not available: {why}")
-
-    return Kernels(*[missing] * len(Kernels._fields))
+def on_cuda(kernels: Kernels) -> Kernels:
+    """The ops for CUDA tensors: torch's TF32 flag is handed to the library first."""
+    return Kernels(*map(_on_cuda, kernels))
 
 
 def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,53 +75,9 @@ def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _cuda_kernels() -> Kernels:
-    """The same ops as the CPU's: the dispatcher goes by the tensors' device."""
-    if libraries.cuda_error is not None:
-        return _missing_kernels("cuda", libraries.cuda_error)
-    return Kernels(*map(_on_cuda, _library_kernels("rnnfast")))
-
-
-# Every backend's functions: the one place where a backend's name becomes code.
-kernels: dict[str, Kernels] = {
-    "reference": Kernels(*(getattr(reference, name) for name in Kernels._fields)),
-    "cpu": _library_kernels("rnnfast") if library_error is None else _missing_kernels("cpu", library_error),
-    "cuda": _cuda_kernels(),
-    # Registered by registration.py.
-    "triton": _missing_kernels("triton", libraries.triton_error),
-    "emulated": _missing_kernels("emulated", "call rnnfast.ops.load_emulated first"),
-}
-_overloads: dict[str, Kernels] = {}
-if library_error is None:
-    _overloads["cpu"] = overloads("rnnfast")
-if libraries.cuda_error is None:
-    _overloads["cuda"] = overloads("rnnfast")
-
 _matmul: Callable[..., Any] = (
     torch.mm if library_error is not None else _without_derivative(torch.ops.rnnfast.matmul.default)
 )
-
-# Whether `kernels` has the emulated library's functions.
-emulated_loaded = False
-
-
-def load_emulated(path: str | None = None) -> None:
-    """Makes the backend `emulated` available: the CUDA kernels, compiled for the processor. A developer's tool, slow.
-
-    Args:
-        path: of the library; None takes the environment variable RNNFAST_EMULATED_LIBRARY.
-
-    Raises:
-        RuntimeError: there is no such library, or it does not load; the message says how to build it.
-    """
-    global emulated_loaded
-    if not emulated_loaded:
-        libraries.load_emulated_library(path)
-        add_kernels("emulated", "rnnfast_emulated")
-        from .registration import register
-
-        register("rnnfast_emulated", lambda _: "emulated")
-        emulated_loaded = True
 
 
 def use_cpu_isa(name: str) -> str:
@@ -162,105 +98,6 @@ def use_cpu_isa(name: str) -> str:
 def cpu_isa() -> str:
     """The instruction set that the C++ kernels use: avx512, avx2, portable ("" without the library)."""
     return "" if library_error is not None else use_cpu_isa("")
-
-
-def _backend_for(tensor: Tensor) -> str:
-    from .backends import select  # imported late: backends reports on this module
-
-    return select(tensor)
-
-
-def _run(name: str, tensor: Tensor, backend: str | None, arguments: tuple[Any, ...]) -> Any:
-    return getattr(kernels[backend or _backend_for(tensor)], name)(*arguments)
-
-
-def input_projection(mode: str, input: Tensor, *places: Tensor | None, backend: str | None = None) -> Tensor:
-    """All gates' input part, (rows, D*G*H): `W_ih x + b_ih + b_hh` (without b_hn for the GRU's n gate)."""
-    result: Tensor = _run("input_projection", input, backend, (mode, input, *places))
-    return result
-
-
-def recurrence_forward(
-    mode: str,
-    batch_first: bool,
-    save_reserve: bool,
-    gates: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs every step of one layer, all its directions: (output, h_n, c_n, cell_states, reserve)."""
-    arguments = (mode, batch_first, save_reserve, gates, hx, cx, batch_sizes, lengths, resets, *places)
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("recurrence_forward", gates, backend, arguments)
-    return results
-
-
-def recurrence_backward(
-    mode: str,
-    batch_first: bool,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cell_states: Tensor | None,
-    output: Tensor | None,
-    cell_states: Tensor,
-    reserve: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
-    arguments = (
-        mode, batch_first, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, hx, cx, batch_sizes,
-        lengths, resets, *places,
-    )  # fmt: skip
-    model = reserve if output is None else output
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("recurrence_backward", model, backend, arguments)
-    return results
-
-
-def layer_forward(
-    mode: str,
-    batch_first: bool,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer, with what backward needs: (output, h_n, c_n, cell_states, reserve)."""
-    arguments = (mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, *places)
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _run("layer_forward", input, backend, arguments)
-    return results
-
-
-def layer(
-    mode: str,
-    batch_first: bool,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, (output, h_n, c_n): keeps what backward needs only where somebody may differentiate it."""
-    arguments = (mode, batch_first, input, hx, cx, batch_sizes, lengths, resets, *places)
-    results: tuple[Tensor, Tensor, Tensor] = _run("layer", input, backend, arguments)
-    return results
 
 
 class Matmul(torch.autograd.Function):

@@ -16,7 +16,9 @@ from torch import jit, nn
 from torch.nn.utils import parametrize
 
 from . import cells, modules
-from .backends import backends
+from .backends import has_kernels
+from .cell_types import CELLS
+from .tools import what_torch_nn_lacks
 
 __all__ = ["Report", "accelerate", "exporting", "restore"]
 
@@ -32,8 +34,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _NAMES = frozenset(theirs.__name__ for theirs in _OURS)
-# The backends with kernels for a device. On the CPU a module is swapped even where only the reference is there.
-_KERNELS = {"cuda": ("cuda", "triton")}
 
 
 @dataclass
@@ -78,8 +78,8 @@ def restore(model: nn.Module) -> Report:
     Args:
         model: any module, or such a layer itself.
     Returns:
-        Report: what was swapped, and what was left alone and why: torch.nn has no linear RNN, and subclasses of ours
-            rely on ours.
+        Report: what was swapped, and what was left alone and why: torch.nn has no MGU and no RNN with a nonlinearity of
+            ours, and subclasses of ours rely on ours.
     """
     return _swap(model, _THEIRS, _why_not_theirs)
 
@@ -170,11 +170,12 @@ def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
         return f"{cls.__module__}.{cls.__qualname__} is a subclass, which may rely on what torch.nn does inside"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if isinstance(module, nn.RNNBase) and module.mode not in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"):
+    if isinstance(module, nn.RNNBase) and (module.mode not in CELLS or CELLS[module.mode].torch_cell is None):
         return f"unknown mode {module.mode!r}"
     weight = next(module.parameters(), None)
     device = "cpu" if weight is None else weight.device.type
-    if device not in ("cpu", "meta") and not any(backends()[name].available for name in _KERNELS.get(device, ())):
+    # On the CPU a module is swapped even where only the reference is there.
+    if device not in ("cpu", "meta") and not has_kernels(device):
         return f"there are no kernels for {device!r} devices here"
     return None
 
@@ -182,8 +183,7 @@ def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
 def _why_not_theirs(module: nn.Module, exact: bool) -> str | None:
     if not isinstance(module, (modules.Recurrent, cells.Cell)):
         return None
-    if not exact:
-        return f"{type(module).__module__}.{type(module).__qualname__} is a subclass of rnnfast's class"
-    if getattr(module, "nonlinearity", None) == "identity":
-        return "torch.nn has no linear recurrence"
-    return None
+    lacks = what_torch_nn_lacks(module)
+    if lacks is not None:
+        return f"torch.nn has no {lacks}"
+    return None if exact else f"{type(module).__module__}.{type(module).__qualname__} is a subclass of rnnfast's class"

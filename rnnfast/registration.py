@@ -6,7 +6,7 @@ where a derivative may be asked for, the dispatcher's Autograd key runs the op a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +16,18 @@ from torch.autograd import forward_ad
 from . import libraries, ops, reference
 from ._after_import import after_import
 from .autograd import Layer
-from .reference import GATES
-from .signatures import HH, HR, IH, OPS, filled, of_kind, rows_of_one_step
+from .backends import BACKENDS
+from .cell_types import CELLS
+from .sequences import Sequences
+from .signatures import KINDS, OF_RECURRENCE, OPS, BackwardArguments, LayerArguments, Parameters, flat, nested
+from .triton import availability
+
+# The namespaces with rnnfast's ops, and the name of the backend that runs an op of it on a tensor.
+_NAMESPACES: dict[str, Callable[[Tensor], str]] = {
+    "rnnfast": lambda tensor: "cuda" if tensor.is_cuda else "cpu",
+    "rnnfast_triton": lambda _: "triton",
+    "rnnfast_emulated": lambda _: "emulated",
+}
 
 # --- derivatives --------------------------------------------------------------------------------------------------
 
@@ -25,29 +35,28 @@ from .signatures import HH, HR, IH, OPS, filled, of_kind, rows_of_one_step
 def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[..., Any]]:
     """By op: what it comes to where a derivative may be asked for.
 
-    The layer as a whole has the kernels' backward pass. Its parts are differentiated through the reference: nothing
-    but a direct call has them apart.
+    The layer as a whole has the kernels' backward pass. That pass is differentiated through the reference.
     """
 
-    def layer_forward(mode: str, batch_first: bool, input: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = Layer.apply(backend_of(input), mode, batch_first, input, *others)
+    def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        call = nested(LayerArguments, arguments)
+        # All of them: the dispatcher leaves out those at the end that are None.
+        results: tuple[Tensor, ...] = Layer.apply(backend_of(call.input), *flat(call))
         return results
 
     return {
-        "input_projection": reference.input_projection,
-        "recurrence_forward": reference.recurrence_forward,
-        "recurrence_backward": reference.recurrence_backward,
+        "recurrence_backward": _references["recurrence_backward"],
         "layer_forward": layer_forward,
         "layer": lambda *arguments: layer_forward(*arguments)[:3],
         "matmul": ops.Matmul.apply,
     }
 
 
-def _all_arguments(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, given the arguments too that the dispatcher leaves out."""
-    if name not in OPS:
-        return function
-    return lambda *arguments: function(*filled(name, arguments))
+# By op: the differentiable reference.
+_references: dict[str, Callable[..., Any]] = {
+    **BACKENDS["reference"].kernels._asdict(),
+    "matmul": reference.matmul,
+}
 
 
 def _autograd_kernel(op: Any, differentiable: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,86 +90,61 @@ def _functorch_kernel(differentiable: Callable[..., Any], reference: Callable[..
 # Sizes are only ever passed on, never compared: T and B stay symbols.
 
 
-def _states_fake(
-    mode: str, batch_first: bool, rows: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None,
-    places: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weight_hh = of_kind(places, HH)
-    directions, (width, features) = len(weight_hh), weight_hh[0].shape
-    output = rows.new_empty(*rows.shape[:-1], directions * features)
-    if rows_of_one_step(rows, batch_sizes):
-        leading: tuple[Any, ...] = (rows.size(0),)
-        h_n = rows.new_empty(0)
+def _states_fake(call: LayerArguments) -> tuple[Tensor, Tensor, Tensor]:
+    mode, input, hx, cx, sequences, parameters = call
+    weight_hh = parameters.each("weight_hh")
+    directions, (width, state_size) = len(weight_hh), weight_hh[0].shape
+    cell = CELLS[mode]
+    output = input.new_empty(*input.shape[:-1], directions * state_size)
+    if sequences.is_one_step(input):
+        leading: tuple[Any, ...] = (input.size(0),)
+        h_n = input.new_empty(0)
     else:
-        leading = (directions, _batch(batch_first, rows, hx, cx, batch_sizes))
-        h_n = rows.new_empty(*leading, features)
-    c_n = rows.new_empty(*leading, width // GATES[mode]) if mode == "LSTM" else rows.new_empty(0)
+        leading = (directions, _batch(input, hx, cx, sequences))
+        h_n = input.new_empty(*leading, state_size)
+    c_n = input.new_empty(*leading, width // cell.gates) if cell.has_cell_state else input.new_empty(0)
     return output, h_n, c_n
 
 
-def _batch(batch_first: bool, rows: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None) -> Any:
+def _batch(input: Tensor, hx: Tensor | None, cx: Tensor | None, sequences: Sequences) -> Any:
     if hx is not None:
         return hx.size(1)
     if cx is not None:
         return cx.size(1)
-    if batch_sizes is not None:
+    if sequences.batch_sizes is not None:
         # The first batch size is a number in a tensor: a size that only the run knows.
         return torch.library.get_ctx().new_dynamic_size()
-    return rows.size(0 if batch_first else 1)
+    return input.size(0 if sequences.batch_first else 1)
 
 
-def _saved_fake(mode: str, save_reserve: bool, rows: Tensor, places: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    weight_hh = of_kind(places, HH)
-    width = len(weight_hh) * (weight_hh[0].size(0) // GATES[mode])
-    cell_states = rows.new_empty(*rows.shape[:-1], width) if save_reserve and mode == "LSTM" else rows.new_empty(0)
-    keeps = save_reserve and mode in ("LSTM", "GRU")
-    return cell_states, rows.new_empty(*rows.shape[:-1], 4 * width) if keeps else rows.new_empty(0)
+def _layer_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _states_fake(nested(LayerArguments, arguments))
 
 
-def _input_projection_fake(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
-    weight_ih = of_kind(places, IH)
-    return input.new_empty(*input.shape[:-1], len(weight_ih) * weight_ih[0].size(0))
+def _layer_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = nested(LayerArguments, arguments)
+    cell, weight_hh, input = CELLS[call.mode], call.parameters.each("weight_hh"), call.input
+    rows, width = input.shape[:-1], len(weight_hh) * (weight_hh[0].size(0) // cell.gates)
+    cell_states = input.new_empty(*rows, width) if cell.has_cell_state else input.new_empty(0)
+    reserve = input.new_empty(*rows, cell.reserve * width) if cell.reserve else input.new_empty(0)
+    return (*_states_fake(call), cell_states, reserve)
 
 
-def _recurrence_forward_fake(
-    mode: str, batch_first: bool, save_reserve: bool, gates: Tensor, hx: Tensor | None, cx: Tensor | None,
-    batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, *places: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    states = _states_fake(mode, batch_first, gates, hx, cx, batch_sizes, places)
-    return (*states, *_saved_fake(mode, save_reserve, gates, places))
-
-
-def _recurrence_backward_fake(
-    mode: str, batch_first: bool, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None,
-    grad_cell_states: Tensor | None, output: Tensor | None, cell_states: Tensor, reserve: Tensor, hx: Tensor | None,
-    cx: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None,
-    *places: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    model = reserve if output is None else output
-    rows = model.shape[:-1]
-    weight_hh, weight_hr = of_kind(places, HH), of_kind(places, HR)
-    directions, (width, features) = len(weight_hh), weight_hh[0].shape
-    grad_gates = model.new_empty(*rows, directions * width)
-    grad_gates_hh = model.new_empty(*rows, directions * width) if mode == "GRU" else model.new_empty(0)
-    grad_hx = model.new_empty(0 if hx is None else hx.shape)
-    grad_cx = model.new_empty(0 if cx is None or mode != "LSTM" else cx.shape)
-    grad_projected = model.new_empty(*rows, directions * features) if weight_hr else model.new_empty(0)
-    return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
-
-
-def _layer_forward_fake(
-    mode: str, batch_first: bool, input: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None,
-    lengths: Tensor | None, resets: Tensor | None, *places: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    states = _states_fake(mode, batch_first, input, hx, cx, batch_sizes, places)
-    return (*states, *_saved_fake(mode, True, input, places))
-
-
-def _layer_fake(
-    mode: str, batch_first: bool, input: Tensor, hx: Tensor | None, cx: Tensor | None, batch_sizes: Tensor | None,
-    lengths: Tensor | None, resets: Tensor | None, *places: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return _states_fake(mode, batch_first, input, hx, cx, batch_sizes, places)
+def _recurrence_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = nested(BackwardArguments, arguments)
+    like, hx, cx, cell = call.like, call.hx, call.cx, CELLS[call.mode]
+    rows = like.shape[:-1]
+    weight_hh = call.parameters.each("weight_hh")
+    directions, (width, state_size) = len(weight_hh), weight_hh[0].shape
+    projected = call.parameters.is_projected
+    nothing = like.new_empty
+    return (
+        like.new_empty(*rows, directions * width),
+        like.new_empty(*rows, directions * width) if cell.split_gate is not None else nothing(0),
+        like.new_empty(0 if hx is None else hx.shape),
+        like.new_empty(0 if cx is None or not cell.has_cell_state else cx.shape),
+        like.new_empty(*rows, directions * state_size) if projected else nothing(0),
+    )
 
 
 def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
@@ -168,8 +152,6 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "input_projection": _input_projection_fake,
-    "recurrence_forward": _recurrence_forward_fake,
     "recurrence_backward": _recurrence_backward_fake,
     "layer_forward": _layer_forward_fake,
     "layer": _layer_fake,
@@ -181,27 +163,29 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # Two for each multiplication with a weight, as torch counts its own products. Shapes come in the tensors' stead.
 
 
-def _products(shapes: Sequence[Any], rows: Any, kinds: Sequence[int]) -> int:
-    """What multiplying every one of the rows with the weights of these kinds takes."""
+def _products(parameters: Parameters, rows: Any, of_recurrence: bool) -> int:
+    """What multiplying every one of the rows with the weights, or with those of the recurrence alone, takes."""
     total = 0
-    for kind in kinds:
-        for height, width in of_kind(shapes, kind):
+    for kind in OF_RECURRENCE if of_recurrence else [name for name, kind in KINDS.items() if len(kind.shape) == 2]:
+        for height, width in parameters.each(kind):
             total += 2 * height * width
     for size in rows[:-1]:
         total *= size
     return total
 
 
-def _count_layer(mode: str, batch_first: bool, input: Any, *others: Any, **_: Any) -> int:
-    return _products(others[5:], input, (IH, HH, HR))
+def _count_layer(*arguments: Any, **_: Any) -> int:
+    call = nested(LayerArguments, arguments)
+    return _products(call.parameters, call.input, False)
+
+
+def _count_backward(*arguments: Any, **_: Any) -> int:
+    call = nested(BackwardArguments, arguments)
+    return _products(call.parameters, call.like, True)
 
 
 _COUNTS: dict[str, Callable[..., int]] = {
-    "input_projection": lambda mode, input, *places, **_: _products(places, input, (IH,)),
-    "recurrence_forward": lambda *arguments, **_: _products(arguments[9:], arguments[3], (HH, HR)),
-    "recurrence_backward": lambda *arguments, **_: _products(
-        arguments[14:], arguments[8] if arguments[6] is None else arguments[6], (HH, HR)
-    ),
+    "recurrence_backward": _count_backward,
     "layer_forward": _count_layer,
     "layer": _count_layer,
     "matmul": lambda a, b, **_: 2 * a[0] * a[1] * b[1],
@@ -210,7 +194,7 @@ _COUNTS: dict[str, Callable[..., int]] = {
 
 def _count_operations(flop_counter: Any) -> None:
     """Has torch.utils.flop_counter count the ops. (Importing it takes longer than importing all of this package.)"""
-    for namespace in ("rnnfast", "rnnfast_triton", "rnnfast_emulated"):
+    for namespace in _NAMESPACES:
         for name, count in _COUNTS.items():
             packet = getattr(getattr(torch.ops, namespace), name, None)
             if packet is not None and packet not in flop_counter.flop_registry:
@@ -220,24 +204,18 @@ def _count_operations(flop_counter: Any) -> None:
 # --- telling torch ------------------------------------------------------------------------------------------------
 
 
-def register(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
-    """Tells torch all of it for the ops of one namespace, the first time that a process asks.
-
-    Args:
-        namespace: of ops that are defined.
-        backend_of: the name of the backend that runs an op of the namespace on a tensor.
-    """
+def _register(namespace: str) -> None:
+    """Tells torch all of it for the ops of one namespace, which are defined, the first time that a process asks."""
 
     def registered() -> torch.library.Library:
         library = torch.library.Library(namespace, "FRAGMENT")
-        differentiable = _differentiable(backend_of)
+        differentiable = _differentiable(_NAMESPACES[namespace])
         for name, fake in _FAKES.items():
             if not hasattr(getattr(torch.ops, namespace), name):
                 continue
             op = getattr(getattr(torch.ops, namespace), name).default
-            qualified = f"{namespace}::{name}"
-            torch.library.register_fake(qualified, fake, lib=library)
-            own, plain = _all_arguments(name, differentiable[name]), _all_arguments(name, getattr(reference, name))
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            own, plain = differentiable[name], _references[name]
             library.impl(name, _autograd_kernel(op, own, plain), "Autograd", with_keyset=True)
             library.impl(name, _functorch_kernel(own, plain), "FuncTorchDynamicLayerFrontMode")
         return library
@@ -265,12 +243,27 @@ def _define_triton() -> torch.library.Library:
     return library
 
 
+def load_emulated(path: str | None = None) -> None:
+    """Makes the backend `emulated` available: the CUDA kernels, compiled for the processor. A developer's tool, slow.
+
+    Args:
+        path: of the library; None takes the environment variable RNNFAST_EMULATED_LIBRARY.
+
+    Raises:
+        RuntimeError: there is no such library, or it does not load; the message says how to build it.
+    """
+    libraries.load_emulated_library(path)
+    BACKENDS["emulated"].use("rnnfast_emulated")
+    _register("rnnfast_emulated")
+
+
 def register_all() -> None:
     """What the import of the package registers."""
     after_import("torch.utils.flop_counter", _count_operations)
     if ops.library_error is None:
-        register("rnnfast", lambda tensor: "cuda" if tensor.is_cuda else "cpu")
-    if libraries.triton_error is None:
+        _register("rnnfast")
+    if availability.error is None:
         libraries.registered_once("rnnfast_triton: ops", _define_triton)
-        register("rnnfast_triton", lambda _: "triton")
-        ops.add_kernels("triton", "rnnfast_triton")
+        _register("rnnfast_triton")
+        BACKENDS["triton"].use("rnnfast_triton")
+    BACKENDS["emulated"].load = load_emulated

@@ -1,152 +1,272 @@
-"""The ops' arguments: their names and types, and what each is. csrc/schemas.h and csrc/places.h have the same for C++.
+"""The ops' arguments: records that they travel in, and the schemas made of them.
 
-A layer's parameters have fixed places among the arguments, None where there is none.
+C++ has csrc/schemas.h and csrc/parameters.h.
+
+Inside rnnfast the arguments are records; they are laid out flat, in the order of the op's schema, where an op or a
+kernel is called, and nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor
 
-# What an argument or a result is. ROWS: (T, B, ...), with batch_first (B, T, ...), packed (rows, ...), of one step
-# (B, ...). STATE: (D, B, ...), of one step (B, ...). BATCH: (B,). SIZES: batch_sizes. WEIGHT: a parameter.
-# OTHER: anything that is not a tensor.
-ROWS, STATE, BATCH, SIZES, WEIGHT, OTHER = range(6)
+from .cell_types import CELLS
+from .sequences import ROLES as SEQUENCE_ROLES
+from .sequences import Role, Sequences
 
-# The kinds of parameters, each with two places: of the first direction and of the reversed one. A new kind is a line
-# here, at the end (saved programs count places), one in csrc/places.h, and two names in the Functions of autograd.py.
-KINDS = (
-    "weight_ih",
-    "weight_hh",
-    "bias_ih",
-    "bias_hh",
-    "weight_hr",
-)
-PLACES = tuple(f"{kind}{direction}" for kind in KINDS for direction in ("", "_reverse"))
+
+class Parameters(NamedTuple):
+    """One layer's parameters, None where there is none: each kind has two places, of the first direction and of the
+    reversed one. A new kind is two lines here, at the end (saved programs count places), one in `KINDS`, two in
+    csrc/parameters.h, two names in each Function of autograd.py, and its gradient there.
+    """
+
+    weight_ih: Tensor | None = None
+    weight_ih_reverse: Tensor | None = None
+    weight_hh: Tensor | None = None
+    weight_hh_reverse: Tensor | None = None
+    bias_ih: Tensor | None = None
+    bias_ih_reverse: Tensor | None = None
+    bias_hh: Tensor | None = None
+    bias_hh_reverse: Tensor | None = None
+    weight_hr: Tensor | None = None
+    weight_hr_reverse: Tensor | None = None
+
+    def each(self, kind: str) -> list[Tensor]:
+        """The parameters of a kind, one for each direction that has it."""
+        place = PLACE_OF[kind]
+        return [parameter for parameter in self[place : place + 2] if parameter is not None]
+
+    @property
+    def directions(self) -> int:
+        return 2 if any(parameter is not None for parameter in self[1::2]) else 1
+
+    @property
+    def is_projected(self) -> bool:
+        return self.weight_hr is not None
+
+
+class Kind(NamedTuple):
+    """A kind of parameter.
+
+    Attributes:
+        shape: its sizes, of `gates` (G*H), `input` (I), `state` (P with projection, else H) and `hidden` (H).
+        option: what a layer has it with, `bias` or `projection`; "" always.
+    """
+
+    shape: tuple[str, ...]
+    option: str = ""
+
+
+# In the order in which torch.nn keeps a layer's parameters of one direction.
+KINDS = {
+    "weight_ih": Kind(("gates", "input")),
+    "weight_hh": Kind(("gates", "state")),
+    "bias_ih": Kind(("gates",), "bias"),
+    "bias_hh": Kind(("gates",), "bias"),
+    "weight_hr": Kind(("state", "hidden"), "projection"),
+}
+# What the time loop multiplies with.
+OF_RECURRENCE = tuple(name for name, kind in KINDS.items() if len(kind.shape) == 2 and "input" not in kind.shape)
+PLACES = Parameters._fields
 # Where each kind's first place is; its second one follows.
-IH, HH, BIAS_IH, BIAS_HH, HR = range(0, len(PLACES), 2)
-Places = tuple[Tensor | None, ...]
+PLACE_OF = {kind: 2 * i for i, kind in enumerate(KINDS)}
 
 
-class Argument(NamedTuple):
-    """One argument of an op."""
+def _kinds_of(bias: bool, projection: bool) -> tuple[str, ...]:
+    has = {"": True, "bias": bias, "projection": projection}
+    return tuple(name for name, kind in KINDS.items() if has[kind.option])
 
-    name: str
-    type: str
-    role: int
+
+def _places_of(directions: int, kinds: tuple[str, ...]) -> tuple[tuple[int, ...], Callable[[Any], Any]]:
+    """Where each place's parameter stands in torch.nn's list of a layer's, behind the list for those that lack; and
+    what fetches them."""
+    where = [directions * len(kinds)] * len(PLACES)
+    for d in range(directions):
+        for i, name in enumerate(kinds):
+            where[PLACE_OF[name] + d] = d * len(kinds) + i
+    return tuple(where), operator.itemgetter(*where)
+
+
+_is_compiling = torch.compiler.is_compiling
+
+# Made once, and no cache: these stand on the path of every call, and Dynamo warns of caches.
+_KINDS_OF = {(bias, projection): _kinds_of(bias, projection) for bias in (False, True) for projection in (False, True)}
+_PLACES_OF = {
+    (directions * len(kinds), directions, bias): _places_of(directions, kinds)
+    for (bias, _), kinds in _KINDS_OF.items()
+    for directions in (1, 2)
+}
+
+
+def kinds_of(bias: bool, projection: bool) -> tuple[str, ...]:
+    """The kinds that a layer with these options has."""
+    return _KINDS_OF[bias, projection]
+
+
+def place_weights(weights: Sequence[Tensor], directions: int, bias: bool) -> tuple[Tensor | None, ...]:
+    """One layer's parameters from a list in torch.nn's order, direction by direction, kind by kind.
+
+    Returns:
+        A parameter for each of `PLACES`, or None: what `Parameters` has, flat, as the ops take them.
+    """
+    where, getter = _PLACES_OF[len(weights), directions, bias]
+    given = [*weights, None]
+    if _is_compiling():
+        # Dynamo does not know itemgetter, which is three times as fast.
+        return tuple([given[i] for i in where])
+    places: tuple[Tensor | None, ...] = getter(given)
+    return places
+
+
+class LayerArguments(NamedTuple):
+    """What `layer_forward` and `layer` take."""
+
+    mode: str
+    input: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    sequences: Sequences
+    parameters: Parameters
+
+
+class BackwardArguments(NamedTuple):
+    """What `recurrence_backward` takes."""
+
+    mode: str
+    grad_output: Tensor | None
+    grad_h_n: Tensor | None
+    grad_c_n: Tensor | None
+    grad_cell_states: Tensor | None
+    output: Tensor | None
+    cell_states: Tensor
+    reserve: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    sequences: Sequences
+    parameters: Parameters
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of rows that is there: of one step the output need not be."""
+        return self.reserve if self.output is None else self.output
+
+
+_Record = TypeVar("_Record", bound="LayerArguments | BackwardArguments")
+
+
+def flat(record: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A record's arguments in the order of the op's schema: every record ends with sequences and parameters."""
+    return (*record[:-2], *record[-2], *record[-1])
+
+
+def nested(kind: type[_Record], arguments: Sequence[Any]) -> _Record:
+    """The record of arguments that came flat. The dispatcher leaves out those at the end that are None."""
+    record: Any = kind
+    own = len(kind._fields) - 2
+    rest = own + len(Sequences._fields)
+    return cast("_Record", record(*arguments[:own], Sequences(*arguments[own:rest]), Parameters(*arguments[rest:])))
+
+
+_ROLES = {
+    "input": Role.ROWS,
+    "hx": Role.STATE,
+    "cx": Role.STATE,
+    "grad_output": Role.ROWS,
+    "grad_h_n": Role.STATE,
+    "grad_c_n": Role.STATE,
+    "grad_cell_states": Role.ROWS,
+    "output": Role.ROWS,
+    "cell_states": Role.ROWS,
+    "reserve": Role.ROWS,
+    **SEQUENCE_ROLES,
+    **dict.fromkeys(PLACES, Role.WEIGHT),
+}
+# Arguments that are no `Tensor?`.
+_TYPES = {"mode": "str", "batch_first": "bool", "input": "Tensor", "cell_states": "Tensor", "reserve": "Tensor"}
+
+
+def taking_flat(record: type[_Record], function: Callable[[_Record], Any]) -> Callable[..., Any]:
+    """A function of a record, as one of the op's arguments."""
+    return functools.wraps(function)(lambda *arguments: function(nested(record, arguments)))
 
 
 class Signature(NamedTuple):
-    """An op's arguments, and its results by their roles."""
+    """An op's arguments by the record that they travel in, and its results by their roles."""
 
-    arguments: tuple[Argument, ...]
-    results: tuple[int, ...]
+    record: type[LayerArguments] | type[BackwardArguments]
+    results: tuple[Role, ...]
 
     @property
-    def roles(self) -> tuple[int, ...]:
-        return tuple(argument.role for argument in self.arguments)
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments, in the order of the schema."""
+        return (*self.record._fields[:-2], *Sequences._fields, *PLACES)
 
     def schema(self, name: str) -> str:
         """The op's schema, as torch.library takes it."""
         arguments = ", ".join(
-            f"{argument.type} {argument.name}" + ("=None" if argument.role == WEIGHT else "")
-            for argument in self.arguments
+            f"{_TYPES.get(argument, 'Tensor?')} {argument}" + ("=None" if argument in PLACES else "")
+            for argument in self.names
         )
-        results = ", ".join(["Tensor"] * len(self.results))
-        return f"{name}({arguments}) -> {results if len(self.results) == 1 else f'({results})'}"
+        return f"{name}({arguments}) -> ({', '.join(['Tensor'] * len(self.results))})"
 
 
-_MODE = Argument("mode", "str", OTHER)
-_BATCH_FIRST = Argument("batch_first", "bool", OTHER)
-_INPUT = Argument("input", "Tensor", ROWS)
-_SHARED = (
-    Argument("hx", "Tensor?", STATE),
-    Argument("cx", "Tensor?", STATE),
-    Argument("batch_sizes", "Tensor?", SIZES),
-    Argument("lengths", "Tensor?", BATCH),
-    Argument("resets", "Tensor?", ROWS),
-)
-_PARAMETERS = tuple(Argument(name, "Tensor?", WEIGHT) for name in PLACES)
-_STATES = (ROWS, STATE, STATE)
-_SAVED = (ROWS, ROWS)
+_STATES = (Role.ROWS, Role.STATE, Role.STATE)
 
 OPS = {
-    "input_projection": Signature((_MODE, _INPUT, *_PARAMETERS), (ROWS,)),
-    "recurrence_forward": Signature(
-        (
-            _MODE, _BATCH_FIRST, Argument("save_reserve", "bool", OTHER), Argument("gates", "Tensor", ROWS), *_SHARED,
-            *_PARAMETERS,
-        ),
-        _STATES + _SAVED,
-    ),
-    "recurrence_backward": Signature(
-        (
-            _MODE,
-            _BATCH_FIRST,
-            Argument("grad_output", "Tensor?", ROWS),
-            Argument("grad_h_n", "Tensor?", STATE),
-            Argument("grad_c_n", "Tensor?", STATE),
-            Argument("grad_cell_states", "Tensor?", ROWS),
-            Argument("output", "Tensor?", ROWS),
-            Argument("cell_states", "Tensor", ROWS),
-            Argument("reserve", "Tensor", ROWS),
-            *_SHARED,
-            *_PARAMETERS,
-        ),
-        (ROWS, ROWS, STATE, STATE, ROWS),
-    ),
-    "layer_forward": Signature((_MODE, _BATCH_FIRST, _INPUT, *_SHARED, *_PARAMETERS), _STATES + _SAVED),
-    "layer": Signature((_MODE, _BATCH_FIRST, _INPUT, *_SHARED, *_PARAMETERS), _STATES),
-}  # fmt: skip
+    "recurrence_backward": Signature(BackwardArguments, (Role.ROWS, Role.ROWS, Role.STATE, Role.STATE, Role.ROWS)),
+    "layer_forward": Signature(LayerArguments, (*_STATES, Role.ROWS, Role.ROWS)),
+    "layer": Signature(LayerArguments, _STATES),
+}
 
 
-def place_weights(weights: Sequence[Tensor], directions: int, bias: bool) -> Places:
-    """One layer's parameters, in torch.nn's order, in their places."""
-    each = len(weights) // directions
-    places: list[Tensor | None] = [None] * len(PLACES)
-    for d in range(directions):
-        own = weights[d * each : (d + 1) * each]
-        places[IH + d], places[HH + d] = own[0], own[1]
-        if bias:
-            places[BIAS_IH + d], places[BIAS_HH + d] = own[2], own[3]
-        if each % 2:
-            places[HR + d] = own[-1]
-    return tuple(places)
+def role_of(argument: str) -> Role:
+    """What the argument of that name is, in every op that has it."""
+    return _ROLES.get(argument, Role.OTHER)
 
 
-def of_kind(places: Sequence[Any], kind: int) -> list[Any]:
-    """One kind of parameter, a tensor for each direction that has it. `places` may end early, as arguments may."""
-    return [weight for weight in places[kind : kind + 2] if weight is not None]
+def as_sequence(function: Callable[..., Any], record: _Record, has_h_n: bool) -> tuple[Tensor, ...]:
+    """One step through a function that knows only sequences: as one of T = 1, and its results without that T.
 
-
-def filled(op: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """All of an op's arguments: the dispatcher leaves out those at the end that are None."""
-    return (*arguments, *[None] * (len(OPS[op].arguments) - len(arguments)))
-
-
-def rows_of_one_step(rows: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether these rows are one step, (B, ...), and not packed."""
-    return rows.dim() == 2 and batch_sizes is None
-
-
-def is_one_step(op: str, arguments: Sequence[Any]) -> bool:
-    """Whether an op is given one step. (For input_projection rows are rows.)"""
-    given = {argument.name: value for argument, value in zip(OPS[op].arguments, arguments, strict=False)}
-    model = next(given[name] for name in ("input", "gates", "output", "reserve") if given.get(name) is not None)
-    return rows_of_one_step(model, given.get("batch_sizes", model))
-
-
-def as_sequence(op: str, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    """One step through a function that knows only sequences: as one of T = 1, and its results without that T."""
-    lifted = [
-        value.unsqueeze(0) if argument.role in (ROWS, STATE) and value is not None and value.dim() == 2 else value
-        for value, argument in zip(arguments, OPS[op].arguments, strict=False)
-    ]
+    Args:
+        function: takes the record.
+        record: of one step.
+        has_h_n: whether the second result is h_n, which of one step would be the output again.
+    """
+    fields = record._asdict()
+    fields["sequences"] = record.sequences._replace(batch_first=False)
+    for name, value in fields.items():
+        if role_of(name) in (Role.ROWS, Role.STATE) and value is not None and value.dim() == 2:
+            fields[name] = value.unsqueeze(0)
     # No views: callers write into the states of cells.
-    results = [value.squeeze(0).clone() if value.dim() == 3 else value for value in function(*lifted)]
-    if op != "recurrence_backward":
-        # h_n would be the output again.
+    results = [value.squeeze(0).clone() if value.dim() == 3 else value for value in function(type(record)(**fields))]
+    if has_h_n:
         results[1] = results[0].new_empty(0)
     return tuple(results)
+
+
+def check_output(op: str, record: LayerArguments | BackwardArguments) -> None:
+    """Raises RuntimeError where a backward pass lacks the output of forward, and it is not one step that needs none."""
+    if isinstance(record, LayerArguments) or record.output is not None:
+        return
+    if not is_one_step(record) or CELLS[record.mode].reserve == 0:
+        raise RuntimeError(
+            f"{op}: output: expected a tensor, got None (which one step of a cell with a reserve allows)"
+        )
+
+
+def is_one_step(record: LayerArguments | BackwardArguments) -> bool:
+    """Whether an op is given one step: rows (B, features), states (B, features)."""
+    rows = record.input if isinstance(record, LayerArguments) else record.like
+    return record.sequences.is_one_step(rows)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that steps compute in: 16-bit types in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -15,6 +15,8 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
+from .cell_types import CELLS, NONLINEARITIES
+
 # Not None while torch.jit.trace, and with it torch.onnx.export(dynamo=False), runs a model.
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 
@@ -34,8 +36,15 @@ def _torch_nn_ancestor(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if cls.__module__ == nn.RNNBase.__module__)
 
 
-def _is_identity(module: nn.Module) -> bool:
-    return getattr(module, "nonlinearity", None) == "identity"
+def what_torch_nn_lacks(module: nn.Module) -> str | None:
+    """What one of our modules is that torch.nn has no module for, in words; None where torch.nn has its like."""
+    nonlinearity: Any = getattr(module, "nonlinearity", None)
+    # One that is unknown is refused by forward.
+    mode = module._mode() if nonlinearity is None else NONLINEARITIES.get(nonlinearity)  # type: ignore[operator]
+    cell = CELLS.get(str(mode))
+    if cell is None or cell.torch_cell is not None:
+        return None
+    return cell.mode if nonlinearity is None else f"nonlinearity {nonlinearity!r}"
 
 
 def _proxy(argument: Any) -> Proxy | None:
@@ -72,8 +81,8 @@ def result_for_tool(module: nn.Module, input: Any, hx: Any, **options: Any) -> t
     onnx = sys.modules.get("torch.onnx")
     if tracing_state() is None or onnx is None or not onnx.is_in_onnx_export():
         return None
-    if given or _is_identity(module):
-        what = f"argument {' or '.join(given)}" if given else "nonlinearity 'identity'"
+    what = f"argument {' or '.join(given)}" if given else what_torch_nn_lacks(module)
+    if what is not None:
         raise RuntimeError(f"torch.onnx.export: rnnfast.{type(module).__name__}: torch.nn has no {what}")
     forward: Callable[..., Any] = _torch_nn_ancestor(module).forward
     return (forward(module, input) if hx is None else forward(module, input, hx),)
@@ -90,13 +99,14 @@ def as_torch_nn(module: nn.Module) -> nn.Module:
     cls, theirs = type(module), _torch_nn_ancestor(module)
     if parametrize.is_parametrized(module):
         return module  # torch refuses it
+    lacks = what_torch_nn_lacks(module)
+    if lacks is not None:
+        raise RuntimeError(f"torch.jit.script: rnnfast.{cls.__name__}: torch.nn has no {lacks}")
     if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
         raise RuntimeError(
             f"torch.jit.script: {cls.__module__}.{cls.__qualname__} is a subclass of rnnfast.{theirs.__name__}, which "
             f"cannot be scripted; one of torch.nn.{theirs.__name__} can. For rnnfast's own layers {_WAY_OUT}"
         )
-    if _is_identity(module):
-        raise RuntimeError(f"torch.jit.script: rnnfast.{cls.__name__}: torch.nn has no nonlinearity 'identity'")
     warnings.warn(
         f"torch.jit.script: torch.nn.{theirs.__name__} takes the place of rnnfast.{cls.__name__}, in the model too; "
         f"rnnfast.accelerate(model) undoes that. {_WAY_OUT}",

@@ -13,26 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .signatures import BATCH, OTHER, ROWS, SIZES, STATE, WEIGHT
+from .sequences import Role, Sequences
+from .signatures import role_of
 
 
 def _member(arg: Any, dim: int | None, index: int) -> Any:
     return arg if dim is None else arg.select(dim, index)
 
 
-def _axes(
-    args: Sequence[Any], in_dims: Sequence[int | None], roles: Sequence[int], batch_first: bool
-) -> dict[int, int]:
+def _axes(arguments: dict[str, Any], dims: dict[str, int | None]) -> dict[Role, int]:
     """Where V goes, before folding, by role."""
-    packed = any(role == SIZES and arg is not None for arg, role in zip(args, roles, strict=True))
-    # The first argument of rows is never `resets`: input, gates or a gradient come before.
-    rows = next(
-        arg.dim() - (dim is not None)
-        for arg, dim, role in zip(args, in_dims, roles, strict=True)
-        if role == ROWS and arg is not None and not _is_placeholder(arg, dim)
+    packed = arguments["batch_sizes"] is not None
+    rank = next(
+        value.dim() - (dims[name] is not None)
+        for name, value in arguments.items()
+        # Those of the sequences have no features.
+        if role_of(name) is Role.ROWS
+        and name not in Sequences._fields
+        and value is not None
+        and not _is_placeholder(value, dims[name])
     )
-    one_step = rows == 2 and not packed
-    return {ROWS: 1 if packed or one_step or batch_first else 2, STATE: 1 if one_step else 2, BATCH: 1}
+    one_step = rank == 2 and not packed
+    return {
+        Role.ROWS: 1 if packed or one_step or arguments["batch_first"] else 2,
+        Role.STATE: 1 if one_step else 2,
+        Role.BATCH: 1,
+    }
 
 
 def batched_call(
@@ -40,26 +46,31 @@ def batched_call(
     size: int,
     in_dims: Sequence[int | None],
     args: Sequence[Any],
-    roles: Sequence[int],
-    out_roles: Sequence[int],
-    batch_first: bool,
+    names: Sequence[str],
+    out_roles: Sequence[Role],
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Runs `call` on arguments with a vmapped dimension of `size`: the results and their out_dims."""
+    """Runs `call` on arguments with a vmapped dimension of `size`: the results and their out_dims.
+
+    Args:
+        names: of the arguments, which say what they are (`signatures.role_of`).
+        out_roles: what the results are.
+    """
+    roles = [role_of(name) for name in names]
     for dim, role in zip(in_dims, roles, strict=True):
-        if role == SIZES and dim is not None:
+        if role is Role.SIZES and dim is not None:
             raise RuntimeError("rnnfast: vmap over batch_sizes is not possible; map over the packed data")
-    if any(dim is not None for dim, role in zip(in_dims, roles, strict=True) if role == WEIGHT):
+    if any(dim is not None for dim, role in zip(in_dims, roles, strict=True) if role is Role.WEIGHT):
         members = [call(*[_member(a, d, i) for a, d in zip(args, in_dims, strict=True)]) for i in range(size)]
         # Results that do not apply, of shape (0,), stay as they are.
         stacked = [r[0] if _is_placeholder(r[0]) else torch.stack(r) for r in zip(*members, strict=True)]
         return tuple(stacked), tuple(None if _is_placeholder(r) else 0 for r in stacked)
 
-    axes = _axes(args, in_dims, roles, batch_first)
+    axes = _axes(dict(zip(names, args, strict=True)), dict(zip(names, in_dims, strict=True)))
     folded = []
     for arg, dim, role in zip(args, in_dims, roles, strict=True):
-        if arg is None or role in (WEIGHT, OTHER) or _is_placeholder(arg, dim):
+        if arg is None or role in (Role.WEIGHT, Role.OTHER) or _is_placeholder(arg, dim):
             folded.append(arg)
-        elif role == SIZES:
+        elif role is Role.SIZES:
             folded.append(arg * size)
         else:
             axis = axes[role]

@@ -76,7 +76,8 @@ def ninja_file() -> Ninja:
         ninja.phony(variant, built)
         if variant == "plain":
             ops = units(variant, [CSRC / "cuda/ops_cuda.cpp"], common + [STABLE_ABI] + torch_includes())
-            libraries = ["-shared", f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+            libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+            libraries += ["-shared", "-Wl,--no-undefined"]
             ninja.phony("library", [ninja.edge("link", LIBRARY, shared + kernels + ops, libraries)])
     return ninja
 

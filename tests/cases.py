@@ -2,22 +2,52 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MODES = ["LSTM", "GRU", "RNN_TANH", "RNN_RELU", "RNN_IDENTITY"]
-TORCH_MODES = MODES[:4]
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1, "RNN_IDENTITY": 1}
+from rnnfast import reference as plain
+from rnnfast.cell_types import CELLS
+from rnnfast.sequences import Sequences
+from rnnfast.signatures import OPS, LayerArguments, Parameters, taking_flat
+
+MODES = list(CELLS)
+TORCH_MODES = [mode for mode in MODES if CELLS[mode].torch_cell is not None]
+WITH_CELL_STATE = [mode for mode in MODES if CELLS[mode].has_cell_state]
+GATES = {mode: cell.gates for mode, cell in CELLS.items()}
 RESULTS = ["output", "h_n", "c_n", "cell_states", "reserve"]
 GRADIENTS = ["grad_gates", "grad_gates_hh", "grad_hx", "grad_cx", "grad_projected"]
 
 
+# The reference's functions, with the arguments of the ops.
+reference = types.SimpleNamespace(
+    **{name: taking_flat(signature.record, getattr(plain, name)) for name, signature in OPS.items()}
+)
+
+
+class _Selected:
+    """The functions of the backend that a layer would run on now."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        # Not before it is needed: it loads the libraries, and the fuzzer brings one of its own.
+        from rnnfast.backends import BACKENDS, select
+
+        def call(*arguments: Any) -> Any:
+            like = next(argument for argument in arguments if isinstance(argument, Tensor))
+            return getattr(BACKENDS[select(like)].kernels, name)(*arguments)
+
+        return call
+
+
+selected = _Selected()
+
+
 @dataclasses.dataclass
 class Call:
-    """The arguments of one layer: of input_projection, recurrence_forward and recurrence_backward."""
+    """The arguments of one layer."""
 
     mode: str
     input: Tensor
@@ -80,7 +110,15 @@ class Call:
     @property
     def shared(self) -> list[Tensor | None]:
         """The arguments that forward and backward share."""
-        return [self.hx, self.cx, self.batch_sizes, self.lengths, self.resets, *self.places]
+        return [self.hx, self.cx, *self.sequences, *self.places]
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.batch_sizes, self.lengths, self.resets, self.batch_first)
+
+    @property
+    def record(self) -> LayerArguments:
+        return LayerArguments(self.mode, self.input, self.hx, self.cx, self.sequences, Parameters(*self.places))
 
     @property
     def directions(self) -> int:
@@ -100,23 +138,18 @@ class Call:
             return int(self.batch_sizes[0])
         return self.input.shape[0 if self.batch_first else 1]
 
-    def gates(self, ops: Any) -> Tensor:
-        return ops.input_projection(self.mode, self.input, *self.places)
-
-    def forward(self, ops: Any, gates: Tensor | None = None, save_reserve: bool = True) -> dict[str, Tensor]:
-        gates = self.gates(ops) if gates is None else gates
-        results = ops.recurrence_forward(self.mode, self.batch_first, save_reserve, gates, *self.shared)
-        return dict(zip(RESULTS, results, strict=True))
+    def forward(self, ops: Any) -> dict[str, Tensor]:
+        return dict(zip(RESULTS, ops.layer_forward(self.mode, self.input, *self.shared), strict=True))
 
     def backward(self, ops: Any, grads: dict[str, Tensor | None], saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """grads: by the names of results, missing for None. saved: what forward returned."""
         given = [grads.get(name) for name in RESULTS[:4]]
         saved_tensors = [saved["output"], saved["cell_states"], saved["reserve"]]
-        results = ops.recurrence_backward(self.mode, self.batch_first, *given, *saved_tensors, *self.shared)
+        results = ops.recurrence_backward(self.mode, *given, *saved_tensors, *self.shared)
         return dict(zip(GRADIENTS, results, strict=True))
 
     def inference(self, ops: Any) -> dict[str, Tensor]:
-        results = ops.layer(self.mode, self.batch_first, self.input, *self.shared)
+        results = ops.layer(self.mode, self.input, *self.shared)
         return dict(zip(RESULTS, results, strict=False))
 
     def rows_to_dense(self, rows: Tensor) -> Tensor:
@@ -191,7 +224,7 @@ def make_call(
         [uniform(G * H) for _ in range(D)] if bias else [],
         [uniform(P, H) for _ in range(D)] if P else [],
         normal(D, B, state) if initial else None,
-        normal(D, B, H) if initial and mode == "LSTM" else None,
+        normal(D, B, H) if initial and CELLS[mode].has_cell_state else None,
         batch_sizes,
         ends if lengths else None,
         (where.T.contiguous() if layout == "batch_first" else where) if resets else None,

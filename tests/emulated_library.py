@@ -3,7 +3,8 @@
 import functools
 import os
 
-from rnnfast import libraries, ops
+from rnnfast import libraries
+from rnnfast.registration import load_emulated
 
 
 @functools.cache
@@ -23,7 +24,7 @@ def emulated_problem() -> str | None:
         if not built:
             raise RuntimeError("the emulated library does not compile: see `python tests/build_emulated.py library`")
     try:
-        ops.load_emulated(path)
+        load_emulated(path)
     except RuntimeError as error:
         return str(error)
     return None

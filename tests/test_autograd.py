@@ -13,9 +13,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
-from cases import MODES, Call, make_call, random_grads
+from cases import MODES, WITH_CELL_STATE, Call, make_call, random_grads, reference
 from emulated_library import emulated_problem
-from rnnfast import autograd, ops, reference
+from rnnfast import ops, sequences
+from rnnfast.cell_types import CELLS
 from rnnfast.functional import run_layers
 from tolerances import check_equal
 
@@ -27,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "resets": {"resets": True, "layout": "batch_first"},
     "lengths+resets": {"lengths": True, "resets": True},
 }
-PROJECTED = [(mode, 0) for mode in MODES] + [("LSTM", 2)]
+PROJECTED = [(mode, P) for mode in MODES for P in (0, 2) if not P or CELLS[mode].may_project]
 PROJECTED_IDS = [mode + ("-projected" if P else "") for mode, P in PROJECTED]
 Results = dict[str, Tensor]
 NAMES = ["output", "h_n", "c_n", "cell_states"]
@@ -60,7 +61,7 @@ def flat_weights(call: Call) -> list[Tensor]:
 
 
 def named(mode: str, results: tuple[Tensor | None, ...]) -> Results:
-    kept = NAMES if mode == "LSTM" else NAMES[:2]
+    kept = NAMES if mode in WITH_CELL_STATE else NAMES[:2]
     return {name: value for name, value in zip(NAMES, results, strict=False) if value is not None and name in kept}
 
 
@@ -73,17 +74,12 @@ def layer(call: Call, values: list[Tensor] | None = None) -> Results:
         call.hx,
         call.cx,
         flat_weights(call),
+        call.sequences,
         # not bool() of a list, which Dynamo traces from 2.13 on only
         bias=len(call.bias_ih) > 0,
-        num_layers=1,
         bidirectional=call.directions == 2,
-        batch_first=call.batch_first,
-        dropout=0.0,
         training=True,
-        batch_sizes=call.batch_sizes,
-        lengths=call.lengths,
-        resets=call.resets,
-        return_cell_states=call.mode == "LSTM",
+        return_cell_states=call.mode in WITH_CELL_STATE,
     )
     return named(call.mode, results)
 
@@ -93,17 +89,7 @@ def plain(call: Call, values: list[Tensor] | None = None) -> Results:
     call = call if values is None else call.with_tensors(values)
     return named(
         call.mode,
-        reference.layer_forward(
-            call.mode,
-            call.batch_first,
-            call.input,
-            call.hx,
-            call.cx,
-            call.batch_sizes,
-            call.lengths,
-            call.resets,
-            *call.places,
-        ),
+        reference.layer_forward(call.mode, call.input, *call.shared),
     )
 
 
@@ -285,7 +271,8 @@ def test_saved_tensors_are_few_and_never_written(mode: str, P: int) -> None:
     # The gates are not among them: only what is alive anyway, the output, the cells and the reserve.
     alive = {value.data_ptr() for value in [*call.tensors().values(), *results.values()]}
     others = [tensor for tensor, _ in saved if tensor.data_ptr() not in alive and tensor.numel()]
-    assert [tuple(tensor.shape) for tensor in others] == ([(5, 4, 2 * 4 * 5)] if mode in ("LSTM", "GRU") else [])
+    reserve = CELLS[mode].reserve
+    assert [tuple(tensor.shape) for tensor in others] == ([(5, 4, 2 * reserve * 5)] if reserve else [])
 
 
 def test_writing_to_a_saved_result_is_an_error() -> None:
@@ -551,7 +538,7 @@ def test_opcheck(mode: str, P: int, layout: str, initial: bool) -> None:
     saved = call.forward(Recorder())
     call.backward(Recorder(), random_grads(saved), saved)
     call.inference(Recorder())
-    assert len(calls) == 4
+    assert len(calls) == 3
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)
 
@@ -594,5 +581,5 @@ def test_states_that_entered_packed_rows_from_views(reverse: bool, initial: bool
     for T, B in ((1, 1), (1, 4), (9, 1), (4, 2), (9, 6), (7, 13), (40, 5)):
         call = make_call("GRU", T=T, B=B, layout="packed", initial=initial)
         output, state = torch.randn(len(call.input), 3), torch.randn(B, 3) if initial else None
-        expected = autograd._previous_packed(output, state, call.batch_sizes, reverse)
-        assert torch.equal(autograd._previous_packed_views(output, state, call.batch_sizes, reverse), expected)
+        expected = sequences._entered_packed(output, state, call.batch_sizes, reverse)
+        assert torch.equal(sequences._entered_packed_views(output, state, call.batch_sizes, reverse), expected)

@@ -7,18 +7,18 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import rnnfast
-from cases import make_call, random_grads
-from rnnfast import cli, functional, libraries, ops
-from rnnfast.backends import select
+from cases import make_call, random_grads, reference
+from rnnfast import cli, functional, libraries, ops, registration
+from rnnfast.backends import BACKENDS, select
+from rnnfast.triton import availability
 from triton_interpreter import triton_problem
 
 # The package's function of the same name hides it.
@@ -179,9 +179,14 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr(libraries, "cuda_error", None)
     monkeypatch.setattr(libraries, "_machine_problem", None)
     monkeypatch.setattr(libraries, "_tf32_allowed", None)
-    monkeypatch.setattr(libraries, "triton_problem", lambda: "Triton is not installed")
-    monkeypatch.setattr(libraries, "triton_interpreted", lambda: False)
-    monkeypatch.setitem(ops.kernels, "cuda", ops._cuda_kernels())
+    monkeypatch.setattr(availability, "problem", lambda: "Triton is not installed")
+    monkeypatch.setattr(availability, "interpreted", lambda: False)
+    compiled = ops.overloads("rnnfast")
+    monkeypatch.setattr(BACKENDS["cuda"], "kernels", ops.on_cuda(ops.without_derivatives("rnnfast")))
+    monkeypatch.setattr(BACKENDS["cuda"], "differentiable", compiled)
+    # The tests run in Triton's interpreter.
+    monkeypatch.setattr(BACKENDS["triton"], "devices", ("cuda", "meta"))
+    monkeypatch.setattr(BACKENDS["triton"], "automatic", True)
     monkeypatch.setattr(backends_module, "_warned", set())
     return library
 
@@ -213,13 +218,13 @@ def test_cuda_tensors_fall_back_with_one_warning_that_says_why(library: Library)
 def test_cuda_tensors_go_to_triton_where_there_are_no_cuda_kernels(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries, "triton_problem", lambda: None)
+    monkeypatch.setattr(availability, "problem", lambda: None)
     assert select(OnCuda()) == "cuda"
     library.problem = "the driver is too old"
     monkeypatch.setattr(libraries, "_machine_problem", None)
     assert select(OnCuda()) == "triton"
     # what the interpreter could do is no reason to take it
-    monkeypatch.setattr(libraries, "triton_interpreted", lambda: True)
+    monkeypatch.setattr(BACKENDS["triton"], "automatic", False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert select(OnCuda()) == "reference"
@@ -260,27 +265,17 @@ def test_tf32_follows_torchs_flag(library: Library, tf32_flag: None) -> None:
     # float64 takes the same way; these ops run on the CPU, as the tensors are there
     for precision in ("ieee", "ieee", "tf32", "tf32", "ieee"):
         torch.backends.cudnn.rnn.fp32_precision = precision
-        call.forward(InBackend("cuda"))
+        call.forward(BACKENDS["cuda"].kernels)
     assert library.told == [False, True, False]
 
 
 def test_tf32_follows_torchs_older_flag(library: Library) -> None:
     call = make_call("RNN_TANH", dtype=torch.float32)
-    saved = call.forward(ops)
+    saved = call.forward(reference)
     for allowed in (False, True):
         with torch.backends.cudnn.flags(allow_tf32=allowed):
-            call.backward(InBackend("cuda"), random_grads(saved), saved)
+            call.backward(BACKENDS["cuda"].kernels, random_grads(saved), saved)
     assert library.told == [False, True]
-
-
-class InBackend:
-    """rnnfast.ops with a backend named in every call."""
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(getattr(ops, name), backend=self.backend)
 
 
 def test_cuda_calls_compile_in_one_graph(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +283,7 @@ def test_cuda_calls_compile_in_one_graph(library: Library, monkeypatch: pytest.M
     module = rnnfast.LSTM(3, 5, num_layers=2, bidirectional=True)
     input = torch.randn(4, 2, 3)
     expected = module(input)[0]
-    monkeypatch.setattr(functional, "select", lambda tensor: "cuda" if libraries.cuda_ready() else "reference")
+    monkeypatch.setattr(functional, "select", lambda _: "cuda" if libraries.cuda_problem() is None else "reference")
     torch._dynamo.reset()
     actual = torch.compile(module, fullgraph=True, backend="aot_eager")(input)[0]
     torch._dynamo.reset()
@@ -313,7 +308,7 @@ def test_an_exported_program_does_not_set_the_tf32_flag(monkeypatch: pytest.Monk
     """Though tracing makes the first call after a change of the flag."""
     monkeypatch.setattr(libraries, "_tf32_allowed", None)
     # The ops that CUDA tensors take, on CPU tensors: the dispatcher goes by these.
-    monkeypatch.setitem(ops.kernels, "cpu", ops._cuda_kernels())
+    monkeypatch.setattr(BACKENDS["cpu"], "kernels", BACKENDS["cuda"].kernels)
     program = torch.export.export(rnnfast.LSTM(3, 5).eval(), (torch.randn(4, 2, 3),), strict=False)
     assert libraries._tf32_allowed is not None
     assert torch.ops.rnnfast.cuda_allow_tf32(libraries._tf32_allowed) == libraries._tf32_allowed
@@ -326,7 +321,8 @@ def test_an_exported_program_does_not_set_the_tf32_flag(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("path", "why"), [("", "is not set"), ("/nowhere/_C_emulated.so", "does not exist")])
 def test_emulated_says_how_to_build_it(path: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "emulated_loaded", False)
+    # Another test may have loaded it.
+    monkeypatch.setattr(libraries, "_is_loaded", lambda *_: False)
     monkeypatch.setenv("RNNFAST_EMULATED_LIBRARY", path)
     message = rf"'emulated' is not available: .*{why}; build .* `python tests/build_emulated.py`"
     with pytest.raises(RuntimeError, match=message), rnnfast.backend("emulated"):
@@ -335,13 +331,12 @@ def test_emulated_says_how_to_build_it(path: str, why: str, monkeypatch: pytest.
 
 
 def test_a_broken_emulated_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "emulated_loaded", False)
     # Another test may have loaded the right one.
     monkeypatch.setattr(libraries, "_is_loaded", lambda *_: False)
     broken = tmp_path / "_C_emulated.so"
     broken.write_bytes(b"no library")
     with pytest.raises(RuntimeError, match="does not load"):
-        ops.load_emulated(str(broken))
+        registration.load_emulated(str(broken))
 
 
 # ---- explain --------------------------------------------------------------------------------------------------------
@@ -352,7 +347,6 @@ def test_explain() -> None:
     input = torch.randn(4, 2, 3)
     found = rnnfast.explain(module, input)
     assert found.backend == select(input)
-    assert found.prediction is None
     assert "2 direction(s)" in found.kernel
     assert found.backend in str(found)
     with rnnfast.backend("reference"):
@@ -379,22 +373,6 @@ def test_explain_of_cells(kind: str) -> None:
         with rnnfast.backend("reference"):
             assert rnnfast.explain(cell, input).backend == "reference"
         assert rnnfast.explain(getattr(torch.nn, kind)(3, 5), input).kernel == "torch.nn's own"
-
-
-def test_explain_uses_a_cost_model_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[object, ...]] = []
-
-    def predict(*arguments: object) -> float:
-        seen.append(arguments)
-        return 1.5
-
-    from rnnfast.backends import predictors
-
-    monkeypatch.setitem(predictors, select(torch.zeros(1)), predict)
-    with torch.no_grad():
-        found = rnnfast.explain(rnnfast.GRU(3, 5, batch_first=True), torch.randn(4, 2, 3))
-    assert seen == [("GRU", 5, 4, torch.float32, False)]
-    assert "predicted 1.50 us a step" in str(found)
 
 
 def test_explain_with_wrong_arguments() -> None:

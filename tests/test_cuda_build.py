@@ -214,14 +214,38 @@ def test_a_missing_host_compiler(environment: pytest.MonkeyPatch) -> None:
 def test_a_compile_error_stops_the_build(
     tmp_path: Path, environment: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for source in ["instances/kernel.cu", "ops_cuda.cpp"]:
-        (tmp_path / "cuda" / source).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cuda" / source).touch()
-    environment.setattr(build, "CSRC", tmp_path)
     environment.setattr(build, "CUDA_BUILD", tmp_path / "build")
+    environment.setattr(build, "CUDA_UNITS", tmp_path / "units")
     with pytest.raises(SystemExit, match="did not compile; nvcc's message is above"):
         build.build_cuda(fake_nvcc(tmp_path))
     assert "error: broken kernel" in capfd.readouterr().out
+
+
+def test_a_unit_for_every_family_and_arithmetic(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(build, "CUDA_UNITS", tmp_path)
+    units = build.cuda_sources()
+    families = re.search(r"enum class Family \{ (.*) \}", (build.CSRC / "cells.h").read_text())
+    assert families
+    assert families[1].split(", ") == build.CUDA_FAMILIES
+    types = re.findall(r"^struct (\w+) \{", (build.CSRC / "cuda/arithmetic.cuh").read_text(), re.MULTILINE)
+    assert types == build.CUDA_ARITHMETICS
+    texts = {unit: unit.read_text() for unit in units if unit.parent == tmp_path}
+    assert len(set(texts.values())) == len(texts) == len(families[1].split(", ")) * len(types)
+
+
+def test_units_are_written_where_they_change(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    """What has the same text keeps its time, so that nothing is compiled again."""
+    environment.setattr(build, "CUDA_UNITS", tmp_path)
+    same, other = [unit for unit in build.cuda_sources() if unit.parent == tmp_path][:2]
+    text = other.read_text()
+    other.write_text("")
+    for unit in [same, other]:
+        os.utime(unit, (0, 0))
+    build.cuda_sources()
+    assert same.stat().st_mtime == 0
+    assert other.stat().st_mtime > 0
+    assert other.read_text() == text
+    assert set(tmp_path.iterdir()) == {unit for unit in build.cuda_sources() if unit.parent == tmp_path}
 
 
 def test_where_nvcc_is_looked_for(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:

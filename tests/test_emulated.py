@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import rnnfast
-from cases import MODES, Call, make_call, random_grads
+from cases import MODES, Call, make_call, random_grads, reference, selected
 from emulated_library import emulated_problem
-from rnnfast import ops, reference
+from rnnfast.cell_types import CELLS
 from test_ops import check_results, double
 from tolerances import error
 
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"layout": "packed"},
     "projection": {"P": 5},
 }
-CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS if mode == "LSTM" or layout != "projection"]
+CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS if CELLS[mode].may_project or layout != "projection"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,24 +49,23 @@ def test_forward_here_and_backward_by_the_cpu_kernels(mode: str, layout: str, dt
     if not available.available:
         pytest.skip(available.reason)
     call = make_call(mode, D=2, T=5, B=7, H=21, dtype=dtype, **LAYOUTS[layout])
-    gates = call.gates(reference)
-    saved = {"emulated": call.forward(ops, gates)}
+    saved = {"emulated": call.forward(selected)}
     with rnnfast.backend("cpu"):
-        saved["cpu"] = call.forward(ops, gates)
+        saved["cpu"] = call.forward(selected)
     grads = random_grads(saved["cpu"])
     exact = call.to(torch.float64)
     for forward, results in saved.items():
         expected = exact.backward(reference, double(grads), double(results))
         own = call.backward(reference, grads, results)
-        check_results(call, call.backward(ops, grads, results), own, expected, f"{forward}, then emulated")
+        check_results(call, call.backward(selected, grads, results), own, expected, f"{forward}, then emulated")
         with rnnfast.backend("cpu"):
-            check_results(call, call.backward(ops, grads, results), own, expected, f"{forward}, then cpu")
+            check_results(call, call.backward(selected, grads, results), own, expected, f"{forward}, then cpu")
 
 
 def results_of(call: Call) -> dict[str, torch.Tensor]:
-    saved = call.forward(ops, call.gates(reference))
+    saved = call.forward(selected)
     torch.manual_seed(7)
-    return saved | call.backward(ops, random_grads(saved), saved)
+    return saved | call.backward(selected, random_grads(saved), saved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,16 +87,15 @@ def test_twenty_schedules_agree_bit_for_bit(mode: str, layout: str, dtype: torch
 def test_tf32(mode: str, layout: str) -> None:
     """Off, the error is float32's; on, it is that of 10 bits of mantissa, and of no fewer."""
     call = make_call(mode, D=2, T=5, B=9, H=40, dtype=torch.float32, **LAYOUTS[layout])
-    gates = call.gates(reference)
     exact = call.to(torch.float64)
-    expected = exact.forward(reference, gates.double())
+    expected = exact.forward(reference)
     grads = random_grads(expected)
     own_grads = {name: value.float() for name, value in grads.items()}
     wanted = exact.backward(reference, double(own_grads), expected)
     saved = {name: value.float() for name, value in expected.items()}
 
     def errors() -> list[float]:
-        forward, backward = call.forward(ops, gates), call.backward(ops, own_grads, saved)
+        forward, backward = call.forward(selected), call.backward(selected, own_grads, saved)
         size = max(1.0, wanted["grad_gates"].abs().max().item())
         return [
             error(forward["output"], expected["output"]),
@@ -133,4 +131,4 @@ def test_gates_of_another_width_are_refused() -> None:
     call.weight_ih = [call.weight_ih[0][:-3]]
     call.bias_ih, call.bias_hh = [], []
     with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \(27, 3\), got \(24, 3\)"):
-        call.inference(ops)
+        call.inference(selected)

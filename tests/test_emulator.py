@@ -12,6 +12,7 @@ import pytest
 
 import build_emulated
 from build_emulated import fixed_addresses
+from setup import CUDA_FAMILIES
 
 SECONDS = 600
 # What the sanitizers exit with. One report is enough.
@@ -28,9 +29,6 @@ ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
 # (program, case): its kernels are run once for each of their synchronisations, with that one left out.
 MUTATED = [pytest.param("test_exchange", case) for case in ["block", "cluster", "grid"]]
 MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for case in ["lstm-float16", "lstm-float32"]]
-# What `make test` runs of these under a sanitizer; the rest, and their mutations, belong to the exhaustive
-# run. The plain program runs every case by default.
-SANITIZED_BY_DEFAULT = {"test_step": {"lstm-float32", "lstm-bfloat16", "gru-float32", "rnn-tanh-bfloat16"}}
 # Only an earlier start of the next grid: without it everything is as right, and later.
 HARMLESS = {"allow_next_grid"}
 
@@ -63,6 +61,20 @@ def programs() -> None:
         pytest.fail("a C++ test program does not compile: see `python tests/build_emulated.py`")
 
 
+def sanitized_by_default(program: str, cases: list[str]) -> set[str]:
+    """What `make test` runs of a program under a sanitizer: of test_step one cell of each family, in a type multiplied
+    by scalars and in one on tensor cores. The rest, and its mutations, belong to the exhaustive run. The plain program
+    runs every case by default.
+    """
+    if program != "test_step" or cases == [""]:
+        return set(cases)
+    return {
+        next(case for case in cases if case.startswith(f"{family}-") and case.endswith(f"-{dtype}"))
+        for family in CUDA_FAMILIES
+        for dtype in ("float32", "bfloat16")
+    }
+
+
 def listed_cases() -> tuple[list[object], list[object]]:
     """(variant, program, case) of the cases that must pass, and of those that a sanitizer must report. Where a program
     is not built yet, the case "" stands for all that must pass.
@@ -73,10 +85,10 @@ def listed_cases() -> tuple[list[object], list[object]]:
             names = [""]
             if (build_emulated.BUILD / variant / program).exists():
                 names = run(variant, program, "--list").stdout.splitlines() or [""]
+            usual = sanitized_by_default(program, [name.partition(" ")[0] for name in names])
             for name in names:
                 case, _, by_name_only = name.partition(" ")
-                usual = variant == "plain" or case in SANITIZED_BY_DEFAULT.get(program, {case})
-                marks = [] if usual else [pytest.mark.exhaustive]
+                marks = [] if variant == "plain" or case in usual else [pytest.mark.exhaustive]
                 entry = pytest.param(variant, program, case, id=f"{variant}-{program}-{case or 'all'}", marks=marks)
                 if not by_name_only:
                     passing.append(entry)

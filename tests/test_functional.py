@@ -148,20 +148,24 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"hx": (torch.zeros(2, 3, 5), torch.zeros(2, 2, 5))}, r"hx\[0\] should be \[2, 2, 5\], got \[2, 3, 5\]"),
         ({"hx": (torch.zeros(2, 2, 5), torch.zeros(2, 2, 4))}, r"hx\[1\] should be \[2, 2, 5\], got \[2, 2, 4\]"),
         ({"hx": (torch.zeros(2, 2, 5).double(), torch.zeros(2, 2, 5))}, r"hx\[0\] is torch.float64"),
-        ({"lengths": torch.tensor([4, 2, 1])}, r"lengths should be int64 \(2,\)"),
-        ({"lengths": torch.tensor([4.0, 2.0])}, r"lengths should be int64 \(2,\), got torch.float32"),
-        ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets should be bool \[4, 2\]"),
-        ({"resets": torch.zeros(4, 2)}, r"resets should be bool \[4, 2\], got torch.float32"),
+        ({"lengths": torch.tensor([4, 2, 1])}, r"Expected lengths of shape \(N,\) = \(2,\), got \(3,\)"),
+        ({"lengths": torch.tensor([4.0, 2.0])}, "lengths should be integers, got a tensor of torch.float32"),
+        (
+            {"resets": torch.zeros(2, 4, dtype=torch.bool)},
+            r"Expected resets of shape \(T, N\) = \(4, 2\), got \(2, 4\)",
+        ),
+        ({"resets": torch.zeros(4, 2)}, "resets should be a bool tensor, got torch.float32"),
         ({"batch_sizes": torch.tensor([2, 1])}, "input should be packed rows, 2-D"),
         (
             {"input": torch.randn(3, 3), "batch_sizes": torch.tensor([2, 1]), "lengths": torch.tensor([2, 1])},
-            "lengths and resets are for dense input",
+            "lengths cannot be given with packed input",
         ),
         ({"input": torch.randn(3, 3), "batch_sizes": torch.tensor([2.0, 1.0])}, "batch_sizes should be 1-D int64"),
     ],
 )
 def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    # The words for lengths and resets are those of the modules: a TypeError where the type is wrong.
+    with pytest.raises((ValueError, TypeError), match=message):
         functional.lstm(**arguments(**changed))
 
 
@@ -175,7 +179,7 @@ def test_wrong_weights() -> None:
         functional.gru(torch.randn(4, 2, 3), [torch.randn(15, 3), torch.randn(14, 5)])
     with pytest.raises(ValueError, match=r"weight_hh should be \[15, 5\], got \[15, 4\]"):
         functional.gru(torch.randn(4, 2, 3), [torch.randn(15, 3), torch.randn(15, 4)])
-    with pytest.raises(ValueError, match="nonlinearity should be 'tanh', 'relu' or 'identity', got 'gelu'"):
+    with pytest.raises(ValueError, match=r"nonlinearity should be one of tanh, relu, identity.*, got 'gelu'"):
         functional.rnn(torch.randn(4, 2, 3), [torch.randn(5, 3), torch.randn(5, 5)], nonlinearity="gelu")
     with pytest.raises(ValueError, match="weights should hold 2 or 4"):
         functional.rnn(torch.randn(4, 2, 3), [torch.randn(5, 3), torch.randn(5, 5), torch.randn(2, 5)])

@@ -14,10 +14,12 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from cases import MODES, Call, make_call
-from rnnfast import libraries, ops, reference
+from cases import MODES, Call, make_call, reference
+from rnnfast import ops
 from rnnfast.autograd import Layer, RecurrenceBackward
-from rnnfast.signatures import OPS, PLACES
+from rnnfast.cell_types import CELLS
+from rnnfast.signatures import OPS
+from rnnfast.triton import availability
 from tolerances import check_equal
 
 pytestmark = pytest.mark.skipif(ops.library_error is not None, reason=f"no C++ library: {ops.library_error}")
@@ -30,7 +32,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one step": {"T": 1},
 }
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
-over_modes = pytest.mark.parametrize(("mode", "P"), [*((mode, 0) for mode in MODES), ("LSTM", 2)])
+over_modes = pytest.mark.parametrize(
+    ("mode", "P"), [(mode, P) for mode in MODES for P in (0, 2) if not P or CELLS[mode].may_project]
+)
 
 
 def random_call(mode: str, P: int, layout: str, dtype: torch.dtype = torch.float64) -> Call:
@@ -46,15 +50,16 @@ def random_call(mode: str, P: int, layout: str, dtype: torch.dtype = torch.float
 def test_both_tables_of_arguments_agree(name: str) -> None:
     schema = OPS[name].schema(f"rnnfast::{name}")
     assert str(getattr(torch.ops.rnnfast, name).default._schema) == schema
-    if libraries.triton_error is None:
+    if availability.error is None:
         assert str(getattr(torch.ops.rnnfast_triton, name).default._schema) == schema.replace(
             "rnnfast", "rnnfast_triton", 1
         )
 
 
-def test_the_functions_name_every_place() -> None:
-    for function in (Layer, RecurrenceBackward):
-        assert tuple(inspect.signature(function.forward).parameters)[-len(PLACES) :] == PLACES
+def test_the_functions_name_every_argument_of_their_op() -> None:
+    for function, op in ((Layer, "layer_forward"), (RecurrenceBackward, "recurrence_backward")):
+        names = OPS[op].names
+        assert tuple(inspect.signature(function.forward).parameters)[-len(names) :] == names
 
 
 def test_no_op_takes_lists() -> None:
@@ -67,14 +72,9 @@ def test_no_op_takes_lists() -> None:
 def of_op(name: str, call: Call, namespace: Any, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One op on a call's tensors. saved: what forward returned, and gradients of it."""
     op = getattr(namespace, name)
-    if name == "input_projection":
-        return (op(call.mode, call.input, *call.places),)
-    if name == "recurrence_forward":
-        gates = reference.input_projection(call.mode, call.input, *call.places)
-        return tuple(op(call.mode, call.batch_first, True, gates, *call.shared))
     if name == "recurrence_backward":
-        return tuple(op(call.mode, call.batch_first, *saved, *call.shared))
-    return tuple(op(call.mode, call.batch_first, call.input, *call.shared))
+        return tuple(op(call.mode, *saved, *call.shared))
+    return tuple(op(call.mode, call.input, *call.shared))
 
 
 @over_layouts
@@ -86,9 +86,7 @@ def test_derivatives_of_every_op(name: str, mode: str, P: int, layout: str) -> N
     saved: list[Tensor | None] = []
     if name == "recurrence_backward":
         with torch.no_grad():
-            output, h_n, c_n, cell_states, reserve = reference.layer_forward(
-                mode, call.batch_first, call.input, *call.shared
-            )
+            output, h_n, c_n, cell_states, reserve = reference.layer_forward(mode, call.input, *call.shared)
             grads = [torch.randn_like(value) if value.numel() else None for value in (output, h_n, c_n, cell_states)]
         saved = [*grads, output, cell_states, reserve]
         saved = [None if value is None else value.detach().requires_grad_(value.numel() > 0) for value in saved]
@@ -123,7 +121,7 @@ def test_opcheck_with_gradients(name: str, layout: str) -> None:
     if call.lengths is not None:
         # The reserve is undefined beyond a row's length, and opcheck compares all of it.
         call.lengths.fill_(call.steps)
-    arguments = ("LSTM", call.batch_first, call.input, *call.shared)
+    arguments = ("LSTM", call.input, *call.shared)
     torch.library.opcheck(getattr(torch.ops.rnnfast, name).default, arguments)
 
 
@@ -140,7 +138,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("layout", ["dense", "packed", "one step"])
-@pytest.mark.parametrize("name", ["layer", "layer_forward", "input_projection", "recurrence_forward"])
+@pytest.mark.parametrize("name", ["layer", "layer_forward"])
 def test_torch_func_on_an_op(name: str, layout: str, transform: str) -> None:
     """As deep as torch.func goes: a level that is passed over gives wrong numbers, or zeros, without a word."""
     call = random_call("LSTM", 2, layout)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MODES, Call, make_call, random_grads, torch_layer
-from rnnfast import ops, reference
+from cases import MODES, WITH_CELL_STATE, Call, make_call, random_grads, reference, selected, torch_layer
+from rnnfast import ops
+from rnnfast import reference as plain
+from rnnfast.cell_types import CELLS
 from tolerances import check, check_equal, error
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -36,7 +38,10 @@ FAMILIES = {
     "no initial states, no bias": {"initial": False, "bias": False, "H": 14, "resets": True},
 }
 CASES = [
-    (mode, family) for family, options in FAMILIES.items() for mode in MODES if mode == "LSTM" or "P" not in options
+    (mode, family)
+    for family, options in FAMILIES.items()
+    for mode in MODES
+    if CELLS[mode].may_project or "P" not in options
 ]
 
 
@@ -63,18 +68,15 @@ def truth(mode: str, family: str, dtype: torch.dtype) -> tuple[dict[str, dict[st
     """By op, in this dtype: arguments, the reference's results on them, and its float64 results on the same numbers."""
     call = family_call(mode, family, dtype)
     exact = call.to(torch.float64)
-    gates = call.gates(reference)
-    saved = call.forward(reference, gates)
+    saved = call.forward(reference)
     grads = random_grads(saved)
     own = {
-        "input_projection": {"gates": gates},
         "forward": saved,
         "backward": call.backward(reference, grads, saved),
         "inference": call.inference(reference),
     }
     expected = {
-        "input_projection": {"gates": exact.gates(reference)},
-        "forward": exact.forward(reference, gates.double()),
+        "forward": exact.forward(reference),
         "backward": exact.backward(reference, double(grads), double(saved)),
         "inference": exact.inference(reference),
     }
@@ -97,18 +99,15 @@ def test_against_float64(backend: str, device: str, mode: str, family: str, dtyp
     arguments, own, expected = truth(mode, family, dtype)
     torch.manual_seed(1234)
     call = family_call(mode, family, dtype).on(device)
-    check_results(
-        call, {"gates": call.gates(ops)}, own["input_projection"], expected["input_projection"], "input_projection"
-    )
-    actual = call.forward(ops, own["input_projection"]["gates"].to(device))
-    check_results(call, actual, own["forward"], expected["forward"], "recurrence_forward")
+    actual = call.forward(selected)
+    check_results(call, actual, own["forward"], expected["forward"], "layer_forward")
     beyond = call.alive_rows()
     if beyond is not None:
         assert not actual["output"][~beyond].any()
-        assert mode != "LSTM" or not actual["cell_states"][~beyond].any()
-    actual = call.backward(ops, on(device, arguments["grads"]), on(device, own["forward"]))
+        assert mode not in WITH_CELL_STATE or not actual["cell_states"][~beyond].any()
+    actual = call.backward(selected, on(device, arguments["grads"]), on(device, own["forward"]))
     check_results(call, actual, own["backward"], expected["backward"], "recurrence_backward")
-    check_results(call, call.inference(ops), own["inference"], expected["inference"], "layer")
+    check_results(call, call.inference(selected), own["inference"], expected["inference"], "layer")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,11 +116,10 @@ def test_forward_of_one_backend_and_backward_of_another(
     backend: str, device: str, mode: str, family: str, dtype: torch.dtype
 ) -> None:
     call = family_call(mode, family, dtype).on(device)
-    gates = call.gates(reference)
-    saved = {"ours": call.forward(ops, gates), "reference": call.forward(reference, gates)}
+    saved = {"ours": call.forward(selected), "reference": call.forward(reference)}
     grads = random_grads(saved["reference"])
     exact = call.to(torch.float64)
-    for forward, backward in (("ours", reference), ("ours", ops), ("reference", ops)):
+    for forward, backward in (("ours", reference), ("ours", selected), ("reference", selected)):
         expected = exact.backward(reference, double(grads), double(saved[forward]))
         own = call.backward(reference, grads, saved[forward])
         check_results(call, call.backward(backward, grads, saved[forward]), own, expected, f"{forward} forward")
@@ -135,7 +133,7 @@ def test_gradients_that_are_none(backend: str, device: str, mode: str, family: s
     saved = call.forward(reference)
     grads = random_grads(saved, given)
     expected = call.backward(reference, grads, saved)
-    for name, value in call.backward(ops, grads, saved).items():
+    for name, value in call.backward(selected, grads, saved).items():
         check_equal(name, value, expected[name])
 
 
@@ -151,24 +149,22 @@ def strided(value: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["lengths, resets", "batch first, lengths, resets", "packed", "projection"])
 @pytest.mark.parametrize("mode", MODES)
 def test_strides_do_not_matter(backend: str, device: str, mode: str, family: str) -> None:
-    if mode != "LSTM" and "P" in FAMILIES[family]:
+    if not CELLS[mode].may_project and "P" in FAMILIES[family]:
         family = "no initial states, no bias"
     call = family_call(mode, family, torch.float32).on(device)
     other = call.map(strided)
     other.lengths, other.resets, other.batch_sizes = (
         None if v is None else strided(v) for v in (call.lengths, call.resets, call.batch_sizes)
     )
-    gates = call.gates(reference)
-    saved = call.forward(reference, gates)
+    saved = call.forward(reference)
     grads = random_grads(saved)
     spread = {name: strided(value) for name, value in saved.items()}
     for actual, expected in (
-        ({"gates": other.gates(ops)}, {"gates": call.gates(ops)}),
-        (other.forward(ops, strided(gates)), call.forward(ops, gates)),
-        (other.inference(ops), call.inference(ops)),
+        (other.forward(selected), call.forward(selected)),
+        (other.inference(selected), call.inference(selected)),
         (
-            other.backward(ops, {name: strided(value) for name, value in grads.items()}, spread),
-            call.backward(ops, grads, saved),
+            other.backward(selected, {name: strided(value) for name, value in grads.items()}, spread),
+            call.backward(selected, grads, saved),
         ),
     ):
         for name, value in actual.items():
@@ -178,17 +174,15 @@ def test_strides_do_not_matter(backend: str, device: str, mode: str, family: str
 @pytest.mark.parametrize("mode", MODES)
 def test_expanded_inputs(backend: str, device: str, mode: str) -> None:
     call = make_call(mode, D=2, H=9).on(device)
-    for name in ["hx", "cx"] if mode == "LSTM" else ["hx"]:
+    for name in ["hx", "cx"] if mode in WITH_CELL_STATE else ["hx"]:
         setattr(call, name, getattr(call, name)[:, :1].expand(-1, call.batch, -1))
     call.input = call.input[:1, :1].expand(5, 4, -1)
-    gates = call.gates(ops)[:1, :1].expand(5, 4, -1)
-    saved = call.forward(reference, gates)
+    saved = call.forward(reference)
     grads = {name: value.new_tensor(0.5).expand(value.shape) for name, value in saved.items()}
     for actual, expected in (
-        ({"gates": call.gates(ops)}, {"gates": call.gates(reference)}),
-        (call.forward(ops, gates), saved),
-        (call.inference(ops), call.inference(reference)),
-        (call.backward(ops, grads, saved), call.backward(reference, grads, saved)),
+        (call.forward(selected), saved),
+        (call.inference(selected), call.inference(reference)),
+        (call.backward(selected, grads, saved), call.backward(reference, grads, saved)),
     ):
         for name, value in actual.items():
             check_equal(name, value, expected[name])
@@ -201,47 +195,46 @@ def test_nan_and_inf_stand_where_the_reference_has_them(
     backend: str, device: str, mode: str, family: str, value: float
 ) -> None:
     call = family_call(mode, family, torch.float64).on(device)
-    gates = call.gates(reference)
-    gates[(2, 3) if call.batch_sizes is None else (12,)] = value
+    call.input[(2, 3, 0) if call.batch_sizes is None else (12, 0)] = value
     call.hx[:, 1, 0] = value
-    saved = call.forward(reference, gates)
-    for name, result in call.forward(ops, gates).items():
+    saved = call.forward(reference)
+    for name, result in call.forward(selected).items():
         assert error(*(valid(call, name, v) for v in (result, saved[name]))) < 1e-12, name
     grads = random_grads(saved)
     grads["output"].view(-1)[5] = value
     expected = call.backward(reference, grads, saved)
-    for name, result in call.backward(ops, grads, saved).items():
+    for name, result in call.backward(selected, grads, saved).items():
         assert error(result, expected[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("RNN_RELU", "RNN_IDENTITY")])
 def test_gates_of_any_size_saturate(backend: str, device: str, mode: str, dtype: torch.dtype) -> None:
     """One step from zero: what comes out is the activation functions alone, from subnormal to far beyond saturation."""
     sizes = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 1.0, 5.0, 9.0, 11.0, 20.0, 45.0, 88.0, 89.0, 104.0, 800.0, 6e4]
     values = torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype, device=device)
     call = make_call(mode, T=1, B=1, H=len(values), initial=False, bias=False, dtype=dtype).on(device)
-    gates = values.repeat(call.weight_ih[0].shape[0] // len(values)).reshape(1, 1, -1)
-    own, expected = call.forward(reference, gates), call.to(torch.float64).forward(reference, gates.double())
-    check_results(call, call.forward(ops, gates), own, expected, "recurrence_forward")
+    # The input is the gates.
+    call.input = values.repeat(call.weight_ih[0].shape[0] // len(values)).reshape(1, 1, -1)
+    call.weight_ih = [torch.eye(call.input.shape[2], dtype=dtype, device=device)]
+    own, expected = call.forward(reference), call.to(torch.float64).forward(reference)
+    check_results(call, call.forward(selected), own, expected, "layer_forward")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_lies_beyond_a_row_is_never_read(backend: str, device: str, mode: str, dtype: torch.dtype) -> None:
     call = family_call(mode, "batch first, lengths, resets", dtype).on(device)
-    gates = call.gates(ops)
-    saved = call.forward(ops, gates)
+    saved = call.forward(selected)
     grads = random_grads(saved)
-    expected = saved | call.backward(ops, grads, saved)
+    expected = saved | call.backward(selected, grads, saved)
     beyond = ~call.alive_rows()
     poisoned = {name: value.clone() for name, value in saved.items()}
     poisoned_grads = {name: value.clone() for name, value in grads.items()}
-    gates = gates.clone()
-    for tensor in [gates, *poisoned.values(), *poisoned_grads.values()]:
+    for tensor in [call.input, *poisoned.values(), *poisoned_grads.values()]:
         if tensor.shape[:2] == beyond.shape:
             tensor[beyond] = float("nan")
-    actual = call.forward(ops, gates) | call.backward(ops, poisoned_grads, poisoned)
+    actual = call.forward(selected) | call.backward(selected, poisoned_grads, poisoned)
     for name, value in expected.items():
         assert torch.equal(valid(call, name, actual[name]), valid(call, name, value)), name
 
@@ -252,31 +245,25 @@ def test_what_lies_beyond_a_row_is_never_read(backend: str, device: str, mode: s
 def test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are(
     backend: str, device: str, mode: str, family: str, dtype: torch.dtype
 ) -> None:
-    if mode != "LSTM" and "P" in FAMILIES[family]:
+    if not CELLS[mode].may_project and "P" in FAMILIES[family]:
         family = "H 33"
     call = family_call(mode, family, dtype).on(device)
     before = {name: value.clone() for name, value in call.tensors().items()}
-    gates = call.gates(ops)
-    saved = call.forward(ops, gates)
+    saved = call.forward(selected)
     copies = {name: value.clone() for name, value in saved.items()}
-    gates_copy = gates.clone()
     grads = random_grads(saved)
     grads_copy = {name: value.clone() for name, value in grads.items()}
-    first, second = call.backward(ops, grads, saved), call.backward(ops, grads, saved)
-    again, without = call.forward(ops, gates), call.forward(ops, gates, save_reserve=False)
-    inferences = call.inference(ops), call.inference(ops)
+    first, second = call.backward(selected, grads, saved), call.backward(selected, grads, saved)
+    again = call.forward(selected)
+    inferences = call.inference(selected), call.inference(selected)
     for name, value in saved.items():
         assert torch.equal(valid(call, name, value), valid(call, name, copies[name])), f"backward wrote to {name}"
         assert torch.equal(valid(call, name, value), valid(call, name, again[name])), name
-        if name in ("output", "h_n", "c_n"):
-            assert torch.equal(value, without[name]), f"{name} without save_reserve"
-        else:
-            assert without[name].shape == (0,)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     for name, value in inferences[0].items():
         assert torch.equal(value, inferences[1][name]), name
-    assert torch.equal(gates, gates_copy)
+        assert torch.equal(value, saved[name]), f"{name} in inference"
     for now, then in ((call.tensors(), before), (grads, grads_copy)):
         for name, value in now.items():
             assert torch.equal(value, then[name]), f"an op wrote to {name}"
@@ -293,7 +280,7 @@ def test_any_number_of_threads(backend: str, mode: str, B: int, threads: int) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = call.forward(ops) | call.backward(ops, grads, saved)
+        actual = call.forward(selected) | call.backward(selected, grads, saved)
     finally:
         torch.set_num_threads(before)
     for name, value in actual.items():
@@ -319,20 +306,18 @@ def test_seventy_thousand_steps(backend: str, device: str, mode: str) -> None:
     call = make_call(mode, T=70_000, B=2, H=3, I=2)
     if backend == "reference":
         with torch.no_grad():
-            output, _ = torch_layer(call, [0])(call.input, (call.hx, call.cx) if mode == "LSTM" else call.hx)
+            output, _ = torch_layer(call, [0])(call.input, (call.hx, call.cx) if mode in WITH_CELL_STATE else call.hx)
         check_equal("output", saved["output"], output)
         return
     call = call.on(device)
-    for name, value in call.forward(ops).items():
+    for name, value in call.forward(selected).items():
         check_equal(name, value.cpu(), saved[name])
-    for name, value in call.backward(ops, on(device, grads), on(device, saved)).items():
+    for name, value in call.backward(selected, on(device, grads), on(device, saved)).items():
         check_equal(name, value.cpu(), expected[name])
 
 
 def matmul_of(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if backend == "reference":
-        return reference.matmul
-    return torch.ops.rnnfast_emulated.matmul if backend == "emulated" else torch.ops.rnnfast.matmul
+    return plain.matmul if backend == "reference" else torch.ops.rnnfast.matmul
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

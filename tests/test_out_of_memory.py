@@ -18,6 +18,8 @@ from torch.testing import assert_close
 import rnnfast
 from emulated_library import emulated_problem
 from rnnfast import libraries, ops
+from rnnfast.backends import BACKENDS
+from rnnfast.cell_types import CELLS
 
 ROOT = Path(__file__).resolve().parent.parent
 H = 1024
@@ -35,10 +37,11 @@ def library(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def layer(op: Callable[..., Any], input: Tensor, backend: str | None, mode: str = "LSTM") -> Any:
-    gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
+def layer(name: str, input: Tensor, backend: str, mode: str = "LSTM") -> Any:
+    gates = CELLS[mode].gates
     weight_ih, weight_hh = torch.zeros(gates * H, input.size(-1)), torch.zeros(gates * H, H)
-    return op(mode, False, input, *[None] * 5, weight_ih, None, weight_hh, backend=backend)
+    arguments = (mode, input, *[None] * 5, False, weight_ih, None, weight_hh)
+    return getattr(BACKENDS[backend].kernels, name)(*arguments)
 
 
 def message_of(run: Callable[[], Any]) -> str:
@@ -55,14 +58,9 @@ def message_of(run: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("name", ["layer_forward", "layer"])
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
 def test_results(library: str, name: str, mode: str) -> None:
-    text = message_of(lambda: layer(getattr(ops, name), torch.zeros(ROWS, 64, 0), library, mode))
-    if library == "cpu":
-        op, tensor, width = name, "output", H
-    else:
-        op, tensor, width = "input_projection", "gates", H * {"LSTM": 4, "GRU": 3}.get(mode, 1)
-    size = RESULT * width // H
-    wanted = f"rnnfast::{op}: out of memory: {tensor} of shape ({ROWS}, 64, {width}), float32, needs {size} bytes"
-    assert text.startswith(f"{wanted} ({size / 2**30:.1f} GiB) on cpu")
+    text = message_of(lambda: layer(name, torch.zeros(ROWS, 64, 0), library, mode))
+    wanted = f"rnnfast::{name}: out of memory: output of shape ({ROWS}, 64, {H}), float32, needs {RESULT} bytes"
+    assert text.startswith(f"{wanted} ({RESULT / 2**30:.1f} GiB) on cpu")
 
 
 def test_a_layer_whose_input_is_expanded(library: str) -> None:
@@ -71,18 +69,16 @@ def test_a_layer_whose_input_is_expanded(library: str) -> None:
     for gradients in (True, False):
         with rnnfast.backend(library), torch.set_grad_enabled(gradients):
             text = message_of(lambda: module(input))
-        assert re.match(
-            r"rnnfast::\w+: out of memory: (a contiguous copy of input|gates) of shape \(2199023255552, 64, ", text
-        )
+        assert re.match(r"rnnfast::\w+: out of memory: output of shape \(2199023255552, 64, ", text)
 
 
 def test_backward(library: str) -> None:
     output = torch.zeros(1, 1, 1).expand(ROWS, 64, H)
     nothing = torch.zeros(0)
     text = message_of(
-        lambda: ops.recurrence_backward(
-            "RNN_TANH", False, None, None, None, None, output, nothing, nothing, *[None] * 7, torch.zeros(H, H),
-            backend=library,
+        lambda: BACKENDS[library].kernels.recurrence_backward(
+            "RNN_TANH", None, None, None, None, output, nothing, nothing, *[None] * 5, False, None, None,
+            torch.zeros(H, H),
         )
     )  # fmt: skip
     wanted = f"a contiguous copy of output of shape ({ROWS}, 64, {H}), float32, needs {RESULT} bytes"
@@ -98,7 +94,7 @@ def test_a_product() -> None:
 
 
 def test_sizes_that_64_bits_do_not_count(library: str) -> None:
-    text = message_of(lambda: layer(ops.layer, torch.zeros(2**47, 1024, 0), library))
+    text = message_of(lambda: layer("layer", torch.zeros(2**47, 1024, 0), library))
     assert "out of memory" not in text
     assert re.match(
         r"rnnfast::\w+: could not allocate \w+ of shape \(140737488355328, 1024, \d+\), float32: so many", text
@@ -110,11 +106,12 @@ SCARCE = """
 import resource, sys
 import torch
 from torch import zeros
-from rnnfast import ops
+import rnnfast
+from rnnfast.backends import BACKENDS
 
-backend = sys.argv[1]
-if backend == "emulated":
-    ops.load_emulated()
+if sys.argv[1] == "emulated":
+    rnnfast.registration.load_emulated()
+ops = BACKENDS[sys.argv[1]].kernels
 {prepared}
 with open("/proc/self/statm") as file:
     taken = int(file.read().split()[0]) * resource.getpagesize()
@@ -131,7 +128,7 @@ print(text)
 
 
 # By mode, and output, cells and reserve; without gradients, states or rows of their own lengths.
-BACKWARD = "ops.recurrence_backward('{}', False, None, None, None, None, {}, *[None] * 7, weight, backend=backend)"
+BACKWARD = "ops.recurrence_backward('{}', None, None, None, None, {}, *[None] * 5, False, None, None, weight)"
 
 
 def lacking(library: str, megabytes: int, prepared: str, call: str) -> str:
@@ -157,11 +154,11 @@ def test_what_forward_saves(library: str) -> None:
     text = lacking(
         library,
         112,
-        "gates, weight = zeros(512, 64, 1024), zeros(1024, 256)",
-        "ops.recurrence_forward('LSTM', False, True, gates, *[None] * 7, weight, backend=backend)",
+        "rows, weight_ih, weight = zeros(512, 64, 0), zeros(1024, 0), zeros(1024, 256)",
+        "ops.layer_forward('LSTM', rows, *[None] * 5, False, weight_ih, None, weight)",
     )
     wanted = "reserve of shape (512, 64, 1024), float32, needs 134217728 bytes (128.0 MiB) on cpu"
-    assert text.startswith(f"rnnfast::recurrence_forward: out of memory: {wanted}")
+    assert text.startswith(f"rnnfast::layer_forward: out of memory: {wanted}")
 
 
 @needs_limits
@@ -195,11 +192,11 @@ def test_the_workspace() -> None:
     text = lacking(
         "cpu",
         40,
-        "gates, weight = zeros(16, 16, 4096), zeros(4096, 4096)",
-        "ops.recurrence_forward('RNN_TANH', False, True, gates, *[None] * 7, weight, backend=backend)",
+        "rows, weight_ih, weight = zeros(16, 16, 0), zeros(4096, 0), zeros(4096, 4096)",
+        "ops.layer_forward('RNN_TANH', rows, *[None] * 5, False, weight_ih, None, weight)",
     )
     assert re.match(
-        r"rnnfast::recurrence_forward: out of memory: the workspace needs \d+ bytes \([\d.]+ MiB\) on cpu\n", text
+        r"rnnfast::layer_forward: out of memory: the workspace needs \d+ bytes \([\d.]+ MiB\) on cpu\n", text
     )
 
 
@@ -222,21 +219,21 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors go the way of CUDA tensors."""
     monkeypatch.setattr(libraries, "follow_tf32", lambda: True)
     libraries.follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    monkeypatch.setitem(ops.kernels, "cpu", ops.Kernels(*map(ops._on_cuda, ops.kernels["cpu"])))
+    monkeypatch.setattr(BACKENDS["cpu"], "kernels", ops.on_cuda(BACKENDS["cpu"].kernels))
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_out_of_memory_is_torchs_own_error() -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^rnnfast::layer_forward: out of memory: output of shape"):
-        layer(ops.layer_forward, torch.zeros(ROWS, 64, 0), "cpu")
-    with pytest.raises(torch.OutOfMemoryError, match="a contiguous copy of input"):
+        layer("layer_forward", torch.zeros(ROWS, 64, 0), "cpu")
+    with pytest.raises(torch.OutOfMemoryError, match="output of shape"):
         rnnfast.GRU(1, H)(torch.zeros(1, 1, 1).expand(2**41, 64, 1))
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_other_errors_stay_what_they_are() -> None:
-    message_of(lambda: layer(ops.layer, torch.zeros(2**50, 64, 0), "cpu"))
-    assert message_of(lambda: layer(ops.layer, torch.zeros(1, 1, 2, 3), "cpu")).endswith("dimensions, got 4")
+    message_of(lambda: layer("layer", torch.zeros(2**50, 64, 0), "cpu"))
+    assert message_of(lambda: layer("layer", torch.zeros(1, 1, 2, 3), "cpu")).endswith("dimensions, got 4")
 
 
 @pytest.mark.usefixtures("as_on_cuda")

@@ -176,7 +176,7 @@ def test_restore_leaves_what_torch_does_not_have():
     assert rnnfast.accelerate(model).left == {}
     report = rnnfast.restore(model)
     assert list(report.swapped) == ["lstm"]
-    assert report.left["linear"] == report.left["cell"] == "torch.nn has no linear recurrence"
+    assert report.left["linear"] == report.left["cell"] == "torch.nn has no nonlinearity 'identity'"
     assert "Mine is a subclass" in report.left["mine"]
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from cases import MODES, TORCH_MODES, Call, make_call, random_grads, torch_layer
-from rnnfast import reference
+from cases import MODES, TORCH_MODES, WITH_CELL_STATE, Call, make_call, random_grads, reference, torch_layer
+from rnnfast import reference as plain
+from rnnfast.cell_types import CELLS
 from tolerances import check_equal
 
 LAYOUTS = {
@@ -19,7 +20,7 @@ LAYOUTS = {
     "resets": {"resets": True, "layout": "batch_first"},
     "lengths+resets": {"lengths": True, "resets": True},
 }
-PROJECTED = [(mode, 0) for mode in MODES] + [("LSTM", 2)]
+PROJECTED = [(mode, P) for mode in MODES for P in (0, 2) if not P or CELLS[mode].may_project]
 
 
 def gradients(results: dict[str, Tensor], grads: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,7 +33,7 @@ def gradients(results: dict[str, Tensor], grads: dict[str, Tensor], inputs: dict
 
 def states(call: Call) -> Tensor | tuple[Tensor, Tensor] | None:
     """hx as torch.nn takes it."""
-    return call.hx if call.mode != "LSTM" or call.hx is None else (call.hx, call.cx)
+    return call.hx if call.mode not in WITH_CELL_STATE or call.hx is None else (call.hx, call.cx)
 
 
 def results_of(output: Tensor, state: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def test_resets_and_lengths_against_torch_nn_on_the_pieces(mode: str, P: int, D:
     for d in range(D):
         outputs = []
         for b in range(call.batch):
-            h, c = call.hx[d, b], call.cx[d, b] if mode == "LSTM" else None
+            h, c = call.hx[d, b], call.cx[d, b] if mode in WITH_CELL_STATE else None
             output = [input.new_zeros(0, h.shape[0])]
             for start, end, initial in segments(call, b, d):
                 h, c = (h, c) if initial else (torch.zeros_like(h), None if c is None else torch.zeros_like(c))
@@ -108,7 +109,7 @@ def test_resets_and_lengths_against_torch_nn_on_the_pieces(mode: str, P: int, D:
                 piece = piece.flip(0) if d == 1 else piece
                 state = h[None, None] if c is None else (h[None, None], c[None, None])
                 piece, state = layers[d](piece, state)
-                h, c = (state[0][0, 0], state[1][0, 0]) if mode == "LSTM" else (state[0, 0], None)
+                h, c = (state[0][0, 0], state[1][0, 0]) if mode in WITH_CELL_STATE else (state[0, 0], None)
                 piece = piece[:, 0]
                 output = [piece.flip(0), *output] if d == 1 else [*output, piece]
             length = sum(len(piece) for piece in output)
@@ -121,7 +122,7 @@ def test_resets_and_lengths_against_torch_nn_on_the_pieces(mode: str, P: int, D:
         "output": output.transpose(0, 1) if call.batch_first else output,
         "h_n": torch.stack(last_h).unflatten(0, (D, call.batch)),
     }
-    if mode == "LSTM":
+    if mode in WITH_CELL_STATE:
         expected["c_n"] = torch.stack(last_c).unflatten(0, (D, call.batch))
     compare(call, call.forward(reference), expected)
 
@@ -148,7 +149,7 @@ def test_rows_of_length_zero_are_as_if_absent(mode: str, P: int) -> None:
         input=call.input[:, there],
         lengths=call.lengths[there],
         hx=call.hx[:, there],
-        cx=call.cx[:, there] if mode == "LSTM" else None,
+        cx=call.cx[:, there] if mode in WITH_CELL_STATE else None,
     )
     expected = without.forward(reference)
     for name in ["output", "h_n", "c_n", "cell_states"]:
@@ -156,7 +157,7 @@ def test_rows_of_length_zero_are_as_if_absent(mode: str, P: int) -> None:
             check_equal(name, results[name][:, there], expected[name])
     assert torch.equal(results["h_n"][:, ~there], call.hx[:, ~there])
     assert not results["output"][:, ~there].any()
-    if mode == "LSTM":
+    if mode in WITH_CELL_STATE:
         assert torch.equal(results["c_n"][:, ~there], call.cx[:, ~there])
 
 
@@ -167,7 +168,9 @@ def test_gradcheck_and_gradgradcheck(mode: str, P: int, layout: str) -> None:
     if mode == "RNN_RELU":
         # finite differences must not step over the kink, which these seeds and this shift stay clear of
         call = call.map(lambda value: (value.detach() + 0.05).requires_grad_())
-    wanted = [name for name in ["output", "h_n", "c_n", "cell_states"] if mode == "LSTM" or name in ("output", "h_n")]
+    wanted = [
+        name for name in ["output", "h_n", "c_n", "cell_states"] if mode in WITH_CELL_STATE or name in ("output", "h_n")
+    ]
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
         results = call.with_tensors(list(values)).forward(reference)
@@ -207,7 +210,9 @@ def all_gradients(call: Call, grads: dict[str, Tensor | None], saved: dict[str, 
     D = call.directions
     result = call.backward(reference, grads, saved)
     gates = call.rows_to_dense(result["grad_gates"]).unflatten(-1, (D, -1))
-    gates_hh = call.rows_to_dense(result["grad_gates_hh"] if call.mode == "GRU" else result["grad_gates"])
+    gates_hh = call.rows_to_dense(
+        result["grad_gates_hh"] if CELLS[call.mode].split_gate is not None else result["grad_gates"]
+    )
     gates_hh = gates_hh.unflatten(-1, (D, -1))
     input = call.rows_to_dense(call.input)
     before = states_before(call, call.hx, saved["output"]).unflatten(-1, (D, -1))
@@ -245,7 +250,7 @@ def test_hand_written_backward_against_autograd(
     mode: str, P: int, layout: str, initial: bool, given: list[str]
 ) -> None:
     """Every gradient, from each of the results alone (the others None) and from all of them."""
-    if mode != "LSTM":
+    if mode not in WITH_CELL_STATE:
         given = [name for name in given if name in ("output", "h_n")]
     call = make_call(mode, P=P, D=2, initial=initial, **LAYOUTS[layout]).leaves()
     results = call.forward(reference)
@@ -321,14 +326,15 @@ def test_sixteen_bit_types_round_h_each_step_and_carry_c_in_float32(mode: str, P
     results = call.forward(reference)
     assert all(value.dtype == dtype for value in results.values())
     single = call.to(torch.float32)
-    gates = call.gates(reference).float()
+    # Rounded once, as a product into that type is.
+    gates = plain.input_projection(mode, call.input, call.record.parameters).float()
     for t in range(call.steps):
-        step = single.forward(reference, gates[t : t + 1])
-        single.hx = step["h_n"].to(dtype).float()
-        single.cx = step["c_n"] if mode == "LSTM" else None
+        _, h_n, c_n, *_ = plain.recurrence_forward(gates[t : t + 1], single.record)
+        single.hx = h_n.to(dtype).float()
+        single.cx = c_n if mode in WITH_CELL_STATE else None
         assert torch.equal(results["output"][t], single.hx[0].to(dtype))
     assert torch.equal(results["h_n"], single.hx.to(dtype))
-    if mode == "LSTM":
+    if mode in WITH_CELL_STATE:
         assert torch.equal(results["c_n"], single.cx.to(dtype))
 
 
@@ -377,16 +383,14 @@ def test_relu_has_no_slope_at_zero() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_inference_and_results_that_do_not_apply(mode: str) -> None:
     call = make_call(mode, D=2, initial=False)
-    results, without = call.forward(reference), call.forward(reference, save_reserve=False)
+    results = call.forward(reference)
     for name, value in call.inference(reference).items():
         assert torch.equal(value, results[name])
-        assert torch.equal(value, without[name])
     none = torch.Size([0])
-    assert without["cell_states"].shape == without["reserve"].shape == none
-    assert (results["c_n"].shape == none) == (results["cell_states"].shape == none) == (mode != "LSTM")
-    assert (results["reserve"].shape == none) == mode.startswith("RNN")
+    assert (results["c_n"].shape == none) == (results["cell_states"].shape == none) == (mode not in WITH_CELL_STATE)
+    assert (results["reserve"].shape == none) == (CELLS[mode].reserve == 0)
     actual = call.backward(reference, random_grads(results), results)
-    applies = {"grad_gates"} | ({"grad_gates_hh"} if mode == "GRU" else set())
+    applies = {"grad_gates"} | ({"grad_gates_hh"} if CELLS[mode].split_gate is not None else set())
     assert {name for name, value in actual.items() if value.shape != none} == applies
 
 
@@ -402,5 +406,7 @@ def test_no_rows(mode: str, P: int, layout: str) -> None:
 
 
 def test_unknown_mode_is_named() -> None:
-    with pytest.raises(ValueError, match="mode must be one of LSTM, GRU, RNN_TANH, RNN_RELU, RNN_IDENTITY, got 'QRNN'"):
-        reference.input_projection("QRNN", torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    call = make_call("GRU")
+    call.mode = "QRNN"
+    with pytest.raises(ValueError, match=f"mode must be one of {', '.join(MODES)}, got 'QRNN'"):
+        call.inference(reference)

@@ -96,7 +96,7 @@ def test_exporting_swaps_back_what_it_swapped_only():
 
 def test_exporting_says_what_it_cannot_swap():
     model = nn.Sequential(rnnfast.RNN(4, 5, nonlinearity="identity"), rnnfast.GRU(5, 5))
-    text = "(?s)not all layers.* 0: left alone: torch.nn has no linear recurrence"
+    text = "(?s)not all layers.* 0: left alone: torch.nn has no nonlinearity 'identity'"
     block = rnnfast.exporting(model)
     with pytest.warns(UserWarning, match=text):
         block.__enter__()

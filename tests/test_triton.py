@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import rnnfast
-from cases import MODES, Call, make_call, random_grads
-from rnnfast import libraries, ops, reference
+from cases import MODES, Call, make_call, random_grads, reference, selected
+from rnnfast.cell_types import CELLS
+from rnnfast.triton import availability
 from test_ops import check_results, double
 from tolerances import check_equal, error
 from triton_interpreter import triton_problem
@@ -24,6 +25,7 @@ if (_why := triton_problem()) is not None:
 from rnnfast.triton import graphs, layers, plan
 
 FLOATS = [torch.float16, torch.float32]
+GATED = [mode for mode in MODES if CELLS[mode].gates > 1]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {"lengths": True, "resets": True},
     "packed": {"layout": "packed", "initial": False},
@@ -48,10 +50,10 @@ def tf32() -> Iterator[Callable[[bool], None]]:
     torch.backends.cudnn.rnn.fp32_precision = before
 
 
-def both_passes(call: Call, gates: Tensor) -> dict[str, Tensor]:
-    saved = call.forward(ops, gates)
+def both_passes(call: Call) -> dict[str, Tensor]:
+    saved = call.forward(selected)
     torch.manual_seed(7)
-    return saved | call.backward(ops, random_grads(saved), saved)
+    return saved | call.backward(selected, random_grads(saved), saved)
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
@@ -68,46 +70,44 @@ def test_forward_here_and_backward_by_the_cpu_kernels(family: str, mode: str, la
     if not rnnfast.backends()["cpu"].available:
         pytest.skip(rnnfast.backends()["cpu"].reason)
     call = make_call(mode, D=2, T=3, B=18, H=13, dtype=dtype, **LAYOUTS[layout])
-    gates = call.gates(reference)
     with plan.only(family):
-        saved = {"triton": call.forward(ops, gates)}
+        saved = {"triton": call.forward(selected)}
     with rnnfast.backend("cpu"):
-        saved["cpu"] = call.forward(ops, gates)
+        saved["cpu"] = call.forward(selected)
     grads = random_grads(saved["cpu"])
     exact = call.to(torch.float64)
-    own, wanted = call.forward(reference, gates), exact.forward(reference, gates.double())
+    own, wanted = call.forward(reference), exact.forward(reference)
     check_results(call, saved["triton"], own, wanted, "forward")
     for forward, results in saved.items():
         expected = exact.backward(reference, double(grads), double(results))
         own = call.backward(reference, grads, results)
         with plan.only(family):
-            check_results(call, call.backward(ops, grads, results), own, expected, f"{forward}, then triton")
+            check_results(call, call.backward(selected, grads, results), own, expected, f"{forward}, then triton")
         with rnnfast.backend("cpu"):
-            check_results(call, call.backward(ops, grads, results), own, expected, f"{forward}, then cpu")
+            check_results(call, call.backward(selected, grads, results), own, expected, f"{forward}, then cpu")
 
 
 @pytest.mark.parametrize("batch", [5, 70])
-@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+@pytest.mark.parametrize("mode", GATED)
 def test_step_kernels_of_every_tile(mode: str, batch: int) -> None:
     """More hidden units than a program's, a sum longer than its chunk; and a large batch, which has its own tiles."""
     call = make_call(mode, T=2, B=batch, H=69, D=1, lengths=True, dtype=torch.float32)
-    gates, exact = call.gates(reference), call.to(torch.float64)
-    saved = call.forward(reference, gates)
+    exact = call.to(torch.float64)
+    saved = call.forward(reference)
     grads = random_grads(saved)
     with plan.only("step"):
-        check_results(call, call.forward(ops, gates), saved, exact.forward(reference, gates.double()), "forward")
+        check_results(call, call.forward(selected), saved, exact.forward(reference), "forward")
         own, expected = call.backward(reference, grads, saved), exact.backward(reference, double(grads), double(saved))
-        check_results(call, call.backward(ops, grads, saved), own, expected, "backward")
+        check_results(call, call.backward(selected, grads, saved), own, expected, "backward")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_families_agree(mode: str) -> None:
     call = make_call(mode, D=2, T=4, B=3, H=9, lengths=True, resets=True, dtype=torch.float32)
-    gates = call.gates(reference)
     results = []
     for family in ("persistent", "step"):
         with plan.only(family):
-            results.append(both_passes(call, gates))
+            results.append(both_passes(call))
     for name, value in results[0].items():
         if name != "reserve":
             assert error(value, results[1][name]) < 1e-5, name
@@ -118,11 +118,11 @@ def test_no_steps_at_all(family: str) -> None:
     """hx and cx go through, forward and backward."""
     call = make_call("LSTM", D=2, T=0, B=3, H=5, dtype=torch.float32)
     with plan.only(family):
-        saved = call.forward(ops)
+        saved = call.forward(selected)
         assert torch.equal(saved["h_n"], call.hx)
         assert torch.equal(saved["c_n"], call.cx)
         grads = random_grads(saved)
-        found = call.backward(ops, grads, saved)
+        found = call.backward(selected, grads, saved)
     assert torch.equal(found["grad_hx"], grads["h_n"])
     assert torch.equal(found["grad_cx"], grads["c_n"])
 
@@ -130,13 +130,12 @@ def test_no_steps_at_all(family: str) -> None:
 def test_turns_past_the_last_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured graph holds a fixed number of turns: here each call is run with some more."""
     real = graphs.run
-    for kind, options in (("LSTM", {"P": 3}), ("GRU", {})):
-        call = make_call(kind, D=2, T=3, B=4, H=6, lengths=True, resets=True, **options)
-        gates = call.gates(reference)
-        expected = both_passes(call, gates)
+    for mode in GATED:
+        call = make_call(mode, D=2, T=3, B=4, H=6, P=3 if CELLS[mode].may_project else 0, lengths=True, resets=True)
+        expected = both_passes(call)
         with monkeypatch.context() as patch:
             patch.setattr(graphs, "run", lambda key, values, turns, *rest: real(key, values, turns + 4, *rest))
-            found = both_passes(call, gates)
+            found = both_passes(call)
         for name, value in expected.items():
             assert name == "reserve" or torch.equal(found[name], value), name
 
@@ -153,10 +152,9 @@ def test_turns_of_a_graph_begin_where_the_last_replay_ended(monkeypatch: pytest.
             graphs.advance(table, 2)
 
     call = make_call("LSTM", D=2, T=5, B=4, H=6, lengths=True, resets=True)
-    gates = call.gates(reference)
-    expected = both_passes(call, gates)
+    expected = both_passes(call)
     monkeypatch.setattr(graphs, "run", replayed)
-    for name, value in both_passes(call, gates).items():
+    for name, value in both_passes(call).items():
         assert name == "reserve" or torch.equal(expected[name], value), name
 
 
@@ -256,10 +254,20 @@ def test_small_hidden_sizes_run_persistently(tf32: Callable[[bool], None]) -> No
     assert layers.family_of("GRU", torch.float32, 64, False) == "step"
 
 
+def test_a_number_of_gates_that_the_table_lacks() -> None:
+    """What holds three gates holds two; five no entry is known to hold."""
+    for dtype, hidden_size in ((torch.bfloat16, 128), (torch.float32, 64)):
+        found = plan.persistent_tiles(2, dtype, "tf32", hidden_size)
+        assert found is not None
+        assert found == plan.persistent_tiles(3, dtype, "tf32", hidden_size)
+        assert plan.persistent_tiles(2, dtype, "tf32", 2 * hidden_size) is None
+        assert plan.persistent_tiles(5, dtype, "tf32", 16) is None
+
+
 def test_a_forced_family_that_cannot_run() -> None:
     call = make_call("LSTM", P=2)
     with plan.only("persistent"), pytest.raises(RuntimeError, match="persistent Triton kernels do not hold H 5"):
-        call.forward(ops, call.gates(reference))
+        call.forward(selected)
 
 
 def test_the_flag_decides_how_float32_is_multiplied(tf32: Callable[[bool], None]) -> None:
@@ -282,7 +290,7 @@ def test_without_the_interpreter_it_wants_a_device(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="'triton' is not available: no CUDA device"), rnnfast.backend("triton"):
         pass
-    monkeypatch.setattr(libraries, "triton_error", "Triton is not installed: pip install triton")
+    monkeypatch.setattr(availability, "error", "Triton is not installed: pip install triton")
     with pytest.raises(RuntimeError, match="pip install triton"), rnnfast.backend("triton"):
         pass
 
@@ -290,29 +298,17 @@ def test_without_the_interpreter_it_wants_a_device(monkeypatch: pytest.MonkeyPat
 # ---- what torch sees ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("P", [0, 2])
-@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+@pytest.mark.parametrize(
+    ("mode", "P"), [(mode, P) for mode in GATED for P in (0, 2) if not P or CELLS[mode].may_project]
+)
 def test_opcheck(mode: str, P: int) -> None:
-    if mode == "GRU" and P:
-        pytest.skip("a GRU has no projection")
     call = make_call(mode, D=2, T=2, B=3, H=4, P=P, lengths=True, resets=True)
-    namespace = torch.ops.rnnfast_triton
-    gates = call.gates(reference)
-    saved = call.forward(reference, gates)
-    grads = random_grads(saved)
-    shared = call.shared
-    saved_tensors = (saved["output"], saved["cell_states"], saved["reserve"])
-    checks = {
-        "input_projection": (mode, call.input, *call.places),
-        "recurrence_forward": (mode, False, True, gates, *shared),
-        "recurrence_backward": (
-            mode, False, *(grads.get(name) for name in ("output", "h_n", "c_n", "cell_states")), *saved_tensors, *shared,
-        ),
-        "layer_forward": (mode, False, call.input, *shared),
-        "layer": (mode, False, call.input, *shared),
-    }  # fmt: skip
-    for name, arguments in checks.items():
-        found = torch.library.opcheck(getattr(namespace, name).default, arguments)
+    saved = call.forward(reference)
+    grads = [random_grads(saved).get(name) for name in ("output", "h_n", "c_n", "cell_states")]
+    layer = (mode, call.input, *call.shared)
+    backward = (mode, *grads, *(saved[name] for name in ("output", "cell_states", "reserve")), *call.shared)
+    for name, arguments in {"layer_forward": layer, "layer": layer, "recurrence_backward": backward}.items():
+        found = torch.library.opcheck(getattr(torch.ops.rnnfast_triton, name).default, arguments)
         assert set(found.values()) == {"SUCCESS"}, (name, found)
 
 
@@ -365,8 +361,7 @@ def test_vmap_and_double_backward() -> None:
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     call = make_call("LSTM", D=2)
-    gates = call.gates(reference)
     for name, value in change.items():
         setattr(call, name, value)
     with pytest.raises(RuntimeError, match=message):
-        call.forward(ops, gates)
+        call.forward(selected)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rnnfast import libraries
+from rnnfast.triton import availability
 
-if libraries.triton_error is not None:
-    pytest.skip(libraries.triton_error, allow_module_level=True)
+if availability.error is not None:
+    pytest.skip(availability.error, allow_module_level=True)
 
 # What a program may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for
 # gfx942 the CDNA3 ISA guide.
@@ -25,7 +25,8 @@ TESTS = Path(__file__).parent
 def python(*arguments: str) -> str:
     """The output of a Python process that compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    # What stands there may be another Triton.
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -77,7 +78,9 @@ COUNT = """
 import itertools, sys
 import torch
 from triton.runtime.jit import JITFunction
-from rnnfast.triton import graphs, layers, persistent, plan, step, table
+from rnnfast.sequences import Sequences
+from rnnfast.signatures import BackwardArguments, LayerArguments, Parameters, flat
+from rnnfast.triton import layers
 
 # Instead of a launch: what Triton would look its compiled kernel up by.
 keys = set()
@@ -93,16 +96,17 @@ def run(self, *arguments, grid, warmup, **options):
 JITFunction.run = run
 
 def call(T, B, H, dtype, packed=False, **given):
-    weight = (None, None, torch.zeros(4 * H, H, dtype=dtype))
-    rows = (T * B,) if packed else (T, B)
-    sizes = torch.full((T,), B) if packed else None
     tensor = lambda *shape: torch.zeros(shape, dtype=dtype)
-    state = {name: tensor(1, B, H) if given.get("initial") else None for name in ("hx", "cx")}
-    lengths = torch.full((B,), T) if given.get("lengths") else None
-    shared = (*state.values(), sizes, lengths, None, *weight)
-    layers.recurrence_forward("LSTM", False, bool(given.get("save")), tensor(*rows, 4 * H), *shared)
-    layers.recurrence_backward("LSTM", False, tensor(*rows, H), None, None, None, tensor(*rows, H), tensor(*rows, H),
-                               tensor(*rows, 4 * H), *shared)
+    rows = (T * B,) if packed else (T, B)
+    state = [tensor(1, B, H) if given.get("initial") else None for _ in ("hx", "cx")]
+    sizes = torch.full((T,), B) if packed else None
+    sequences = Sequences(sizes, torch.full((B,), T) if given.get("lengths") else None)
+    parameters = Parameters(weight_ih=tensor(4 * H, 3), weight_hh=tensor(4 * H, H))
+    forward = layers.layer_forward if given.get("save") else layers.layer
+    forward(*flat(LayerArguments("LSTM", tensor(*rows, 3), *state, sequences, parameters)))
+    saved = [tensor(*rows, H), tensor(*rows, H), tensor(*rows, 4 * H)]
+    gradients = [tensor(*rows, H), None, None, None]
+    layers.recurrence_backward(*flat(BackwardArguments("LSTM", *gradients, *saved, *state, sequences, parameters)))
 
 counts = {}
 for family, H, dtype in (("persistent", 64, torch.bfloat16), ("step", 160, torch.bfloat16)):
@@ -131,6 +135,6 @@ def test_a_hidden_size_of_one() -> None:
 import triton_aot as t
 c = next(c for c in t.configurations() if c.family == "step" and c.mode == "LSTM" and not c.divisible)
 for kernel in ("forward", "backward"):
-    t.compile_for("sm_90", c._replace(kernel=kernel), ones=("H", "K"))
+    t.compile_for("sm_90", c._replace(kernel=kernel), ones=("H", "state_size"))
 """
     python("-c", code)

@@ -29,12 +29,13 @@ LIBRARIES = [ROOT / "rnnfast" / name for name in ("_C_cpu.so", "_C_cuda.so")]
 DISPENSABLE = {"torch_exception_get_what_without_backtrace"}
 OUT_OF_MEMORY = """
 import torch
-from rnnfast import libraries, ops
+from rnnfast import libraries
+from rnnfast.backends import BACKENDS
 assert libraries.cpu_error is None, libraries.cpu_error
 assert libraries.cuda_error is None or {without_cuda}, libraries.cuda_error
 weights = torch.zeros(4096, 0), None, torch.zeros(4096, 1024)
 try:
-    ops.layer("LSTM", False, torch.zeros(2**36, 64, 0), *[None] * 5, *weights, backend="cpu")
+    BACKENDS["cpu"].kernels.layer("LSTM", torch.zeros(2**36, 64, 0), *[None] * 5, False, *weights)
 except RuntimeError as error:
     wanted = "rnnfast::layer: out of memory: output of shape (68719476736, 64, 1024), float32, needs "
     assert str(error).startswith(wanted), error

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnnfast.reference import GATES
+from rnnfast.cell_types import CELLS, NONLINEARITIES
 from rnnfast.triton import layers, persistent, plan, step
 
 TARGETS = {
@@ -35,7 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # One type of 16 bits stands for both, and one RNN for all: they differ in single instructions.
-MODES = ["LSTM", "GRU", "RNN_TANH"]
+MODES = [mode for mode in CELLS if mode not in NONLINEARITIES.values() or mode == "RNN_TANH"]
 ARITHMETICS = [
     (torch.bfloat16, "ieee"),
     (torch.float32, "tf32"),
@@ -66,21 +66,21 @@ class Configuration(NamedTuple):
 def configurations() -> Iterator[Configuration]:
     """Everything that plan.py can choose."""
     for mode, (dtype, precision), divisible in itertools.product(MODES, ARITHMETICS, (True, False)):
-        gates = GATES[mode]
+        cell = CELLS[mode]
         for size in (16, 32, 64, 128, 256):
-            tiles = plan.persistent_tiles(gates, dtype, precision, size if divisible else size - 1)
+            tiles = plan.persistent_tiles(cell.gates, dtype, precision, size if divisible else size - 1)
             if tiles is not None:
                 for kernel in ("forward", "backward"):
                     yield Configuration("persistent", kernel, mode, dtype, precision, tiles, False, divisible)
         if not divisible and dtype != torch.bfloat16:
             continue
-        for batch, projected in itertools.product((16, 4096), (False, True) if mode == "LSTM" else (False,)):
+        for batch, projected in itertools.product((16, 4096), (False, True) if cell.may_project else (False,)):
             for kernel in ("forward", "backward"):
-                # as layers.py has it: products with one accumulator have the other tiles
-                single = plan.step_tiles(gates, dtype, precision, batch, kernel == "backward" or gates == 1)
-                yield Configuration("step", kernel, mode, dtype, precision, single, projected, divisible)
+                # as layers.py has it
+                tiles = plan.step_tiles(1 if kernel == "backward" else cell.gates, dtype, precision, batch)
+                yield Configuration("step", kernel, mode, dtype, precision, tiles, projected, divisible)
                 if projected:
-                    tiles = plan.step_tiles(1, dtype, precision, batch, True)
+                    tiles = plan.step_tiles(1, dtype, precision, batch)
                     yield Configuration("step", f"project_{kernel}", mode, dtype, precision, tiles, True, divisible)
 
 
@@ -96,9 +96,9 @@ def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...]
         **dict.fromkeys(ones, 1),
     }
     names = kernel.arg_names
-    signature = {name: "constexpr" if (name.isupper() and len(name) > 1) or name == "G" else "i32" for name in names}
+    signature = {name: "constexpr" if name.isupper() and len(name) > 1 else "i32" for name in names}
     signature |= {"table": "*i64"} | dict.fromkeys(ones, "constexpr")
-    divisible = ["table", *(["H", "K"] if c.divisible else [])]
+    divisible = ["table", *(["H", "state_size"] if c.divisible else [])]
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible}
     constants = {(i,): every[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

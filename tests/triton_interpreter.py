@@ -14,15 +14,15 @@ import torch
 if torch.cuda.device_count() == 0:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from rnnfast import libraries
+from rnnfast.triton import availability
 
 
 @functools.cache
 def triton_problem() -> str | None:
     """Prepares the interpreter; why the Triton kernels cannot run in it, None where they can."""
-    if libraries.triton_error is not None:
-        return libraries.triton_error
-    if not libraries.triton_interpreted():
+    if availability.error is not None:
+        return availability.error
+    if not availability.interpreted():
         return "Triton compiles for the CUDA device here: TRITON_INTERPRET=1 runs this in its interpreter"
     _patch_once()
     return None

@@ -1,11 +1,16 @@
 // Forward time loop. Groups of rows and directions run independently; inside a group each thread owns some hidden
-// units. Each step: h_{t-1} times a tile of packed W_hh in registers, the cell on the tile while it is in L1, h_t into
-// the other of two state buffers, one barrier. With a projection: the cell writes o tanh(c), a second product with W_hr
-// makes h_t. The input gates are made a few steps at a time by the thread that uses them, so that they stay in its
-// cache instead of going to memory and back.
+// units. The phases of a step:
+//   product  h_{t-1} times a tile of packed W_hh, in registers;
+//   cell     on that tile while it is in L1: h_t into the other of two state buffers, or `hidden`, o tanh(c);
+//   project  with a projection, behind a barrier: h_t = W_hr hidden.
+// A barrier ends the step. The input projection is made a few steps at a time by the thread that uses it, so that it
+// stays in its cache instead of going to memory and back.
 #pragma once
 
-#include "time_loop.h"
+#include "../cells.h"
+#include "schedule.h"
+#include "team.h"
+#include "tile.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -25,14 +30,14 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
         threads_(threads),
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kL) : 0),
-        groups_each_(choose_split(params, threads, sizeof(Compute), tiles_).row_groups),
+        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_)),
         members_planned_(threads > params.directions * groups_each_ ? threads / (params.directions * groups_each_) : 1),
         // With one row a step each weight is used once: reading it as it lies beats packing it, unless there are many
         // steps.
         direct_(params.rows.batch == 1 ? params.rows.steps < kDirectSteps
                                        : product(params.rows.steps, params.rows.batch) < kDirectRows),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
-        chunk_steps_(params.from_input ? chunk_steps() : params.rows.steps) {}
+        chunk_steps_(chunk_steps()) {}
 
   int64_t run(int threads) {
     place();
@@ -57,7 +62,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   static constexpr int64_t kDirectSteps = 8, kDirectRows = 24;
   static constexpr int64_t kMostChunkSteps = 256;
 
-  // Steps whose input gates fit a part of the L2 cache, one thread's share.
+  // Steps whose input projection fits a part of the L2 cache, one thread's share.
   int64_t chunk_steps() const {
     constexpr int64_t kChunkBytes = 448 << 10;
     const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / members_planned_;
@@ -68,10 +73,10 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   struct Group {
-    StateBuffer<Compute> h[2];   // h_{t-1} and h_t: (rows, P or H)
-    StateBuffer<Compute> c;      // LSTM: (rows, H)
-    StateBuffer<Compute> inner;  // with projection: o tanh(c) (rows, H)
-    Value* gates = nullptr;      // a chunk's input gates without bias: (tiles, rows of the chunk, kVectors)
+    StateBuffer<Compute> h[2];    // h_{t-1} and h_t: (rows, P or H)
+    StateBuffer<Compute> c;       // with a cell state: (rows, H)
+    StateBuffer<Compute> hidden;  // with projection: o tanh(c) (rows, H)
+    Value* gates = nullptr;       // a chunk's input projection without bias: (tiles, rows of the chunk, kVectors)
   };
 
   // The steps of a chunk: where the rows of each begin among the chunk's, and the input of all.
@@ -83,6 +88,9 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     int64_t input_stride = 0;
   };
 
+  const void* data_of(Kind kind, int64_t d) const { return p_.parameters[kind].data[d]; }
+  int64_t stride_of(Kind kind, int64_t d) const { return p_.parameters[kind].stride[d]; }
+  bool projected() const { return Cell::kMayProject && p_.projected; }
   GroupRows rows_of(int64_t g) const { return {schedule_, g % groups_each_, groups_each_, g / groups_each_ == 1}; }
 
   void place() {
@@ -98,8 +106,8 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       group.h[0].place(workspace_, rows, p_.state_size);
       group.h[1].place(workspace_, rows, p_.state_size);
       if (Cell::kHasCell) group.c.place(workspace_, rows, product(tiles_, kTileUnits));
-      if (p_.projected) group.inner.place(workspace_, rows, product(tiles_, kTileUnits));
-      if (p_.from_input) group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
+      if (projected()) group.hidden.place(workspace_, rows, product(tiles_, kTileUnits));
+      group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
       if (groups_) {
         groups_[g] = group;
         barriers_[g] = Barrier();
@@ -107,41 +115,40 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     }
     for (int64_t d = 0; d < p_.directions; ++d) {
       if (!direct_) packed_hh_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.state_size);
-      if (p_.projected) packed_hr_[d] = workspace_.template take<Compute>(state_tiles_, kL, p_.hidden_size);
-      if (!p_.from_input) continue;
+      if (projected()) packed_hr_[d] = workspace_.template take<Compute>(state_tiles_, kL, p_.hidden_size);
       if (!direct_) packed_ih_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.input_size);
       bias_[d] = workspace_.template take<Value>(tiles_, kVectors);
     }
     input_stride_ = round_up(p_.input_size, kL);
-    if (p_.from_input && !input_in_place_)
-      input_copies_ = workspace_.template take<Compute>(threads_, chunk_rows, input_stride_);
+    if (!input_in_place_) input_copies_ = workspace_.template take<Compute>(threads_, chunk_rows, input_stride_);
   }
 
   // Where a tile's vector v comes from: its gate, its first unit, and how many of its units there are.
   struct Source {
-    int64_t row, units;
+    int64_t weight_row, units;
   };
   Source source_of(int64_t tile, int v) const {
     const int64_t unit = tile * kTileUnits + v / kG * kL, left = p_.hidden_size - unit;
     return left > 0 ? Source{v % kG * p_.hidden_size + unit, left} : Source{0, 0};
   }
 
-  void pack_tile(const void* weight, int64_t stride, int64_t tile, int64_t k_count, Compute* packed) const {
+  void pack_tile(Kind kind, int64_t d, int64_t tile, int64_t k_count, Compute* packed) const {
+    const int64_t stride = stride_of(kind, d);
     for (int v = 0; v < kVectors; ++v) {
       const Source source = source_of(tile, v);
-      pack_rows(at<Storage>(weight, source.row * stride), stride, source.units, k_count,
+      pack_rows(at<Storage>(data_of(kind, d), source.weight_row * stride), stride, source.units, k_count,
                 packed + tile * kVectors * kL * k_count + v * kL, kVectors * kL);
     }
   }
 
-  // b_ih + b_hh in the order of a tile; b_hn stands inside r * (W_hn h + b_hn) and is added there.
+  // b_ih + b_hh in the order of a tile; b_hh of a split gate is added to its recurrent part.
   void pack_bias(int64_t d, int64_t tile) {
     for (int v = 0; v < kVectors; ++v) {
       const Source source = source_of(tile, v);
       Value bias{};
-      if (p_.bias_ih[d]) bias += load<Compute>(at<Storage>(p_.bias_ih[d], source.row), source.units);
-      if (p_.bias_hh[d] && !(v % kG == Cell::kSplitGate))
-        bias += load<Compute>(at<Storage>(p_.bias_hh[d], source.row), source.units);
+      const void *ih = data_of(Kind::bias_ih, d), *hh = data_of(Kind::bias_hh, d);
+      if (ih) bias += load<Compute>(at<Storage>(ih, source.weight_row), source.units);
+      if (hh && v % kG != Cell::kSplitGate) bias += load<Compute>(at<Storage>(hh, source.weight_row), source.units);
       bias_[d][tile * kVectors + v] = bias;
     }
   }
@@ -150,17 +157,17 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     const Share tiles = share_of(p_.directions * tiles_, member, members);
     for (int64_t i = tiles.first; i < tiles.last; ++i) {
       const int64_t d = i / tiles_, tile = i % tiles_;
-      if (!direct_) pack_tile(p_.weight_hh[d], p_.weight_hh_stride[d], tile, p_.state_size, packed_hh_[d]);
-      if (!p_.from_input) continue;
-      if (!direct_) pack_tile(p_.weight_ih[d], p_.weight_ih_stride[d], tile, p_.input_size, packed_ih_[d]);
+      if (!direct_) pack_tile(Kind::weight_hh, d, tile, p_.state_size, packed_hh_[d]);
+      if (!direct_) pack_tile(Kind::weight_ih, d, tile, p_.input_size, packed_ih_[d]);
       pack_bias(d, tile);
     }
-    if (p_.projected) {
+    if (projected()) {
       const Share share = share_of(p_.directions * state_tiles_, member, members);
       for (int64_t i = share.first; i < share.last; ++i) {
         const int64_t d = i / state_tiles_, unit = i % state_tiles_ * kL;
-        pack_rows(at<Storage>(p_.weight_hr[d], unit * p_.weight_hr_stride[d]), p_.weight_hr_stride[d],
-                  p_.state_size - unit, p_.hidden_size, packed_hr_[d] + unit * p_.hidden_size, kL);
+        const int64_t stride = stride_of(Kind::weight_hr, d);
+        pack_rows(at<Storage>(data_of(Kind::weight_hr, d), unit * stride), stride, p_.state_size - unit, p_.hidden_size,
+                  packed_hr_[d] + unit * p_.hidden_size, kL);
       }
     }
   }
@@ -174,8 +181,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     const Share share = share_of(rows.count(), rank, members);
     for (int64_t r = share.first; r < share.last; ++r) {
       const int64_t b = rows.batch_index(r);
-      const bool cut = !rows.reversed && r < rows.alive(0) && rows.cut_before(0, r);
-      const bool empty = r >= rows.alive(0);
+      const bool cut = rows.initial_cut(r), empty = r >= rows.active(0);
       const auto copy = [&](const void* from, void* final_state, Compute* to, Compute* to_too, int64_t width) {
         for (int64_t u = 0; u < width; u += kL) {
           const int64_t offset = (d * p_.rows.batch + b) * width + u;
@@ -195,41 +201,84 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
                           d * p_.hidden_size, p_.hidden_size, rank, members);
   }
 
-  // One row of one step, as the cell's epilogue sees it.
-  struct Row {
-    int64_t r, b, row;
+  // One step of a group.
+  struct Step {
+    const GroupRows& rows;
+    const Group& group;
+    int64_t d, t;
+    int64_t active, active_after;  // the group's rows that have it, and that have the next one
+    int from, to;                  // the state buffers of h_{t-1} and of h_t
+    int64_t chunk_row;             // its first row among the chunk's
+  };
+
+  // One row of the group in it.
+  struct StepRow {
+    int64_t r, b, data_row;
     bool last;  // the row's last step: its state is h_n, c_n
     bool cut;   // a segment ends behind it
   };
-  Row row_at(const GroupRows& rows, int64_t t, int64_t r, int64_t alive_after) const {
-    const int64_t b = rows.batch_index(r);
-    return {r, b, schedule_.row(t, b), r >= alive_after, p_.rows.resets && rows.cut_after(t, r)};
+  StepRow row_at(const Step& step, int64_t r) const {
+    const int64_t b = step.rows.batch_index(r);
+    return {r, b, schedule_.data_row(step.t, b), r >= step.active_after, step.rows.cut_after(step.t, r)};
   }
 
-  void write_h(const Group& group, int next, int64_t d, const Row& row, int64_t unit, Value h) const {
+  void write_h(const Step& step, const StepRow& row, int64_t unit, Value h) const {
     const int64_t left = p_.state_size - unit;
-    store<Compute>(at<Storage>(p_.output, (row.row * p_.directions + d) * p_.state_size + unit), h, left);
-    if (row.last) store<Compute>(at<Storage>(p_.h_n, (d * p_.rows.batch + row.b) * p_.state_size + unit), h, left);
-    store<Compute>(group.h[next].row(row.r) + unit, unless<Compute>(row.cut, rounded_to<Compute, Storage>(h)));
+    store<Compute>(at<Storage>(p_.output, (row.data_row * p_.directions + step.d) * p_.state_size + unit), h, left);
+    if (row.last) store<Compute>(at<Storage>(p_.h_n, (step.d * p_.rows.batch + row.b) * p_.state_size + unit), h, left);
+    store<Compute>(step.group.h[step.to].row(row.r) + unit, unless<Compute>(row.cut, rounded_to<Compute, Storage>(h)));
   }
 
-  // The cell on one block of units of one row; `product` are its kG recurrent sums, `made` its input gates and `bias`
-  // theirs, unless they come as a tensor.
-  void step_cell(const Group& group, int next, int64_t d, const Row& row, int64_t unit, const Value* product,
-                 const Value* made, const Value* bias) const {
-    const int64_t H = p_.hidden_size, left = H - unit, unit_row = row.row * p_.directions + d;
+  // use(tile, first row, height, sums): the sums W_hh h of a tile's units for some rows, (height, kVectors).
+  template <class Use> void product_phase(const Step& step, Share my_tiles, const Use& use) const {
+    const StateBuffer<Compute>& h = step.group.h[step.from];
+    for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
+      if (direct_) {
+        for (int64_t r = 0; r < step.active; ++r) {
+          Value sums[kVectors] = {};
+          direct_product(h.row(r), Kind::weight_hh, step.d, p_.state_size, tile, sums);
+          use(tile, r, 1, sums);
+        }
+      } else {
+        for_row_tiles<kVectors>(h.data, h.stride, 1, step.active,
+                                packed_hh_[step.d] + tile * kVectors * kL * p_.state_size, p_.state_size,
+                                [&](int64_t first, int height, const Value* sums) { use(tile, first, height, sums); });
+      }
+    }
+  }
+
+  // The cell on what the product phase made.
+  void cell_phase(const Step& step, int64_t tile, int64_t first, int height, const Value* sums) const {
+    const Value* gates = gates_of_tile(step.group, tile) + (step.chunk_row + first) * kVectors;
+    for (int i = 0; i < height; ++i) {
+      const StepRow row = row_at(step, first + i);
+      for (int block = 0; block < kBlocks; ++block) {
+        const int64_t unit = tile * kTileUnits + block * kL;
+        if (unit >= p_.hidden_size) break;
+        step_cell(step, row, unit, sums + i * kVectors + block * kG, gates + i * kVectors + block * kG,
+                  bias_[step.d] + tile * kVectors + block * kG);
+      }
+    }
+  }
+
+  // The cell on one block of units of one row: its kG recurrent sums, its input projection, and the bias of that.
+  void step_cell(const Step& step, const StepRow& row, int64_t unit, const Value* sums, const Value* gates,
+                 const Value* bias) const {
+    const int64_t d = step.d, H = p_.hidden_size, left = H - unit, unit_row = row.data_row * p_.directions + d;
+    const Group& group = step.group;
     Value x[kG], rec[kG], reserve[Cell::kReserve + 1];
 #pragma GCC unroll 4
     for (int g = 0; g < kG; ++g) {
-      x[g] = made ? made[g] + bias[g] : load<Compute>(at<Storage>(p_.gates, (unit_row * kG + g) * H + unit), left);
-      rec[g] = product[g];
+      x[g] = gates[g] + bias[g];
+      rec[g] = sums[g];
     }
     if constexpr (Cell::kSplitGradient) {
       constexpr int kGate = Cell::kSplitGate;
-      if (p_.bias_hh[d]) rec[kGate] += load<Compute>(at<Storage>(p_.bias_hh[d], kGate * H + unit), left);
+      if (const void* bias_hh = data_of(Kind::bias_hh, d))
+        rec[kGate] += load<Compute>(at<Storage>(bias_hh, kGate * H + unit), left);
     }
     UnitState<Value> state{};
-    if (Cell::kNeedsPreviousH) state.h = load<Compute>(group.h[1 - next].row(row.r) + unit);
+    if (Cell::kNeedsPreviousH) state.h = load<Compute>(group.h[step.from].row(row.r) + unit);
     if (Cell::kHasCell) state.c = load<Compute>(group.c.row(row.r) + unit);
     state = Cell::forward({x, rec}, state, reserve);
     if (Cell::kReserve && p_.reserve)
@@ -241,10 +290,20 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       if (row.last) store<Compute>(at<Storage>(p_.c_n, (d * p_.rows.batch + row.b) * H + unit), state.c, left);
       store<Compute>(group.c.row(row.r) + unit, unless<Compute>(row.cut, state.c));
     }
-    if (p_.projected)
-      store<Compute>(group.inner.row(row.r) + unit, state.h);
+    if (projected())
+      store<Compute>(group.hidden.row(row.r) + unit, state.h);
     else
-      write_h(group, next, d, row, unit, state.h);
+      write_h(step, row, unit, state.h);
+  }
+
+  // h_t = W_hr hidden.
+  void project_phase(const Step& step, Share my_state_tiles) const {
+    const StateBuffer<Compute>& hidden = step.group.hidden;
+    for (int64_t tile = my_state_tiles.first; tile < my_state_tiles.last; ++tile)
+      for_row_tiles<1>(hidden.data, hidden.stride, 1, step.active, packed_hr_[step.d] + tile * kL * p_.hidden_size,
+                       p_.hidden_size, [&](int64_t first, int height, const Value* sums) {
+                         for (int i = 0; i < height; ++i) write_h(step, row_at(step, first + i), tile * kL, sums[i]);
+                       });
   }
 
   // The rows of the chunk that begins at step `first`, and where their input lies.
@@ -255,9 +314,9 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     if (input_in_place_) {
       const int64_t earliest = rows.time(rows.reversed ? last - 1 : first),
                     latest = rows.time(rows.reversed ? first : last - 1);
-      const int64_t origin = schedule_.row(earliest, 0);
-      for (int64_t s = first; s < last; ++s) chunk.first_row[s - first] = schedule_.row(rows.time(s), 0) - origin;
-      chunk.rows = schedule_.row(latest, 0) - origin + rows.alive(latest);
+      const int64_t origin = schedule_.data_row(earliest, 0);
+      for (int64_t s = first; s < last; ++s) chunk.first_row[s - first] = schedule_.data_row(rows.time(s), 0) - origin;
+      chunk.rows = schedule_.data_row(latest, 0) - origin + rows.active(latest);
       chunk.input = static_cast<const Compute*>(p_.input) + origin * p_.input_size;
       chunk.input_stride = p_.input_size;
       return;
@@ -266,25 +325,25 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     chunk.input = copy;
     chunk.input_stride = input_stride_;
     for (int64_t s = first; s < last; ++s) {
-      const int64_t t = rows.time(s), alive = rows.alive(t);
+      const int64_t t = rows.time(s), active = rows.active(t);
       chunk.first_row[s - first] = chunk.rows;
-      chunk.rows += alive;
-      for (int64_t r = 0; r < alive; ++r, copy += input_stride_) {
-        const Storage* from = at<Storage>(p_.input, schedule_.row(t, rows.batch_index(r)) * p_.input_size);
+      chunk.rows += active;
+      for (int64_t r = 0; r < active; ++r, copy += input_stride_) {
+        const Storage* from = at<Storage>(p_.input, schedule_.data_row(t, rows.batch_index(r)) * p_.input_size);
         for (int64_t k = 0; k < p_.input_size; k += kL)
           store<Compute>(copy + k, load<Compute>(from + k, p_.input_size - k));
       }
     }
   }
 
-  // The input gates of a chunk, for this thread's tiles.
-  void make_gates(const Group& group, int64_t d, const Chunk& chunk, Share my_tiles) const {
+  // The input projection of a chunk, for this thread's tiles.
+  void input_projection(const Group& group, int64_t d, const Chunk& chunk, Share my_tiles) const {
     for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
       Value* to = gates_of_tile(group, tile);
       if (direct_)
         for (int64_t row = 0; row < chunk.rows; ++row)
-          direct_product(chunk.input + row * chunk.input_stride, p_.weight_ih[d], p_.weight_ih_stride[d], p_.input_size,
-                         tile, to + row * kVectors);
+          direct_product(chunk.input + row * chunk.input_stride, Kind::weight_ih, d, p_.input_size, tile,
+                         to + row * kVectors);
       else
         product_into<kVectors>(chunk.input, chunk.input_stride, chunk.rows,
                                packed_ih_[d] + tile * kVectors * kL * p_.input_size, p_.input_size, to);
@@ -303,47 +362,23 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     Chunk chunk;
     int current = 0;
     for (int64_t s = 0; s < schedule_.steps(); ++s, current = 1 - current) {
-      if (p_.from_input && s % chunk_steps_ == 0) {
+      if (s % chunk_steps_ == 0) {
         gather(rows, s, member, chunk);
-        make_gates(group, d, chunk, my_tiles);
+        input_projection(group, d, chunk, my_tiles);
       }
-      const int64_t t = rows.time(s), alive = rows.alive(t), alive_after = rows.alive(rows.after(t));
-      const StateBuffer<Compute>& h = group.h[current];
-      for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
-        const Value* made =
-            p_.from_input ? gates_of_tile(group, tile) + chunk.first_row[s - chunk.first_step] * kVectors : nullptr;
-        const auto use = [&](int64_t first, int height, const Value* acc) {
-          for (int i = 0; i < height; ++i) {
-            const Row row = row_at(rows, t, first + i, alive_after);
-            for (int block = 0; block < kBlocks; ++block) {
-              const int64_t unit = tile * kTileUnits + block * kL;
-              if (unit >= p_.hidden_size) break;
-              step_cell(group, 1 - current, d, row, unit, acc + i * kVectors + block * kG,
-                        made ? made + (first + i) * kVectors + block * kG : nullptr,
-                        made ? bias_[d] + tile * kVectors + block * kG : nullptr);
-            }
-          }
-        };
-        if (direct_) {
-          for (int64_t r = 0; r < alive; ++r) {
-            Value acc[kVectors] = {};
-            direct_product(h.row(r), p_.weight_hh[d], p_.weight_hh_stride[d], p_.state_size, tile, acc);
-            use(r, 1, acc);
-          }
-        } else {
-          for_row_tiles<kVectors>(h.data, h.stride, 1, alive, packed_hh_[d] + tile * kVectors * kL * p_.state_size,
-                                  p_.state_size, use);
-        }
-      }
-      if (p_.projected) {
+      const int64_t t = rows.time(s);
+      const Step step{rows,    group,          d,
+                      t,       rows.active(t), rows.active(rows.after(t)),
+                      current, 1 - current,    chunk.first_row[s - chunk.first_step]};
+      // A phase that needs all units of a row before the cell, such as a normalisation, goes between these two: the
+      // product phase's sums into a buffer of the group, a barrier as below, then the new phase and the cell phase on
+      // the buffer's rows.
+      product_phase(step, my_tiles, [&](int64_t tile, int64_t first, int height, const Value* sums) {
+        cell_phase(step, tile, first, height, sums);
+      });
+      if (projected()) {
         barriers_[g].wait(members);  // every unit's o tanh(c) is there
-        for (int64_t tile = my_state_tiles.first; tile < my_state_tiles.last; ++tile)
-          for_row_tiles<1>(group.inner.data, group.inner.stride, 1, alive, packed_hr_[d] + tile * kL * p_.hidden_size,
-                           p_.hidden_size, [&](int64_t first, int height, const Value* acc) {
-                             for (int i = 0; i < height; ++i)
-                               write_h(group, 1 - current, d, row_at(rows, t, first + i, alive_after), tile * kL,
-                                       acc[i]);
-                           });
+        project_phase(step, my_state_tiles);
       }
       // h_t is there for all, and nobody reads h_{t-1} any more: its buffer may take h_{t+1}.
       if (s + 1 < schedule_.steps()) barriers_[g].wait(members);
@@ -351,12 +386,13 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   // One row times one tile of weights as they lie.
-  void direct_product(const Compute* x, const void* weight, int64_t stride, int64_t k_count, int64_t tile,
-                      Value* acc) const {
+  void direct_product(const Compute* x, Kind kind, int64_t d, int64_t k_count, int64_t tile, Value* acc) const {
+    const void* weight = data_of(kind, d);
+    const int64_t stride = stride_of(kind, d);
     for (int v = 0; v < kVectors; ++v) {
       const Source source = source_of(tile, v);
       if (source.units > 0)
-        acc[v] = dot_rows(x, at<Storage>(weight, source.row * stride), stride, source.units, k_count);
+        acc[v] = dot_rows(x, at<Storage>(weight, source.weight_row * stride), stride, source.units, k_count);
     }
   }
 

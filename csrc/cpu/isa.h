@@ -7,8 +7,9 @@
 
 namespace rnnfast::cpu {
 
-// The kernels in use: the widest that the processor has, or the one that RNNFAST_CPU_ISA or use_isa() asked for.
-const Kernels& kernels();
+// The kernels in use: of the widest ISA that the processor has, or of the one that RNNFAST_CPU_ISA or use_isa() asked
+// for.
+const Kernels& kernels(DType dtype);
 
 // Switches to avx512, avx2 or portable ("" keeps the current one). Returns the name in use; an empty string if the
 // processor lacks what was asked for or the name is unknown. Meant for tests and measurements.

@@ -1,5 +1,5 @@
-// The kernels of one ISA. Compiled once for each, with that ISA's compiler flags and RNNFAST_KERNELS as the name of its
-// table.
+// The kernels of one ISA and type. Compiled once for each pair, with that ISA's compiler flags and RNNFAST_ISA and
+// RNNFAST_DTYPE as the pair's names: many short compilations, which run side by side.
 #include "kernels.h"
 
 #include <type_traits>
@@ -11,19 +11,11 @@
 namespace rnnfast::cpu {
 namespace {
 
-template <class Use> inline int64_t with_storage(DType dtype, const Use& use) {
-  switch (dtype) {
-    case DType::float32: return use(float{});
-    case DType::float64: return use(double{});
-    case DType::bfloat16: return use(BFloat16{});
-    case DType::float16: return use(Float16{});
-  }
-  return 0;
-}
+using Storage = StorageOf<DType::RNNFAST_DTYPE>::type;
 
 // Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
 // float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
-template <template <Mode, class, int> class Loop, Mode kMode, class Storage, class Params>
+template <template <Mode, class, int> class Loop, Mode kMode, class Params>
 inline int64_t run_with_blocks(const Params& params, int64_t units, int threads) {
   if constexpr (std::is_same_v<Storage, float>) {
     const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
@@ -38,38 +30,30 @@ bool has_empty_results(const Recurrence& r) { return r.rows.batch == 0 || (r.hid
 
 int64_t forward(const ForwardParams& params, int threads) {
   if (has_empty_results(params)) return 0;
-  return with_storage(params.dtype, [&](auto storage) {
-    return with_mode(params.mode, [&](auto mode) {
-      using Storage = decltype(storage);
-      constexpr Mode kMode = decltype(mode)::value;
-      // A forward tile holds every gate of a block.
-      if constexpr (traits(kMode).gates > 1)
-        return ForwardLoop<kMode, Storage, 1>(params, threads).run(threads);
-      else
-        return run_with_blocks<ForwardLoop, kMode, Storage>(params, params.hidden_size, threads);
-    });
+  return with_mode(params.mode, [&](auto mode) {
+    constexpr Mode kMode = decltype(mode)::value;
+    // A forward tile holds every gate of a block.
+    if constexpr (traits(kMode).gates > 1)
+      return ForwardLoop<kMode, Storage, 1>(params, threads).run(threads);
+    else
+      return run_with_blocks<ForwardLoop, kMode>(params, params.hidden_size, threads);
   });
 }
 
 int64_t backward(const BackwardParams& params, int threads) {
   if (has_empty_results(params)) return 0;
-  return with_storage(params.dtype, [&](auto storage) {
-    return with_mode(params.mode, [&](auto mode) {
-      return run_with_blocks<BackwardLoop, decltype(mode)::value, decltype(storage)>(params, params.state_size,
-                                                                                     threads);
-    });
+  return with_mode(params.mode, [&](auto mode) {
+    return run_with_blocks<BackwardLoop, decltype(mode)::value>(params, params.state_size, threads);
   });
 }
 
-int64_t matmul(const MatmulParams& params, int threads) {
-  return with_storage(params.dtype, [&](auto storage) { return MatmulLoop<decltype(storage)>(params).run(threads); });
-}
+int64_t matmul(const MatmulParams& params, int threads) { return MatmulLoop<Storage>(params).run(threads); }
 
 }  // namespace
 
-#define RNNFAST_STRINGIFY_(x) #x
-#define RNNFAST_STRINGIFY(x) RNNFAST_STRINGIFY_(x)
-extern const Kernels RNNFAST_KERNELS;
-const Kernels RNNFAST_KERNELS = {RNNFAST_STRINGIFY(RNNFAST_ISA), &forward, &backward, &matmul};
+#define RNNFAST_TABLE_(isa, dtype) kernels_##isa##_##dtype
+#define RNNFAST_TABLE(isa, dtype) RNNFAST_TABLE_(isa, dtype)
+extern const Kernels RNNFAST_TABLE(RNNFAST_ISA, RNNFAST_DTYPE);
+const Kernels RNNFAST_TABLE(RNNFAST_ISA, RNNFAST_DTYPE) = {&forward, &backward, &matmul};
 
 }  // namespace rnnfast::cpu

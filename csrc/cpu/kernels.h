@@ -1,4 +1,4 @@
-// The CPU kernels of one ISA, as the rest of the library sees them.
+// The CPU kernels of one ISA and type, as the rest of the library sees them.
 #pragma once
 
 #include "../recurrence.h"
@@ -10,16 +10,21 @@ constexpr int64_t kUncountable = INT64_MAX;
 
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {
-  const char* isa;
   int64_t (*forward)(const ForwardParams&, int threads);
   int64_t (*backward)(const BackwardParams&, int threads);
   int64_t (*matmul)(const MatmulParams&, int threads);
 };
 
-extern const Kernels kKernelsPortable;
+// Each is what kernels.cpp makes of one compilation. In the order of DType; setup.py has the same lists.
+#define RNNFAST_DECLARE_KERNELS(isa)                                                               \
+  extern const Kernels kernels_##isa##_float32, kernels_##isa##_float64, kernels_##isa##_bfloat16, \
+      kernels_##isa##_float16;
+#define RNNFAST_KERNELS_OF(isa) \
+  {&kernels_##isa##_float32, &kernels_##isa##_float64, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}
+RNNFAST_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)
-extern const Kernels kKernelsAvx2;
-extern const Kernels kKernelsAvx512;
+RNNFAST_DECLARE_KERNELS(avx2)
+RNNFAST_DECLARE_KERNELS(avx512)
 #endif
 
 // Splits [0, slots) over the threads of torch's pool and calls body(begin, end, context) on each; returns when all have

@@ -1,9 +1,12 @@
-// Matrix product for the input gates and for the weight and input gradients: packed tiles of b, rows of a as they lie
+// Matrix product for the weight and input gradients: packed tiles of b, rows of a as they lie
 // (or transposed by the packing), k in blocks that keep a tile of b in L2. Threads share the packing, then the output
 // tiles.
 #pragma once
 
-#include "time_loop.h"
+#include "split.h"
+#include "team.h"
+#include "tile.h"
+#include "workspace.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -101,20 +104,12 @@ template <class Storage> class MatmulLoop {
     }
   }
 
-  Value bias_at(int64_t column) const {
-    Value bias{};
-    for (int i = 0; i < 2; ++i)
-      if (p_.bias[i] && column < p_.bias_count[i])
-        bias += load<Compute>(at<Storage>(p_.bias[i], column), p_.bias_count[i] - column);
-    return bias;
-  }
-
-  // One row of accumulators: c = bias + sum in the first block of k, c += sum in the later ones.
+  // One row of accumulators: c = sum in the first block of k, c += sum in the later ones.
   void write(int64_t row, int64_t column, const Value* acc, int vectors, bool first_block) const {
     for (int v = 0; v < vectors && column + v * kL < p_.n; ++v) {
       const int64_t at_column = column + v * kL, left = p_.n - at_column;
       Storage* to = at<Storage>(p_.c, row * p_.c_row + at_column);
-      store<Compute>(to, acc[v] + (first_block ? bias_at(at_column) : load<Compute>(to, left)), left);
+      store<Compute>(to, first_block ? acc[v] : acc[v] + load<Compute>(to, left), left);
     }
   }
 

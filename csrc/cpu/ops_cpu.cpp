@@ -52,63 +52,31 @@ int threads_for(const Recurrence& r, int64_t row_count) {
 }
 
 struct CpuBackend {
-  static constexpr bool kMakesGates = true;
   static Tensor empty(const Wanted& wanted) {
     const Tensor tensor = allocate(wanted, [&] { return torch::stable::empty(wanted.sizes, wanted.type); });
     prefer_huge_pages(tensor.mutable_data_ptr(), bytes_of(wanted));
     return tensor;
   }
-  static void forward(const char* op, const ForwardParams& p, const Context& context, const Tensor& like) {
-    check_memory(op, like, kernels().forward(p, threads_for(p, context.row_count)));
+
+  // The kernels make the input projection themselves.
+  static void forward(ForwardParams& p, Context& context, const Places& places) {
+    p.input_size = context.like.size(context.like.dim() - 1);
+    p.input = context.hold("input", context.like);
+    for (const KindTraits& kind : kKinds)
+      if (!kind.multiplies_steps()) hold_parameters(kind, context, p, places);
+    check_memory(context.op, context.like, kernels(p.dtype).forward(p, threads_for(p, context.row_count)));
   }
-  static void backward(const char* op, const BackwardParams& p, const Context& context, const Tensor& like,
-                       const Places&) {
-    check_memory(op, like, kernels().backward(p, threads_for(p, context.row_count)));
+  static void backward(const BackwardParams& p, const Context& context, const Places&) {
+    check_memory(context.op, context.like, kernels(p.dtype).backward(p, threads_for(p, context.row_count)));
   }
-  static Tensor input_projection(std::string mode, Tensor input, Places places);
-  static Tensor matmul(Tensor a, Tensor b);
 };
 
-Tensor CpuBackend::input_projection(std::string mode_name, Tensor input, Places places) {
-  const char* op = "rnnfast::input_projection";
-  const Mode mode = mode_of(op, mode_name);
-  MatmulParams m;
-  m.n = check_gate_arguments(op, mode, input, places);
-  const Tensor x = as_contiguous(op, "input", input);
-  const int64_t directions = places.directions();
-  m.dtype = dtype_of(op, input);
-  m.m = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
-  m.k = x.size(x.dim() - 1);
-  m.a = data_of(x);
-  m.a_row = m.k;
-  m.a_col = 1;
-  m.b_row = 1;
-  m.c_row = directions * m.n;
-  Tensor gates = LayerOps<CpuBackend>::empty_rows(op, "gates", input, directions * m.n);
-  for (int64_t d = 0; d < directions; ++d) {
-    Tensors keep;
-    keep.reserve(3);
-    const Matrix weight = row_major(op, "weight_ih", *places[d].weight_ih, keep);
-    m.b = weight.data;
-    m.b_col = weight.stride;
-    m.c = static_cast<char*>(mutable_data_of(gates)) + d * m.n * static_cast<int64_t>(gates.element_size());
-    const OptionalTensor* biases[2] = {&places[d].bias_ih, &places[d].bias_hh};
-    for (int i = 0; i < 2; ++i) {
-      m.bias[i] = nullptr;
-      if (!*biases[i]) continue;
-      keep.push_back(as_contiguous(op, i ? "bias_hh" : "bias_ih", **biases[i]));
-      m.bias[i] = data_of(keep.back());
-      // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
-      m.bias_count[i] = i == 1 && mode == Mode::gru ? m.n / 3 * 2 : m.n;
-    }
-    if (m.m && m.n) check_memory(op, input, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
-  }
-  return gates;
-}
-
-Tensor CpuBackend::matmul(Tensor a, Tensor b) {
-  const char* op = "rnnfast::matmul";
-  check_matmul_arguments(op, a, b);
+Tensor matmul(Tensor a, Tensor b) {
+  const Context context("rnnfast::matmul", "a", a);
+  const char* const op = context.op;
+  RNNFAST_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), op, ": expected (M, K) and (K, N), got ",
+                shape_text(a.sizes().data(), a.dim()), " and ", shape_text(b.sizes().data(), b.dim()));
+  check_like(op, "b", b, a);
   MatmulParams m;
   m.dtype = dtype_of(op, a);
   m.m = a.size(0);
@@ -121,10 +89,10 @@ Tensor CpuBackend::matmul(Tensor a, Tensor b) {
   m.b = data_of(b);
   m.b_row = b.stride(0);
   m.b_col = b.stride(1);
-  Tensor c = LayerOps<CpuBackend>::empty(op, "the product", a, {m.m, m.n});
+  Tensor c = LayerOps<CpuBackend>::empty(context, "the product", {m.m, m.n});
   m.c = mutable_data_of(c);
   m.c_row = m.n;
-  if (m.m && m.n) check_memory(op, a, kernels().matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
+  if (m.m && m.n) check_memory(op, a, kernels(m.dtype).matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
   return c;
 }
 
@@ -146,7 +114,10 @@ double core_latency(int64_t rounds) {
 }  // namespace
 }  // namespace rnnfast::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) { rnnfast::register_layer_ops<rnnfast::cpu::CpuBackend>(library); }
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
+  rnnfast::register_layer_ops<rnnfast::cpu::CpuBackend>(library);
+  library.impl("matmul", TORCH_BOX(&rnnfast::cpu::matmul));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("use_cpu_isa", TORCH_BOX(&rnnfast::cpu::use_cpu_isa));

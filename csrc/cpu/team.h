@@ -181,13 +181,5 @@ template <class Body> inline void run_team(int threads, const Body& body) {
       &context);
 }
 
-// The part [first, last) of `count` items that falls to `member` of `members`.
-struct Share {
-  int64_t first, last;
-};
-inline Share share_of(int64_t count, int member, int members) {
-  return {count * member / members, count * (member + 1) / members};
-}
-
 }  // namespace
 }  // namespace rnnfast::cpu

@@ -1,5 +1,5 @@
 // Vectors of one ISA: the widest that the compiler's target has, in GCC and clang vector extensions, so that one source
-// serves AVX-512, AVX2, NEON and the baseline. Included only from kernels.cpp, which is compiled once for each ISA;
+// serves AVX-512, AVX2, NEON and the baseline. Included only from kernels.cpp, which is compiled for each ISA;
 // everything is in an unnamed namespace, so that no function compiled for one ISA can be linked into another.
 #pragma once
 
@@ -37,6 +37,20 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+
+template <DType kDType> struct StorageOf;
+template <> struct StorageOf<DType::float32> {
+  using type = float;
+};
+template <> struct StorageOf<DType::float64> {
+  using type = double;
+};
+template <> struct StorageOf<DType::bfloat16> {
+  using type = BFloat16;
+};
+template <> struct StorageOf<DType::float16> {
+  using type = Float16;
 };
 
 template <class Storage> struct ComputeOf {
@@ -154,6 +168,19 @@ RNNFAST_INLINE void store(Storage* to, Vector<Compute> value, int64_t count = kL
     else
       for (int64_t i = 0; i < count; ++i) to[i].bits = half[i];
   }
+}
+
+// Pointer arithmetic on tensors of any storage type.
+template <class Storage> RNNFAST_INLINE const Storage* at(const void* base, int64_t offset) {
+  return static_cast<const Storage*>(base) + offset;
+}
+template <class Storage> RNNFAST_INLINE Storage* at(void* base, int64_t offset) {
+  return static_cast<Storage*>(base) + offset;
+}
+
+// What the next step reads: the value, or zero where a segment ends. A select, not a product: a NaN must not cross.
+template <class Compute> RNNFAST_INLINE Vector<Compute> unless(bool cut, Vector<Compute> value) {
+  return cut ? Vector<Compute>{} : value;
 }
 
 // What a value becomes when it is stored and loaded again.

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "instances.h"
 #include "primitives/platform.h"
 #include "primitives/types.h"
 
@@ -24,7 +25,7 @@ RNNFAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 RNNFAST_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
 #endif
 
-// kLargeBatchTiles: tiles of 8 batch rows a block takes where the batch is large, as many as registers allow.
+// kLargeBatchTiles: tiles of 8 batch indices a block takes where the batch is large, as many as registers allow.
 struct Float64 {
   using Storage = double;
   using Compute = double;

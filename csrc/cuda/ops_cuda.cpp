@@ -1,4 +1,4 @@
-// The ops on CUDA tensors: one product for the input gates through ATen, then the step kernels. The same file makes the
+// The ops on CUDA tensors: the input projection through ATen, then the step kernels. The same file makes the
 // emulated library, whose ops of the same schemas take CPU tensors and run the kernels in csrc/emulator.
 #include <torch/csrc/stable/accelerator.h>
 
@@ -8,7 +8,7 @@
 
 #include "../layer_ops.h"
 #include "device.h"
-#include "step_loop.h"
+#include "step/step_loop.h"
 
 #if defined(RNNFAST_EMULATED)
 #include "../emulator/emulator.h"
@@ -61,11 +61,6 @@ Tensor sum_of(const char* op, const char* name, const Tensor& a, const Tensor& b
                   [&] { return torch::stable::subtract(a, b, -1.0); });
 }
 
-Tensor zeros_of(const char* op, const char* name, const Tensor& like, int64_t size) {
-  return allocate({op, name, Sizes(&size, 1), like.scalar_type(), like, "", true},
-                  [&] { return torch::stable::new_zeros(like, {size}); });
-}
-
 // ---- devices and streams --------------------------------------------------------------------------------------------
 
 #if defined(RNNFAST_EMULATED)
@@ -102,7 +97,6 @@ void finish(const char* op, const std::string& error) { RNNFAST_CHECK(error.empt
 
 struct CudaBackend {
   using Ops = LayerOps<CudaBackend>;
-  static constexpr bool kMakesGates = false;
 
   static Tensor empty(const Wanted& wanted) {
     const Tensor tensor =
@@ -114,60 +108,57 @@ struct CudaBackend {
     return tensor;
   }
 
-  static void forward(const char* op, const ForwardParams& p, const Context&, const Tensor& like) {
-    const CurrentDevice current(like);
-    const Tensor carry = p.mode == Mode::lstm ? compute_state(op, p, like) : Ops::none(op, like);
-    const Tensor hidden = p.projected ? Ops::empty(op, "workspace", like, {p.directions, p.rows.batch, p.hidden_size})
-                                      : Ops::none(op, like);
+  static void forward(ForwardParams& p, Context& context, const Places& places) {
+    const CurrentDevice current(context.like);
+    const Tensor gates = input_projection(p, context, places);
+    p.gates = data_of(gates);
+    hold_parameters(traits(Kind::bias_hh), context, p, places);
     StepWorkspace workspace;
-    workspace.carry = mutable_data_of(carry);
+    const Tensor carry = carried(traits(p.mode).has_cell_state, p, context, workspace);
+    const Tensor hidden = p.projected ? Ops::empty(context, "workspace", {p.directions, p.rows.batch, p.hidden_size})
+                                      : Ops::none(context);
     workspace.hidden = mutable_data_of(hidden);
-    finish(op, run_steps_forward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
+    finish(context.op, run_steps_forward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
   }
 
-  static void backward(const char* op, const BackwardParams& p, const Context&, const Tensor& like,
-                       const Places& places) {
-    const CurrentDevice current(like);
-    const Tensor carry = p.mode == Mode::lstm || p.mode == Mode::gru ? compute_state(op, p, like) : Ops::none(op, like);
+  static void backward(const BackwardParams& p, const Context& context, const Places& places) {
+    const char* const op = context.op;
+    const CurrentDevice current(context.like);
     StepWorkspace workspace;
-    workspace.carry = mutable_data_of(carry);
+    const Tensor carry = carried(carries(traits(p.mode)), p, context, workspace);
     Tensors keep;
-    const auto transposed = [&](const char* name, const Tensor& weight) {
-      keep.push_back(contiguous_copy(op, name, torch::stable::transpose(detached(weight), 0, 1)));
-      return data_of(keep.back());
-    };
-    for (int64_t d = 0; d < p.directions; ++d) {
-      workspace.weight_hh_t[d] = transposed("weight_hh transposed", *places[d].weight_hh);
-      if (p.projected) workspace.weight_hr_t[d] = transposed("weight_hr transposed", *places[d].weight_hr);
+    for (const KindTraits& kind : kKinds) {
+      const std::string name = std::string(kind.name) + " transposed";
+      Operand& transposed = workspace.transposed[kind.kind];
+      for (int64_t d = 0; d < p.directions; ++d) {
+        const OptionalTensor& weight = places[kind.kind][d];
+        if (!kind.multiplies_steps() || !weight) continue;
+        keep.push_back(contiguous_copy(op, name.c_str(), torch::stable::transpose(detached(*weight), 0, 1)));
+        transposed.data[d] = data_of(keep.back());
+        transposed.stride[d] = weight->size(0);
+      }
     }
     finish(op, run_steps_backward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
   }
 
-  // One product for all steps and directions.
-  static Tensor input_projection(std::string mode_name, Tensor input, Places places) {
-    const char* op = "rnnfast::input_projection";
-    const Mode mode = mode_of(op, mode_name);
-    const int64_t width = check_gate_arguments(op, mode, input, places), hidden = width / traits(mode).gates;
-    dtype_of(op, input);
+ private:
+  // W_ih x + b, (rows, D*G*H): one product for all steps and directions.
+  static Tensor input_projection(const Recurrence& r, const Context& context, const Places& places) {
+    const char* const op = context.op;
+    const Tensor& input = context.like;
     Tensors weights, biases;
-    for (int64_t d = 0; d < places.directions(); ++d) {
-      weights.push_back(detached(*places[d].weight_ih));
+    for (int64_t d = 0; d < r.directions; ++d) {
+      const OptionalTensor &bias_ih = places[Kind::bias_ih][d], &bias_hh = places[Kind::bias_hh][d];
+      weights.push_back(detached(*places[Kind::weight_ih][d]));
       Tensors parts;
-      if (places[d].bias_ih) parts.push_back(detached(*places[d].bias_ih));
-      if (places[d].bias_hh) {
-        // b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
-        Tensor bias = detached(*places[d].bias_hh);
-        if (mode == Mode::gru) {
-          const Tensor zeros = zeros_of(op, "bias_hh", bias, hidden);
-          bias = concatenated(op, "bias_hh", {torch::stable::narrow(bias, 0, 0, 2 * hidden), zeros});
-        }
-        parts.push_back(bias);
-      }
+      if (bias_ih) parts.push_back(detached(*bias_ih));
+      if (bias_hh) parts.push_back(without_split_gate(detached(*bias_hh), r, op));
       if (!parts.empty()) biases.push_back(parts.size() == 2 ? sum_of(op, "biases", parts[0], parts[1]) : parts[0]);
     }
-    const int64_t input_size = input.size(input.dim() - 1);
-    Tensor gates = Ops::empty_rows(op, "gates", input, static_cast<int64_t>(weights.size()) * width);
-    const Tensor x = torch::stable::reshape(as_contiguous(op, "input", detached(input)), {-1, input_size});
+    void* data = nullptr;
+    Tensor gates = Ops::rows(context, "gates", true, data, r.directions * traits(r.mode).gates * r.hidden_size);
+    const Tensor x =
+        torch::stable::reshape(as_contiguous(op, "input", detached(input)), {-1, input.size(input.dim() - 1)});
     const Tensor flat = torch::stable::view(gates, {x.size(0), gates.size(gates.dim() - 1)});
     const OptionalTensor bias = biases.empty() ? OptionalTensor() : concatenated(op, "biases", biases);
     // The out variant: autocast leaves it alone.
@@ -175,18 +166,26 @@ struct CudaBackend {
     return gates;
   }
 
-  static Tensor matmul(Tensor a, Tensor b) {
-    const char* op = "rnnfast::matmul";
-    check_matmul_arguments(op, a, b);
-    const Tensor result = Ops::empty(op, "the product", a, {a.size(0), b.size(1)});
-    return product_into(result, op, "aten::mm", detached(a), detached(b));
+  // b_hh with zeros for the split gate, whose part the recurrence adds (cells.h).
+  static Tensor without_split_gate(Tensor bias, const Recurrence& r, const char* op) {
+    const CellTraits& cell = traits(r.mode);
+    if (cell.split_gate == kNoGate) return bias;
+    const int64_t sizes[1] = {r.hidden_size}, first = cell.split_gate * r.hidden_size, behind = first + r.hidden_size;
+    const Tensor zeros = allocate({op, "bias_hh", Sizes(sizes, 1), bias.scalar_type(), bias, "", true},
+                                  [&] { return torch::stable::new_zeros(bias, {r.hidden_size}); });
+    return concatenated(op, "bias_hh",
+                        {torch::stable::narrow(bias, 0, 0, first), zeros,
+                         torch::stable::narrow(bias, 0, behind, bias.size(0) - behind)});
   }
 
- private:
-  static Tensor compute_state(const char* op, const Recurrence& r, const Tensor& like) {
+  // The workspace for what goes from step to step in the compute type.
+  static Tensor carried(bool wanted, const Recurrence& r, const Context& context, StepWorkspace& workspace) {
+    if (!wanted) return Ops::none(context);
     const ScalarType type = r.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
     const int64_t sizes[3] = {r.directions, r.rows.batch, r.hidden_size};
-    return empty({op, "workspace", Sizes(sizes, 3), type, like});
+    const Tensor carry = empty({context.op, "workspace", Sizes(sizes, 3), type, context.like});
+    workspace.carry = mutable_data_of(carry);
+    return carry;
   }
 };
 

@@ -1,7 +1,8 @@
-// The product of a block: kRowTiles * 16 rows of a weight matrix times kBatchTiles * 8 rows of states, both contiguous
-// along the sum. The warps share out the sum, so that no two need the same bytes and none waits for another: each has a
-// ring of chunks in shared memory, filled kDepth chunks ahead with cp.async. Weights do not depend on the step before:
-// the first chunks of them travel while that step still runs. Partial sums meet in shared memory at the end.
+// The product of a block: kWeightTiles * 16 weights with kBatchTiles * 8 states. A weight is a row of a weight matrix,
+// a state that of one batch index; both are vectors, contiguous along the sum. The warps share out the sum, so that no
+// two need the same bytes and none waits for another: each has a ring of chunks in shared memory, filled kDepth chunks
+// ahead with cp.async. Weights do not depend on the step before: the first chunks of them travel while that step still
+// runs. Partial sums meet in shared memory at the end.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -13,22 +14,25 @@
 
 namespace rnnfast::gpu {
 
-template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class BlockProduct {
+constexpr int kTileWeights = 16, kTileBatch = 8;
+
+template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class BlockProduct {
   using Storage = typename Type::Storage;
   using Compute = typename Type::Compute;
   static constexpr int kVector = 16 / static_cast<int>(sizeof(Storage));  // elements in 16 bytes
-  // Along the sum. Four lanes load 16 bytes each of a row, side by side; eight rows a warp at once.
+  // Along the sum. Four lanes load 16 bytes each of a vector, side by side; eight vectors a warp at once.
   static constexpr int kChunk = 4 * kVector;
-  static constexpr int kLaneRows = 2 * kRowTiles_, kLaneStates = kBatchTiles_;  // 16-byte words a lane loads
-  static constexpr int kChunkWords = (kLaneRows + kLaneStates) * 32;
+  static constexpr int kLaneWeights = 2 * kWeightTiles_, kLaneStates = kBatchTiles_;  // 16-byte words a lane loads
+  static constexpr int kChunkWords = (kLaneWeights + kLaneStates) * 32;
 
  public:
-  static constexpr int kRowTiles = kRowTiles_, kBatchTiles = kBatchTiles_, kWarps = kWarps_;
-  static constexpr int kRows = kRowTiles * 16, kBatch = kBatchTiles * 8;
+  static constexpr int kWeightTiles = kWeightTiles_, kBatchTiles = kBatchTiles_, kWarps = kWarps_;
+  static constexpr int kWeights = kWeightTiles * kTileWeights, kBatch = kBatchTiles * kTileBatch;
+  static constexpr int kThreads = kWarps * static_cast<int>(kWarpSize);
 
  private:
-  // In shared memory a column of kRows results, plus 4 so that a warp's stores fall into different banks.
-  static constexpr int kColumn = kRows + 4;
+  // In shared memory a column of kWeights results, plus 4 so that a warp's stores fall into different banks.
+  static constexpr int kColumn = kWeights + 4;
   static constexpr int kPartialBytes = static_cast<int>(sizeof(Compute)) * kWarps * kBatch * kColumn;
   // Every card since sm_80 grants a block 99 KB; two such blocks fit on a Hopper SM, one of them of the next step.
   static constexpr int kBudget = 96 << 10, kRingBytes = kWarps * kChunkWords * 16;
@@ -39,16 +43,16 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
  public:
   static constexpr size_t kSharedBytes = kPartialBytes + kDepth * kRingBytes;
 
-  // weight_row(i): row i < kRows. state_row(n): row n < kBatch. All must be readable for `length` elements; rows that
-  // do not count may point anywhere, since no result depends on another's row.
-  template <class WeightRow, class StateRow>
-  RNNFAST_DEVICE BlockProduct(int64_t length, bool aligned, const WeightRow& weight_row, const StateRow& state_row)
+  // weight(i): of i < kWeights; state(n): of n < kBatch. All must be readable for `length` elements; those that do not
+  // count may point anywhere, since no result depends on another's vector.
+  template <class Weight, class State>
+  RNNFAST_DEVICE BlockProduct(int64_t length, bool aligned, const Weight& weight, const State& state)
       : aligned_(aligned),
         ring_(reinterpret_cast<Word16*>(shared_memory()) + warp() * (kDepth * kChunkWords) + lane()) {
     RNNFAST_UNROLL
-    for (int i = 0; i < kLaneRows; ++i) weights_[i] = weight_row(static_cast<int>(lane() / 4) + 8 * i);
+    for (int i = 0; i < kLaneWeights; ++i) weights_[i] = weight(static_cast<int>(lane() / 4) + 8 * i);
     RNNFAST_UNROLL
-    for (int j = 0; j < kLaneStates; ++j) states_[j] = state_row(static_cast<int>(lane() / 4) + 8 * j);
+    for (int j = 0; j < kLaneStates; ++j) states_[j] = state(static_cast<int>(lane() / 4) + 8 * j);
     const int64_t all_chunks = (length + kChunk - 1) / kChunk, share = (all_chunks + kWarps - 1) / kWarps;
     const int64_t begin = warp() * share, end = begin + share < all_chunks ? begin + share : all_chunks;
     begin_ = begin * kChunk + (lane() % 4) * kVector;
@@ -76,7 +80,7 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     }
     Compute* partial = partials() + warp() * (kBatch * kColumn);
     RNNFAST_UNROLL
-    for (int i = 0; i < kLaneRows; ++i) {
+    for (int i = 0; i < kLaneWeights; ++i) {
       RNNFAST_UNROLL
       for (int j = 0; j < kBatchTiles * 2; ++j) partial[result_batch(j) * kColumn + lane() / 4 + 8 * i] = result(i, j);
     }
@@ -88,9 +92,9 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     cp_async_wait<0>(RNNFAST_PASS_SITE_ALONE);
   }
 
-  // After a block barrier: element (row, n) of the product, the warps' sums added in a fixed order.
-  RNNFAST_DEVICE static Compute at(int row, int n) {
-    const Compute* partial = partials() + n * kColumn + row;
+  // After a block barrier: the product of weight i and state n, the warps' sums added in a fixed order.
+  RNNFAST_DEVICE static Compute at(int i, int n) {
+    const Compute* partial = partials() + n * kColumn + i;
     Compute sum = partial[0];
     RNNFAST_UNROLL
     for (int w = 1; w < kWarps; ++w) sum += partial[w * (kBatch * kColumn)];
@@ -102,30 +106,30 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     return reinterpret_cast<Compute*>(reinterpret_cast<char*>(shared_memory()) + kDepth * kRingBytes);
   }
 
-  // A slot holds words [row group][lane]: lane l fetches words of row l / 4 of each group, its quarter l % 4 of the
-  // chunk. On tensor cores it is also the one to use them: the instruction's fragments want other elements of the sum
-  // in each lane, but the order along the sum is free as long as both operands keep to it.
+  // A slot holds words [group of 8 vectors][lane]: lane l fetches words of vector l / 4 of each group, its quarter l %
+  // 4 of the chunk. On tensor cores it is also the one to use them: the instruction's fragments want other elements of
+  // the sum in each lane, but the order along the sum is free as long as both operands keep to it.
   RNNFAST_DEVICE void fetch_weights(int c, int slot) {
     Word16* to = ring_ + slot * kChunkWords;
     RNNFAST_UNROLL
-    for (int i = 0; i < kLaneRows; ++i) fetch(to + i * 32, weights_[i], c);
+    for (int i = 0; i < kLaneWeights; ++i) fetch(to + i * 32, weights_[i], c);
   }
   RNNFAST_DEVICE void fetch_states(int c, int slot) {
-    Word16* to = ring_ + slot * kChunkWords + kLaneRows * 32;
+    Word16* to = ring_ + slot * kChunkWords + kLaneWeights * 32;
     RNNFAST_UNROLL
     for (int j = 0; j < kLaneStates; ++j) fetch(to + j * 32, states_[j], c);
   }
-  RNNFAST_DEVICE void fetch(Word16* to, const Storage* row, int c) const {
+  RNNFAST_DEVICE void fetch(Word16* to, const Storage* vector, int c) const {
     if (c >= chunks_) return;
     const int64_t k = begin_ + static_cast<int64_t>(c) * kChunk;
     if (aligned_ && k + kVector <= length_) {
-      cp_async<16>(to, row + k);
+      cp_async<16>(to, vector + k);
       return;
     }
-    // Rows that start anywhere, and the end of every row: element by element, zeros behind the end.
+    // Vectors that start anywhere, and the end of every one: element by element, zeros behind the end.
     Storage values[kVector];
     RNNFAST_UNROLL
-    for (int v = 0; v < kVector; ++v) values[v] = k + v < length_ ? row[k + v] : convert<Storage>(0.0f);
+    for (int v = 0; v < kVector; ++v) values[v] = k + v < length_ ? vector[k + v] : convert<Storage>(0.0f);
     *to = word_of(values);
   }
   RNNFAST_DEVICE static Word16 word_of(const Storage (&values)[kVector]) {
@@ -148,9 +152,9 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
 
   RNNFAST_DEVICE void multiply(const Word16* slot) {
     if constexpr (Type::kTensorCores)
-      multiply_tiles(slot, slot + kLaneRows * 32);
+      multiply_tiles(slot, slot + kLaneWeights * 32);
     else
-      multiply_scalars(slot - lane(), slot - lane() + kLaneRows * 32);
+      multiply_scalars(slot - lane(), slot - lane() + kLaneWeights * 32);
   }
 
   // Each half of a lane's 16 bytes feeds one instruction.
@@ -159,7 +163,7 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     RNNFAST_UNROLL
     for (int j = 0; j < kBatchTiles; ++j) b[j] = as_operand(states[j * 32]);
     RNNFAST_UNROLL
-    for (int i = 0; i < kRowTiles; ++i) {
+    for (int i = 0; i < kWeightTiles; ++i) {
       const Word16 upper = as_operand(weights[2 * i * 32]), lower = as_operand(weights[(2 * i + 1) * 32]);
       RNNFAST_UNROLL
       for (int half = 0; half < 4; half += 2) {
@@ -183,7 +187,7 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     return word;
   }
 
-  // A lane takes rows lane / 4 + 8 i and states lane % 4 + 4 j, a quarter of the chunk at a time.
+  // A lane takes weights lane / 4 + 8 i and states lane % 4 + 4 j, a quarter of the chunk at a time.
   RNNFAST_DEVICE void multiply_scalars(const Word16* weights, const Word16* states) {
     for (int quarter = 0; quarter < 4; ++quarter) {
       Word16 b[2 * kBatchTiles];
@@ -193,7 +197,7 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
         b[j] = states[n / 8 * 32 + n % 8 * 4 + quarter];
       }
       RNNFAST_UNROLL
-      for (int i = 0; i < kLaneRows; ++i) {
+      for (int i = 0; i < kLaneWeights; ++i) {
         const Word16 a = weights[i * 32 + lane() / 4 * 4 + quarter];
         RNNFAST_UNROLL
         for (int j = 0; j < 2 * kBatchTiles; ++j) {
@@ -211,7 +215,7 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
       return double_of(static_cast<uint64_t>(word.x[2 * v]) | static_cast<uint64_t>(word.x[2 * v + 1]) << 32);
   }
 
-  // This lane's result j in its row lane / 4 + 8 i, and which batch row that belongs to.
+  // This lane's result j of its weight lane / 4 + 8 i, and which state that belongs to.
   RNNFAST_DEVICE Compute result(int i, int j) const {
     if constexpr (Type::kTensorCores)
       return sums_[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -222,13 +226,13 @@ template <class Type, int kRowTiles_, int kBatchTiles_, int kWarps_> class Block
     return Type::kTensorCores ? static_cast<int>(lane() % 4) * 2 + j % 2 + j / 2 * 8 : scalar_state(j);
   }
 
-  // mma accumulators of each tile, or one sum for each of the lane's rows and states.
-  using TileSums = Compute[kRowTiles][kBatchTiles][4];
-  using ScalarSums = Compute[kLaneRows][2 * kBatchTiles];
+  // mma accumulators of each tile, or one sum for each of the lane's weights and states.
+  using TileSums = Compute[kWeightTiles][kBatchTiles][4];
+  using ScalarSums = Compute[kLaneWeights][2 * kBatchTiles];
 
   const bool aligned_;
   Word16* const ring_;
-  const Storage* weights_[kLaneRows];
+  const Storage* weights_[kLaneWeights];
   const Storage* states_[kLaneStates];
   int64_t length_, begin_;
   int chunks_;

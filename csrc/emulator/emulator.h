@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the host: every CUDA thread is a fiber, and one scheduler switches among them at the points
-// where threads can meet. The emulated bodies in csrc/cuda/primitives/ are written with the services below and with
-// nothing else of the emulator. docs/emulator.md tells what is modelled and what is not.
+// where threads can meet. The emulated bodies of csrc/cuda/primitives/ are written with the services below and with
+// nothing else of the emulator: there where a body is a call, else in primitives/ here. docs/emulator.md tells what is
+// modelled and what is not.
 #pragma once
 
 #include <array>
@@ -18,6 +19,9 @@ namespace rnnfast::emulator {
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+
+constexpr unsigned kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // The source line of a synchronisation, for messages and for leaving it out (Options::skip).
 using Site = std::source_location;
@@ -68,8 +72,8 @@ void at(const Site& site, const char* what);
 void exchange_bytes(uint32_t mask, const void* mine, void* all, size_t bytes, bool orders, const char* what,
                     const Site& site);
 template <class T>
-std::array<T, 32> exchange(uint32_t mask, const T& mine, bool orders, const char* what, const Site& site) {
-  std::array<T, 32> all{};
+std::array<T, kWarpSize> exchange(uint32_t mask, const T& mine, bool orders, const char* what, const Site& site) {
+  std::array<T, kWarpSize> all{};
   exchange_bytes(mask, &mine, all.data(), sizeof(T), orders, what, site);
   return all;
 }

@@ -86,9 +86,9 @@ struct Barrier {
 struct Meeting {
   uint32_t mask = 0, arrived = 0;
   size_t bytes = 0;
-  std::array<const void*, 32> mine{};
-  std::array<void*, 32> all{};
-  std::array<Fiber*, 32> lanes{};
+  std::array<const void*, kWarpSize> mine{};
+  std::array<void*, kWarpSize> all{};
+  std::array<Fiber*, kWarpSize> lanes{};
   Site site;
   const char* what = "";
   Key key;

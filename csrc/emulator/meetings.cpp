@@ -35,15 +35,15 @@ std::string hex(uint32_t mask) {
 
 // Hands every lane the values of all.
 void deal(Meeting& meeting) {
-  std::vector<std::byte> values(32 * meeting.bytes);
-  for (unsigned i = 0; i < 32; ++i)
+  std::vector<std::byte> values(kWarpSize * meeting.bytes);
+  for (unsigned i = 0; i < kWarpSize; ++i)
     if (meeting.mask >> i & 1) std::memcpy(values.data() + i * meeting.bytes, meeting.mine[i], meeting.bytes);
-  for (unsigned i = 0; i < 32; ++i)
+  for (unsigned i = 0; i < kWarpSize; ++i)
     if (meeting.mask >> i & 1) std::memcpy(meeting.all[i], values.data(), values.size());
 }
 
 Meeting& join_meeting(Fiber& me, unsigned lane, uint32_t mask, size_t bytes, const char* what, const Site& site) {
-  auto& meetings = me.block->meetings[me.linear_thread / 32];
+  auto& meetings = me.block->meetings[me.linear_thread / kWarpSize];
   for (auto& meeting : meetings) {
     if (meeting->mask == mask) {
       if (!same(meeting->site, site) || std::strcmp(meeting->what, what) != 0 || meeting->bytes != bytes)
@@ -54,8 +54,8 @@ Meeting& join_meeting(Fiber& me, unsigned lane, uint32_t mask, size_t bytes, con
       fail("lanes of the warp disagree on who meets: mask " + hex(mask) + ", others at " + meeting->what + " " +
            text_of(meeting->site) + " have " + hex(meeting->mask));
   }
-  const size_t threads = me.block->threads.size(), first = me.linear_thread / 32 * 32;
-  const uint32_t exist = threads - first >= 32 ? 0xffffffffu : (1u << (threads - first)) - 1;
+  const size_t threads = me.block->threads.size(), first = me.linear_thread / kWarpSize * kWarpSize;
+  const uint32_t exist = threads - first >= kWarpSize ? kAllLanes : (1u << (threads - first)) - 1;
   if (mask & ~exist) fail("mask " + hex(mask) + " names lanes that the block does not have");
   if (!(mask >> lane & 1)) fail("mask " + hex(mask) + " does not name the calling lane");
   auto meeting = std::make_unique<Meeting>();
@@ -76,7 +76,7 @@ void exchange_bytes(uint32_t mask, const void* mine, void* all, size_t bytes, bo
   Key key;
   {
     Quiet quiet;
-    const unsigned lane = me.linear_thread % 32;
+    const unsigned lane = me.linear_thread % kWarpSize;
     me.what = what;
     me.site = site;
     Meeting& meeting = join_meeting(me, lane, mask, bytes, what, site);
@@ -94,10 +94,11 @@ void exchange_bytes(uint32_t mask, const void* mine, void* all, size_t bytes, bo
       wait(me, what, site);
     } else {
       if (bytes > 0) deal(meeting);
-      for (unsigned i = 0; i < 32; ++i)
+      for (unsigned i = 0; i < kWarpSize; ++i)
         if (i != lane && mask >> i & 1) wake(*meeting.lanes[i]);
       scheduler().spins = 0;
-      std::erase_if(me.block->meetings[me.linear_thread / 32], [&](const auto& m) { return m.get() == &meeting; });
+      std::erase_if(me.block->meetings[me.linear_thread / kWarpSize],
+                    [&](const auto& m) { return m.get() == &meeting; });
     }
     if (orders) see_all(me);
   }
@@ -116,7 +117,7 @@ void block_barrier(unsigned id, unsigned count, bool waits, const char* what, co
     const unsigned threads = static_cast<unsigned>(block.threads.size());
     if (id >= block.barriers.size()) fail("barrier " + std::to_string(id) + ": there are 16");
     const bool whole_block = id == 0 && count == threads;
-    if (!whole_block && (count == 0 || count % 32 != 0 || count > threads || threads % 32 != 0))
+    if (!whole_block && (count == 0 || count % kWarpSize != 0 || count > threads || threads % kWarpSize != 0))
       fail("barrier " + std::to_string(id) + " for " + std::to_string(count) + " of " + std::to_string(threads) +
            " threads: only whole warps of the block can meet");
     Barrier& barrier = block.barriers[id];
@@ -145,8 +146,9 @@ void block_barrier(unsigned id, unsigned count, bool waits, const char* what, co
       }
     } else {
       for (unsigned t = 0; t < threads; ++t)
-        if (barrier.here[t] != barrier.here[t / 32 * 32])
-          fail("barrier " + std::to_string(id) + ": only a part of warp " + std::to_string(t / 32) + " has arrived");
+        if (barrier.here[t] != barrier.here[t / kWarpSize * kWarpSize])
+          fail("barrier " + std::to_string(id) + ": only a part of warp " + std::to_string(t / kWarpSize) +
+               " has arrived");
       barrier.arrived = 0;
       barrier.key = Key();
       wake_all(barrier.waiting);

@@ -127,7 +127,7 @@ void start_cluster(Grid& grid) {
     block->index = index_of(first + rank, launch.grid);
     block->rank = rank;
     block->live = launch.threads;
-    block->meetings.resize((launch.threads + 31) / 32);
+    block->meetings.resize((launch.threads + kWarpSize - 1) / kWarpSize);
     // As many bytes as asked for and no more, so that ASan sees an overrun.
     void* shared = nullptr;
     if (posix_memalign(&shared, kSharedAlignment, launch.shared_bytes) != 0) throw std::bad_alloc();

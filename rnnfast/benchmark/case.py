@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from .. import modules, reference
+from .. import cell_types, modules
 
 CELLS = ("LSTM", "GRU", "RNN")
-GATES = {cell: reference.GATES[mode] for cell, mode in zip(CELLS, ("LSTM", "GRU", "RNN_TANH"), strict=True)}
+GATES = {cell: cell_types.CELLS[mode].gates for cell, mode in zip(CELLS, ("LSTM", "GRU", "RNN_TANH"), strict=True)}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What is done with a layer. Training: forward, then the gradients of input and weights. Streaming: inference, one step
 # a call, the state handed from call to call.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ..backends import NAMES, backend, explain
+from ..backends import NAMES, backend
 from ..backends import backends as installed
+from ..explanation import explain
 from .case import Call, Case, Data, Impossible, compare, exact, make_call, make_data, make_layers, timed_steps
 from .cores import core_to_core_ns
 from .timing import Ratio, capture, interleave, peak_memory, settings

@@ -1,4 +1,5 @@
 """The Triton kernels: the way to the GPU without a CUDA toolkit.
 
-Importing this package imports Triton. `rnnfast/libraries.py` says whether it can, `rnnfast/ops.py` registers its ops.
+`availability.py` says whether they can run; importing any other module of this package imports Triton. Its ops are
+registered in `rnnfast/registration.py`.
 """

@@ -1,19 +1,50 @@
-"""The cells' equations and their derivatives, for both families of kernels. Those of reference.py, where sources are.
+"""The cells' equations and their derivatives, for both families of kernels. Those of cell_types.py, where sources are.
 
-Unused results repeat another one; what is not used costs nothing.
+Gates and what forward saves are tuples, built by `+=` in tl.static_range where a value depends on the number of its
+gate: Triton's comprehensions go over tuples only. Results that a cell does not have repeat another one: what is not
+used costs nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-# The values of MODE in kernels.
-MODES = {"LSTM": 0, "GRU": 1, "RNN_TANH": 2, "RNN_RELU": 3, "RNN_IDENTITY": 4}
-LSTM = tl.constexpr(0)
-GRU = tl.constexpr(1)
-RNN_TANH = tl.constexpr(2)
-RNN_RELU = tl.constexpr(3)
+from ..cell_types import CELLS
+
+# Cells by number, as constants of kernels compare them.
+_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}
+LSTM = tl.constexpr(_NUMBERS["LSTM"])
+GRU = tl.constexpr(_NUMBERS["GRU"])
+RNN_TANH = tl.constexpr(_NUMBERS["RNN_TANH"])
+RNN_RELU = tl.constexpr(_NUMBERS["RNN_RELU"])
+RNN_IDENTITY = tl.constexpr(_NUMBERS["RNN_IDENTITY"])
+
+
+class Cell(NamedTuple):
+    """What kernels are told of a cell, their constant CELL: its row of CELLS, in numbers.
+
+    Kernels read it by `NAME: tl.constexpr = CELL.name`: without the annotation Triton 3.6 takes a constant's attribute
+    for a value of Python's, which `tl.static_range` refuses. Numbers only: in strings inside of constants Triton 3.6
+    looks for properties of arguments, each a letter.
+    """
+
+    mode: int
+    gates: int
+    reserve: int
+    has_cell_state: bool
+    reads_previous_h: bool
+    split_gate: int  # -1: none
+
+
+def cell(mode: str) -> Cell:
+    found = CELLS[mode]
+    # One value a unit is carried past the gates, and with a projection h has other units than the cell.
+    assert not (found.reads_previous_h and (found.has_cell_state or found.may_project)), f"{mode} does not fit"
+    split_gate = -1 if found.split_gate is None else found.split_gate
+    return Cell(_NUMBERS[mode], found.gates, found.reserve, found.has_cell_state, found.reads_previous_h, split_gate)
 
 
 @triton.jit
@@ -37,58 +68,59 @@ def tanh(x):
 
 
 @triton.jit
-def forward(MODE: tl.constexpr, x0, x1, x2, x3, r0, r1, r2, r3, h, c):
+def forward(CELL: tl.constexpr, x, rec, h, c):
     """One step of a cell, before the projection.
 
-    Args: x, the gates from the input; r, those of `W_hh h`, for the GRU's n gate `W_hn h + b_hn`; h and c, the state.
-    Returns: h_t or before a projection `o tanh(c)`; c_t; and the reserve's four values.
+    Args: x, the gates from the input; rec, those of `W_hh h`, of the split gate with b_hh; h and c, the state.
+    Returns: h_t or before a projection `o tanh(c)`; c_t; and the values of the reserve.
     """
+    MODE: tl.constexpr = CELL.mode
     if MODE == LSTM:
-        i, f, g, o = sigmoid(x0 + r0), sigmoid(x1 + r1), tanh(x2 + r2), sigmoid(x3 + r3)
+        i, f, g, o = sigmoid(x[0] + rec[0]), sigmoid(x[1] + rec[1]), tanh(x[2] + rec[2]), sigmoid(x[3] + rec[3])
         c_new = f * c + i * g
-        return o * tanh(c_new), c_new, i, f, g, o
+        return o * tanh(c_new), c_new, (i, f, g, o)
     elif MODE == GRU:
-        r, z = sigmoid(x0 + r0), sigmoid(x1 + r1)
-        n = tanh(x2 + r * r2)
-        return n + z * (h - n), c, r, z, n, r2
+        r, z = sigmoid(x[0] + rec[0]), sigmoid(x[1] + rec[1])
+        n = tanh(x[2] + r * rec[2])
+        return n + z * (h - n), c, (r, z, n, rec[2])
+    elif MODE == RNN_TANH:
+        return tanh(x[0] + rec[0]), c, ()
+    elif MODE == RNN_RELU:
+        a = x[0] + rec[0]
+        # Not maximum(a, 0): a NaN stays one.
+        return tl.where(a < 0, 0.0, a), c, ()
     else:
-        a = x0 + r0
-        if MODE == RNN_TANH:
-            h_new = tanh(a)
-        elif MODE == RNN_RELU:
-            # Not maximum(a, 0): a NaN stays one.
-            h_new = tl.where(a < 0, 0.0, a)
-        else:
-            h_new = a
-        return h_new, c, h_new, h_new, h_new, h_new
+        tl.static_assert(MODE == RNN_IDENTITY, "a cell without equations")
+        return x[0] + rec[0], c, ()
 
 
 @triton.jit
-def backward(MODE: tl.constexpr, s0, s1, s2, s3, h, c, h_new, c_new, dh, dc):
+def backward(CELL: tl.constexpr, saved, h, c, h_new, c_new, dh, dc):
     """The derivative of `forward`.
 
-    Args: s, the reserve; h and c before the step, h_new and c_new after it; dh and dc, their gradients.
-    Returns: the gates' four gradients; for the GRU that of `W_hn h + b_hn`; what reaches the earlier state past the
-        gates: the LSTM's gradient of c, for the GRU a part of that of h.
+    Args: saved, the reserve; h and c before the step, h_new and c_new after it; dh and dc, their gradients.
+    Returns: the gradients of x; those of rec; what reaches the earlier state past the gates: the gradient of c where
+        there is one, else a part of that of h.
     """
+    MODE: tl.constexpr = CELL.mode
     if MODE == LSTM:
+        i, f, g, o = saved
         tanh_c = tanh(c_new)
-        d = dc + dh * s3 * (1 - tanh_c * tanh_c)
-        d0 = d * s2 * s0 * (1 - s0)
-        d1 = d * c * s1 * (1 - s1)
-        d2 = d * s0 * (1 - s2 * s2)
-        d3 = dh * tanh_c * s3 * (1 - s3)
-        return d0, d1, d2, d3, d2, d * s1
+        d = dc + dh * o * (1 - tanh_c * tanh_c)
+        dgates = (d * g * i * (1 - i), d * c * f * (1 - f), d * i * (1 - g * g), dh * tanh_c * o * (1 - o))
+        return dgates, dgates, d * f
     elif MODE == GRU:
-        d2 = dh * (1 - s1) * (1 - s2 * s2)
-        d1 = dh * (h - s2) * s1 * (1 - s1)
-        d0 = d2 * s3 * s0 * (1 - s0)
-        return d0, d1, d2, d2, d2 * s0, dh * s1
+        r, z, n, rec_n = saved
+        dn = dh * (1 - z) * (1 - n * n)
+        dz = dh * (h - n) * z * (1 - z)
+        dr = dn * rec_n * r * (1 - r)
+        return (dr, dz, dn), (dr, dz, dn * r), dh * z
+    elif MODE == RNN_TANH:
+        d = dh * (1 - h_new * h_new)
+        return (d,), (d,), dh
+    elif MODE == RNN_RELU:
+        d = tl.where(h_new <= 0, 0.0, dh)
+        return (d,), (d,), dh
     else:
-        if MODE == RNN_TANH:
-            d0 = dh * (1 - h_new * h_new)
-        elif MODE == RNN_RELU:
-            d0 = tl.where(h_new <= 0, 0.0, dh)
-        else:
-            d0 = dh
-        return d0, d0, d0, d0, d0, d0
+        tl.static_assert(MODE == RNN_IDENTITY, "a cell without a derivative")
+        return (dh,), (dh,), dh

@@ -1,6 +1,6 @@
 """The ops of docs/design.md on top of the kernels: checks, allocation, tables, launches.
 
-Functions have the names, arguments and results of those in `reference.py`. The tensors of a call lie on one CUDA (or
+Functions have the names, arguments and results of the ops in `signatures.py`. The tensors of a call lie on one CUDA (or
 HIP) device; in Triton's interpreter, on the CPU.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -17,9 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import libraries
-from ..reference import GATES
-from ..signatures import BIAS_HH, BIAS_IH, HH, HR, IH, as_sequence, is_one_step, of_kind
-from . import cells, graphs, persistent, plan, step
+from ..cell_types import CELLS, CellType
+from ..signatures import (
+    KINDS,
+    OF_RECURRENCE,
+    BackwardArguments,
+    LayerArguments,
+    Parameters,
+    as_sequence,
+    check_output,
+    compute_dtype,
+    is_one_step,
+    nested,
+)
+from . import availability, cells, graphs, persistent, plan, step
 from . import table as tb
 
 Tensors = Sequence[Tensor]
@@ -34,28 +46,22 @@ _TYPES = {
 _BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
-class _Layout(NamedTuple):
-    """Sizes of a call and where its rows lie."""
-
-    steps: int
-    batch: int
-    step_stride: int
-    batch_stride: int
-    # packed: (T + 1) numbers, where each step's rows begin; else empty
-    offsets: list[int]
-
-
 class _Call(NamedTuple):
     """What forward and backward share."""
 
     mode: str
-    layout: _Layout
+    steps: int
+    batch: int
     directions: int
     hidden_size: int
     state_size: int  # P with projection, else H
     projected: bool
     values: list[int]  # the table's, those of the arguments that forward and backward share
     keep: list[Tensor]  # whose addresses are in the table
+
+    @property
+    def cell(self) -> CellType:
+        return CELLS[self.mode]
 
 
 def _check(condition: bool, op: str, message: str) -> None:
@@ -69,41 +75,6 @@ def _check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Seque
     _check(
         same, op, f"{name}: expected {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}",
     )  # fmt: skip
-
-
-def _layout(
-    op: str, model: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, batch_first: bool
-) -> _Layout:
-    if batch_sizes is not None:
-        _check(model.dim() == 2, op, f"with batch_sizes rows are packed: expected 2 dimensions, got {model.dim()}")
-        _check(
-            batch_sizes.device.type == "cpu" and batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1,
-            op, "batch_sizes: expected a 1-D int64 tensor on the CPU",
-        )  # fmt: skip
-        _check(lengths is None and resets is None, op, "lengths and resets go with dense rows, not with batch_sizes")
-        sizes = batch_sizes.tolist()
-        falling = all(size > 0 for size in sizes) and sizes == sorted(sizes, reverse=True)
-        _check(falling, op, "batch_sizes: expected positive sizes that do not increase")
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        _check(
-            offsets[-1] == model.size(0), op,
-            f"batch_sizes: expected a sum of {model.size(0)}, got {offsets[-1]}",
-        )  # fmt: skip
-        return _Layout(len(sizes), sizes[0] if sizes else 0, 0, 1, offsets)
-    _check(model.dim() == 3, op, f"expected 3 dimensions, got {model.dim()}")
-    steps, batch = model.size(1 if batch_first else 0), model.size(0 if batch_first else 1)
-    if lengths is not None:
-        right = lengths.device == model.device and lengths.dtype == torch.int64 and tuple(lengths.shape) == (batch,)
-        _check(right, op, f"lengths: expected {batch} int64 on the device of the data")
-        if model.device.type == "cpu" and batch:
-            least, most = int(lengths.min()), int(lengths.max())
-            _check(least >= 0 and most <= steps, op, f"lengths: expected values from 0 to {steps}")
-    if resets is not None:
-        right = resets.device == model.device and resets.dtype == torch.bool and resets.shape == model.shape[:2]
-        _check(right, op, f"resets: expected bool of shape {tuple(model.shape[:2])} on the device of the data")
-    return _Layout(steps, batch, 1 if batch_first else batch, steps if batch_first else 1, [])
 
 
 def _upload(offsets: list[int], device: torch.device) -> Tensor:
@@ -135,44 +106,39 @@ def _stacked(tensors: Tensors) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _call(
-    op: str,
-    mode: str,
-    model: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_first: bool,
-    places: Sequence[Tensor | None],
-) -> _Call:
-    """Checks the arguments that forward and backward share. model: has the rows, the dtype and the device."""
-    _check(mode in GATES, op, f"mode must be one of {', '.join(GATES)}, got {mode!r}")
-    _check(model.dtype in _TYPES, op, f"expected a floating type of 16, 32 or 64 bits, got {model.dtype}")
-    layout = _layout(op, model, batch_sizes, lengths, resets, batch_first)
-    weight_hh, weight_hr = of_kind(places, HH), of_kind(places, HR)
-    directions = len(weight_hh)
-    _check(bool(places) and places[HH] is not None, op, "weight_hh: expected a tensor, got None")
-    hidden_size, state_size = weight_hh[0].size(0) // GATES[mode], weight_hh[0].size(1)
+def _call(op: str, arguments: LayerArguments | BackwardArguments, like: Tensor) -> _Call:
+    """Checks the arguments that forward and backward share. like: has the rows, the dtype and the device."""
+    mode, sequences, parameters = arguments.mode, arguments.sequences, arguments.parameters
+    _check(like.dtype in _TYPES, op, f"expected a floating type of 16, 32 or 64 bits, got {like.dtype}")
+    steps, batch = sequences.check(f"rnnfast_triton::{op}", like)
+    first = parameters.weight_hh
+    cell, directions = CELLS[mode], parameters.directions
+    if first is None:
+        raise RuntimeError(f"rnnfast_triton::{op}: weight_hh: expected a tensor, got None")
+    hidden_size, state_size = first.size(0) // cell.gates, first.size(1)
     _check(hidden_size * state_size < 2**31, op, f"hidden sizes {hidden_size}, {state_size}: too large")
-    for weight in weight_hh:
-        _check_tensor(op, "weight_hh", weight, model, (GATES[mode] * hidden_size, state_size))
-    for weight in weight_hr:
-        _check_tensor(op, "weight_hr", weight, model, (state_size, hidden_size))
-    _check(len(weight_hr) in ((0, directions) if mode == "LSTM" else (0,)), op, "weight_hr: LSTM only, one a direction")
-    _check(bool(weight_hr) or hidden_size == state_size, op, f"weight_hh: expected {hidden_size} columns")
-    for name, state, size in (("hx", hx, state_size), ("cx", cx, hidden_size)):
+    widths = {"gates": cell.gates * hidden_size, "state": state_size, "hidden": hidden_size}
+    weights: dict[str, Tensor | None] = {}
+    for kind in OF_RECURRENCE:
+        (shape, option), given = KINDS[kind], parameters.each(kind)
+        for weight in given:
+            _check_tensor(op, kind, weight, like, [widths[size] for size in shape])
+        allowed = cell.may_project or option != "projection" or not given
+        _check(allowed, op, f"{kind}: expected None: {mode} has no projection")
+        _check(len(given) in (0, directions), op, f"{kind}: expected {directions}, got {len(given)}")
+        weights[kind] = _stacked(given) if given else None
+    projected = parameters.is_projected
+    _check(projected or hidden_size == state_size, op, f"weight_hh: expected {hidden_size} columns")
+    for name, state, size in (("hx", arguments.hx, state_size), ("cx", arguments.cx, hidden_size)):
         if state is not None:
-            _check_tensor(op, name, state, model, (directions, layout.batch, size))
-    values = [0] * tb.SIZE
-    values[:4] = layout[:4]
-    call = _Call(mode, layout, directions, hidden_size, state_size, bool(weight_hr), values, [])
-    _put(
-        call, lengths=lengths, resets=resets, hx=hx, cx=cx if mode == "LSTM" else None, weight_hh=_stacked(weight_hh),
-        weight_hr=_stacked(weight_hr) if weight_hr else None,
-        offsets=_upload(layout.offsets, model.device) if layout.offsets else None,
-    )  # fmt: skip
+            _check_tensor(op, name, state, like, (directions, batch, size))
+    sizes, tensors = tb.of_sequences(sequences, steps, batch)
+    values = sizes + [0] * (tb.SIZE - len(sizes))
+    call = _Call(mode, steps, batch, directions, hidden_size, state_size, projected, values, [])
+    if sequences.batch_sizes is not None:
+        offsets = [0, *itertools.accumulate(sequences.batch_sizes.tolist())]
+        tensors["offsets"] = _upload(offsets, like.device)
+    _put(call, **tensors, **weights, hx=arguments.hx, cx=arguments.cx if cell.has_cell_state else None)
     return call
 
 
@@ -186,7 +152,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def family_of(mode: str, dtype: torch.dtype, hidden_size: int, projected: bool) -> str:
     """The family of kernels that runs a layer: `persistent` or `step`."""
-    return plan.family(GATES[mode], dtype, _precision(dtype), hidden_size, projected)
+    return plan.family(CELLS[mode].gates, dtype, _precision(dtype), hidden_size, projected)
 
 
 def _on(device: torch.device) -> Any:
@@ -195,49 +161,47 @@ def _on(device: torch.device) -> Any:
 
 
 def constants(mode: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """What every kernel of a cell and type is compiled with, beside its tiles."""
+    """What kernels of a cell and type are compiled with, beside their tiles."""
     return {
-        "MODE": cells.MODES[mode],
-        "G": GATES[mode],
+        "CELL": cells.cell(mode),
         "DTYPE": _TYPES[dtype],
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "COMPUTE": _TYPES[compute_dtype(dtype)],
         # The type that operands have in products: the interpreter's know no bfloat16.
-        "PRODUCT": tl.float32 if dtype == torch.bfloat16 and libraries.triton_interpreted() else _TYPES[dtype],
+        "PRODUCT": tl.float32 if dtype == torch.bfloat16 and availability.interpreted() else _TYPES[dtype],
         "PRECISION": precision,
     }
 
 
-def launch(call: _Call, model: Tensor, kind: str, turns: int) -> None:
+def launch(call: _Call, like: Tensor, kind: str, turns: int) -> None:
     """Runs every kernel of a call. kind: forward or backward."""
-    if not call.layout.batch:
+    if not call.batch:
         return
-    dtype, gates, batch = model.dtype, GATES[call.mode], call.layout.batch
-    precision = _precision(dtype)
-    cell = constants(call.mode, dtype, precision)
-    with _on(model.device):
+    dtype, precision = like.dtype, _precision(like.dtype)
+    known = constants(call.mode, dtype, precision)
+    with _on(like.device):
         if family_of(call.mode, dtype, call.hidden_size, call.projected) == "persistent":
-            tiles = plan.persistent_tiles(gates, dtype, precision, call.hidden_size)
+            tiles = plan.persistent_tiles(call.cell.gates, dtype, precision, call.hidden_size)
             assert tiles is not None
-            table = graphs.new_table(model.device)
+            table = graphs.new_table(like.device)
             graphs.fill(table, call.values)
-            getattr(persistent, kind)[(triton.cdiv(batch, tiles.batch), call.directions)](
-                table, call.hidden_size, **cell, BLOCK_B=tiles.batch, BLOCK_N=tiles.units,
+            getattr(persistent, kind)[(triton.cdiv(call.batch, tiles.batch), call.directions)](
+                table, call.hidden_size, **known, BLOCK_B=tiles.batch, BLOCK_N=tiles.units,
                 **plan.options(tiles, True, _BACKEND),
             )  # fmt: skip
             return
-        _run_steps(call, model, kind, turns, cell, precision)
+        _run_steps(call, like, kind, turns, known, precision)
 
 
-def _run_steps(call: _Call, model: Tensor, kind: str, turns: int, cell: dict[str, Any], precision: str) -> None:
+def _run_steps(call: _Call, like: Tensor, kind: str, turns: int, known: dict[str, Any], precision: str) -> None:
     backward = kind == "backward"
-    # The kernels of a projection belong to one cell.
-    shared = {name: value for name, value in cell.items() if name not in ("MODE", "G")}
+    known = {**known, "PROJECTED": call.projected}
     launches: list[Callable[..., Any]] = []
     keys: list[Any] = []
 
-    def add(kernel: Any, gates: int, units: int, constants: dict[str, Any]) -> None:
-        tiles = plan.step_tiles(gates, model.dtype, precision, call.layout.batch, backward or gates == 1)
-        grid = (triton.cdiv(call.layout.batch, tiles.batch), triton.cdiv(units, tiles.units), call.directions)
+    def add(kernel: Any, products: int, units: int) -> None:
+        tiles = plan.step_tiles(products, like.dtype, precision, call.batch)
+        grid = (triton.cdiv(call.batch, tiles.batch), triton.cdiv(units, tiles.units), call.directions)
+        constants = {name: value for name, value in known.items() if name in kernel.arg_names}
         launches.append(
             functools.partial(
                 kernel[grid], **constants, BLOCK_B=tiles.batch, BLOCK_N=tiles.units, BLOCK_K=tiles.terms,
@@ -247,159 +211,152 @@ def _run_steps(call: _Call, model: Tensor, kind: str, turns: int, cell: dict[str
         keys.append((grid, tiles))
 
     if call.projected and backward:
-        add(step.project_backward, 1, call.state_size, shared)
-    cell = {**cell, "PROJECTED": call.projected}
-    add(getattr(step, kind), cell["G"], call.hidden_size, cell)
+        add(step.project_backward, 1, call.state_size)
+    add(getattr(step, kind), 1 if backward else call.cell.gates, call.hidden_size)
     if call.projected and not backward:
-        add(step.project_forward, 1, call.state_size, shared)
+        add(step.project_forward, 1, call.state_size)
 
     def one_turn(table: Tensor, turn: int) -> None:
         for start in launches:
             start(table, turn, call.hidden_size, call.state_size)
 
     key = (
-        kind, call.mode, model.dtype, precision, model.device, call.hidden_size, call.state_size, call.projected,
+        kind, call.mode, like.dtype, precision, like.device, call.hidden_size, call.state_size, call.projected,
         *keys,
     )  # fmt: skip
-    graphs.run(key, call.values, turns, model.device, one_turn)
+    graphs.run(key, call.values, turns, like.device, one_turn)
 
 
-def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd and autocast: the types are what they should be, and gradients have ops of their own."""
-
-    @functools.wraps(function)
-    def wrapper(*arguments: Any) -> Any:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            if is_one_step(function.__name__, arguments):
-                return as_sequence(function.__name__, function, arguments)
-            return function(*arguments)
-
-    return wrapper
-
-
-@_plainly
-def input_projection(mode: str, input: Tensor, *places: Tensor | None) -> Tensor:
-    """One product for all steps and directions: (rows, D*G*H)."""
-    _check(mode in GATES, "input_projection", f"mode must be one of {', '.join(GATES)}, got {mode!r}")
-    weight_ih = of_kind(places, IH)
-    _check(bool(weight_ih), "input_projection", "weight_ih: expected a tensor, got None")
-    outer = of_kind(places, BIAS_IH)
-    bias = torch.cat(outer) if outer else None
-    if inner := of_kind(places, BIAS_HH):
-        if mode == "GRU":
-            # b_hn stands inside r * (W_hn h + b_hn): the recurrence adds it.
-            size = weight_ih[0].size(0) // 3 * 2
-            inner = [torch.cat([part[:size], torch.zeros_like(part[size:])]) for part in inner]
-        bias = torch.cat(inner) if bias is None else bias + torch.cat(inner)
-    weight = weight_ih[0] if len(weight_ih) == 1 else torch.cat(weight_ih)
+def input_projection(mode: str, input: Tensor, parameters: Parameters) -> Tensor:
+    """`W_ih x + b` of all steps and directions in one product: (rows, D*G*H)."""
+    weights, biases = parameters.each("weight_ih"), parameters.each("bias_ih")
+    _check(bool(weights), "input_projection", "weight_ih: expected a tensor, got None")
+    bias = torch.cat(biases) if biases else None
+    if biases_hh := parameters.each("bias_hh"):
+        if CELLS[mode].split_gate is not None:
+            # The recurrence adds it.
+            biases_hh = [other.clone() for other in biases_hh]
+            for other in biases_hh:
+                _of_split_gate(mode, other).zero_()
+        bias = torch.cat(biases_hh) if bias is None else bias + torch.cat(biases_hh)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return torch.nn.functional.linear(input, weight, bias).contiguous()
 
 
-@_plainly
+def _of_split_gate(mode: str, bias: Tensor) -> Tensor:
+    """The part of a bias (G*H,), or of biases (D, G*H), that belongs to the cell's split gate."""
+    cell = CELLS[mode]
+    assert cell.split_gate is not None
+    return bias.chunk(cell.gates, dim=-1)[cell.split_gate]
+
+
 def recurrence_forward(
-    mode: str,
-    batch_first: bool,
-    save_reserve: bool,
-    gates: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
+    op: str, arguments: LayerArguments, projection: Tensor, save_reserve: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Every step of one layer, all its directions: (output, h_n, c_n, cell_states, reserve)."""
-    op = "recurrence_forward"
-    call = _call(op, mode, gates, hx, cx, batch_sizes, lengths, resets, batch_first, places)
-    D, B, H, K = call.directions, call.layout.batch, call.hidden_size, call.state_size
-    rows = gates.shape[:-1]
-    _check_tensor(op, "gates", gates, gates, (*rows, D * GATES[mode] * H))
-    is_lstm = mode == "LSTM"
-    output, h_n = gates.new_empty(*rows, D * K), gates.new_empty(D, B, K)
-    c_n = gates.new_empty((D, B, H) if is_lstm else 0)
-    cell_states = gates.new_empty((*rows, D * H) if is_lstm and save_reserve else 0)
-    reserve = gates.new_empty((*rows, D * 4 * H) if mode in ("LSTM", "GRU") and save_reserve else 0)
-    compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
-    if mode == "GRU" and (bias_hh := of_kind(places, BIAS_HH)):
-        for bias in bias_hh:
-            _check_tensor(op, "bias_hh", bias, gates, (3 * H,))
-        _put(call, bias_n=_stacked(bias_hh)[:, 2 * H :])
+    """Every step of one layer, all its directions: (output, h_n, c_n, cell_states, reserve).
+
+    Args:
+        op: whose call it is.
+        arguments: of the layer.
+        projection: what `input_projection` returned.
+        save_reserve: whether backward will come.
+    """
+    call = _call(op, arguments, projection)
+    cell, D, B, H = call.cell, call.directions, call.batch, call.hidden_size
+    rows, state_size = projection.shape[:-1], call.state_size
+    _check_tensor(op, "input projection", projection, projection, (*rows, D * cell.gates * H))
+    output, h_n = projection.new_empty(*rows, D * state_size), projection.new_empty(D, B, state_size)
+    c_n = projection.new_empty((D, B, H) if cell.has_cell_state else 0)
+    cell_states = projection.new_empty((*rows, D * H) if cell.has_cell_state and save_reserve else 0)
+    reserve = projection.new_empty((*rows, D * cell.reserve * H) if cell.reserve and save_reserve else 0)
+    biases_hh = arguments.parameters.each("bias_hh")
+    if cell.split_gate is not None and biases_hh:
+        for bias in biases_hh:
+            _check_tensor(op, "bias_hh", bias, projection, (cell.gates * H,))
+        _put(call, bias_split=_of_split_gate(call.mode, _stacked(biases_hh)))
+    carried = projection.new_empty((D, B, H), dtype=compute_dtype(projection.dtype)) if cell.has_cell_state else None
     _put(
-        call, gates=gates, output=output, h_n=h_n, c_n=c_n, cell_states=cell_states, reserve=reserve,
-        carry=gates.new_empty((D, B, H), dtype=compute) if is_lstm else None,
-        hidden=gates.new_empty((D, B, H)) if call.projected else None,
+        call, input_projection=projection, output=output, h_n=h_n, c_n=c_n, cell_states=cell_states, reserve=reserve,
+        carry=carried, hidden=projection.new_empty((D, B, H)) if call.projected else None,
     )  # fmt: skip
     # Without any step one turn all the same: hx and cx are handed through.
-    launch(call, gates, "forward", max(1, call.layout.steps))
+    launch(call, projection, "forward", max(1, call.steps))
     return output, h_n, c_n, cell_states, reserve
 
 
-@_plainly
-def recurrence_backward(
-    mode: str,
-    batch_first: bool,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_cell_states: Tensor | None,
-    output: Tensor | None,
-    cell_states: Tensor,
-    reserve: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    *places: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+_Record = TypeVar("_Record", LayerArguments, BackwardArguments)
+
+
+def _op(record: type[_Record]) -> Callable[[Callable[[_Record], tuple[Tensor, ...]]], Callable[..., Any]]:
+    """Makes a function of a record an op's: given flat arguments, of one step or of sequences.
+
+    It runs without autograd and autocast: the types are what they should be, and gradients have ops of their own.
+    """
+
+    def decorate(function: Callable[[_Record], tuple[Tensor, ...]]) -> Callable[..., Any]:
+        op = function.__name__
+
+        @functools.wraps(function)
+        def flat(*arguments: Any) -> tuple[Tensor, ...]:
+            given = nested(record, arguments)
+            _check(given.mode in CELLS, op, f"mode must be one of {', '.join(CELLS)}, got {given.mode!r}")
+            check_output(f"rnnfast_triton::{op}", given)
+            with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                if is_one_step(given):
+                    return as_sequence(function, given, record is LayerArguments)
+                return function(given)
+
+        return flat
+
+    return decorate
+
+
+@_op(LayerArguments)
+def layer_forward(arguments: LayerArguments) -> tuple[Tensor, ...]:
+    """A whole layer: (output, h_n, c_n, cell_states, reserve)."""
+    projection = input_projection(arguments.mode, arguments.input, arguments.parameters)
+    return recurrence_forward("layer_forward", arguments, projection, True)
+
+
+@_op(LayerArguments)
+def layer(arguments: LayerArguments) -> tuple[Tensor, ...]:
+    """`layer_forward` with nothing kept for backward: (output, h_n, c_n)."""
+    projection = input_projection(arguments.mode, arguments.input, arguments.parameters)
+    return recurrence_forward("layer", arguments, projection, False)[:3]
+
+
+@_op(BackwardArguments)
+def recurrence_backward(arguments: BackwardArguments) -> tuple[Tensor, ...]:
     """The steps backwards: (grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected)."""
-    op = "recurrence_backward"
-    model = reserve if output is None else output
-    call = _call(op, mode, model, hx, cx, batch_sizes, lengths, resets, batch_first, places)
-    D, B, H, K, G = call.directions, call.layout.batch, call.hidden_size, call.state_size, GATES[mode]
-    rows = model.shape[:-1]
-    is_lstm = mode == "LSTM"
+    op, like = "recurrence_backward", arguments.like
+    call = _call(op, arguments, like)
+    cell, D, B, H = call.cell, call.directions, call.batch, call.hidden_size
+    rows, state_size, gates = like.shape[:-1], call.state_size, call.cell.gates
     given = {
-        "output": (output, (*rows, D * K)),
-        "grad_output": (grad_output, (*rows, D * K)),
-        "grad_h_n": (grad_h_n, (D, B, K)),
+        "output": (arguments.output, (*rows, D * state_size)),
+        "grad_output": (arguments.grad_output, (*rows, D * state_size)),
+        "grad_h_n": (arguments.grad_h_n, (D, B, state_size)),
     }
-    if is_lstm:
-        given["cell_states"] = (cell_states, (*rows, D * H))
-        given["grad_cell_states"] = (grad_cell_states, (*rows, D * H))
-        given["grad_c_n"] = (grad_c_n, (D, B, H))
-    if G > 1:
-        given["reserve"] = (reserve, (*rows, D * 4 * H))
+    if cell.has_cell_state:
+        given["cell_states"] = (arguments.cell_states, (*rows, D * H))
+        given["grad_cell_states"] = (arguments.grad_cell_states, (*rows, D * H))
+        given["grad_c_n"] = (arguments.grad_c_n, (D, B, H))
+    if cell.reserve:
+        given["reserve"] = (arguments.reserve, (*rows, D * cell.reserve * H))
     for name, (tensor, shape) in given.items():
         if tensor is not None:
-            _check_tensor(op, name, tensor, model, shape)
-    grad_gates = model.new_empty(*rows, D * G * H)
-    grad_gates_hh = model.new_empty((*rows, D * G * H) if mode == "GRU" else 0)
-    grad_hx = model.new_empty((D, B, K) if hx is not None else 0)
-    grad_cx = model.new_empty((D, B, H) if is_lstm and cx is not None else 0)
-    grad_projected = model.new_empty((*rows, D * K) if call.projected else 0)
-    compute = torch.float64 if model.dtype == torch.float64 else torch.float32
+            _check_tensor(op, name, tensor, like, shape)
+    grad_gates = like.new_empty(*rows, D * gates * H)
+    grad_gates_hh = like.new_empty((*rows, D * gates * H) if cell.split_gate is not None else 0)
+    grad_hx = like.new_empty((D, B, state_size) if arguments.hx is not None else 0)
+    grad_cx = like.new_empty((D, B, H) if cell.has_cell_state and arguments.cx is not None else 0)
+    grad_projected = like.new_empty((*rows, D * state_size) if call.projected else 0)
+    carries = cell.has_cell_state or cell.reads_previous_h
     _put(
         call, **{name: tensor for name, (tensor, _) in given.items()}, grad_gates=grad_gates,
         grad_gates_hh=grad_gates_hh, grad_hx=grad_hx, grad_cx=grad_cx, grad_projected=grad_projected,
-        carry=model.new_empty((D, B, H), dtype=compute) if G > 1 else None,
+        carry=like.new_empty((D, B, H), dtype=compute_dtype(like.dtype)) if carries else None,
     )  # fmt: skip
     # One turn more than there are steps: rows whose first step is done hand their gradients on to hx and cx.
-    launch(call, model, "backward", call.layout.steps + (1 if grad_hx.numel() or grad_cx.numel() else 0))
+    launch(call, like, "backward", call.steps + (1 if grad_hx.numel() or grad_cx.numel() else 0))
     return grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected
-
-
-def layer_forward(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """A whole layer: (output, h_n, c_n, cell_states, reserve). rest: hx to resets, and the places."""
-    return _layer(True, mode, batch_first, input, *rest)
-
-
-def layer(mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """`layer_forward` with nothing kept for backward: (output, h_n, c_n)."""
-    return _layer(False, mode, batch_first, input, *rest)[:3]
-
-
-def _layer(save_reserve: bool, mode: str, batch_first: bool, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gates = input_projection(mode, input, *rest[5:])
-    results: tuple[Tensor, ...] = recurrence_forward(mode, batch_first, save_reserve, gates, *rest)
-    return results

@@ -25,37 +25,46 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# The hidden sizes (padded to a power of two) that the persistent kernels take, and the warps for each, by gates and
-# bytes of an element. What bounds them is W_hh: it lies in shared memory, 163 KiB a program on sm_80 and 227 KiB on
-# sm_90 and sm_100, beside 8 KiB for h. Warps: so many that registers hold the rest of a turn without spilling, forward
-# and backward, on all three (tests/test_triton_compile.py).
+# The hidden sizes (padded to a power of two) that the persistent kernels take, and the warps for each, by bytes of an
+# element and gates. What bounds them is W_hh: it lies in shared memory, 163 KiB a program on sm_80 and 227 KiB on sm_90
+# and sm_100, beside 8 KiB for h. Warps: so many that registers hold the rest of a turn without spilling, forward and
+# backward, on all three (tests/test_triton_compile.py).
 # float32 here is TF32. Exact float32 has no tensor cores to run on, and on some chips 64 KiB: the step kernels take it.
 _PERSISTENT = {
-    (4, 2): {16: 4, 32: 4, 64: 8, 128: 8},
-    (3, 2): {16: 4, 32: 4, 64: 8, 128: 8},
-    (1, 2): {16: 4, 32: 4, 64: 4, 128: 8, 256: 16},
-    (4, 4): {16: 4, 32: 8},
-    (3, 4): {16: 4, 32: 8, 64: 8},
-    (1, 4): {16: 4, 32: 4, 64: 8, 128: 8},
+    2: {
+        1: {16: 4, 32: 4, 64: 4, 128: 8, 256: 16},
+        3: {16: 4, 32: 4, 64: 8, 128: 8},
+        4: {16: 4, 32: 4, 64: 8, 128: 8},
+    },
+    4: {
+        1: {16: 4, 32: 4, 64: 8, 128: 8},
+        3: {16: 4, 32: 8, 64: 8},
+        4: {16: 4, 32: 8},
+    },
 }
+
+
+def _persistent_sizes(gates: int, itemsize: int) -> dict[int, int]:
+    """Of a number of gates that the table lacks, the sizes of the next larger one that it has: they need no less."""
+    table = _PERSISTENT[itemsize]
+    return next((sizes for larger, sizes in table.items() if larger >= gates), {})
 
 
 def persistent_tiles(gates: int, dtype: torch.dtype, precision: str, hidden_size: int) -> Tiles | None:
     """The persistent kernels' configuration for a hidden size; None where they do not hold it."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return None
-    sizes = _PERSISTENT[gates, dtype.itemsize]
+    sizes = _persistent_sizes(gates, dtype.itemsize)
     padded = max(16, 1 << (hidden_size - 1).bit_length())
     # Rows that begin anywhere are read element by element: that takes the registers that the largest size lacks.
-    if hidden_size % 16 and padded == max(sizes):
+    if padded not in sizes or (hidden_size % 16 and padded == max(sizes)):
         return None
-    warps = sizes.get(padded)
     # 16 rows: the least that a tensor core multiplies, and more programs to share a batch.
-    return None if warps is None else Tiles(16, padded, padded, warps, 1)
+    return Tiles(16, padded, padded, sizes[padded], 1)
 
 
-def step_tiles(gates: int, dtype: torch.dtype, precision: str, batch: int, backward: bool) -> Tiles:
-    """The step kernels' configuration."""
+def step_tiles(products: int, dtype: torch.dtype, precision: str, batch: int) -> Tiles:
+    """The step kernels' configuration. products: how many a program adds up at a time, forward one for each gate."""
     if dtype == torch.float64:
         return Tiles(16, 16, 16, 4, 2)
     if dtype == torch.float32 and precision == "ieee":
@@ -64,8 +73,8 @@ def step_tiles(gates: int, dtype: torch.dtype, precision: str, batch: int, backw
     # A program reads its part of W_hh for its own rows only. Few rows: small tiles, so that all multiprocessors have
     # some. Many: more rows a program, or W_hh would come from the L2 once every 16 rows.
     if batch <= 32:
-        return Tiles(16, 32 if backward else 16, 64 if wide else 128, 4, 3)
-    return Tiles(64, 64 if backward else 32, 32 if wide else 64, 8, 3)
+        return Tiles(16, 32 if products == 1 else 16, 64 if wide else 128, 4, 3)
+    return Tiles(64, 64 if products == 1 else 32, 32 if wide else 64, 8, 3)
 
 
 def options(tiles: Tiles, persistent: bool, backend: str) -> dict[str, int | bool]:

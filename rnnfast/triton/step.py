@@ -7,7 +7,8 @@ reset or has not begun is a matter of where it reads from. `turn` counts launche
 Turns past the last one do nothing.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# A kernel is not quite Python: its tuples grow, for one.
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 import triton
 import triton.language as tl
@@ -92,7 +93,7 @@ def _gate_products(
     w,
     H,
     n,
-    G: tl.constexpr,
+    GATES: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,12 +101,13 @@ def _gate_products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`W_hh h` of every gate, each (BLOCK_B, BLOCK_N), in one loop: h is read once. w: (G*H, size)."""
-    r0 = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
-    r1, r2, r3 = r0, r0, r0
+    """`W_hh h` of every gate, a tuple of (BLOCK_B, BLOCK_N), in one loop: h is read once. w: (GATES*H, size)."""
+    sums = ()
+    for _ in tl.static_range(GATES):
+        sums += (tl.zeros((BLOCK_B, BLOCK_N), COMPUTE),)
     end = tl.where(tl.max(has_h.to(tl.int32), 0) > 0, size, 0)
     # cast, because Triton makes a constant of an H of 1
-    gate = tl.cast(H, tl.int64) * size
+    gate_size = tl.cast(H, tl.int64) * size
     for start in range(0, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         h = tl.load(h_row[:, None] + k[None, :], mask=has_h[:, None] & (k < size)[None, :], other=0.0)
@@ -113,17 +115,12 @@ def _gate_products(
         # Within one gate 32 bits do; layers.py sees to it.
         at = n[None, :] * size + k[:, None]
         mask = (k < size)[:, None] & (n < H)[None, :]
-        b = tl.load(w + at, mask=mask, other=0.0).to(PRODUCT)
-        r0 = _multiply_add(h, b, r0, PRECISION)
-        if G > 1:
-            b = tl.load(w + gate + at, mask=mask, other=0.0).to(PRODUCT)
-            r1 = _multiply_add(h, b, r1, PRECISION)
-            b = tl.load(w + 2 * gate + at, mask=mask, other=0.0).to(PRODUCT)
-            r2 = _multiply_add(h, b, r2, PRECISION)
-        if G > 3:
-            b = tl.load(w + 3 * gate + at, mask=mask, other=0.0).to(PRODUCT)
-            r3 = _multiply_add(h, b, r3, PRECISION)
-    return r0, r1, r2, r3
+        added = ()
+        for gate in tl.static_range(GATES):
+            b = tl.load(w + gate * gate_size + at, mask=mask, other=0.0).to(PRODUCT)
+            added += (_multiply_add(h, b, sums[gate], PRECISION),)
+        sums = added
+    return sums
 
 
 @triton.jit(do_not_specialize=["turn"])
@@ -131,9 +128,8 @@ def forward(
     table,
     turn,
     H,
-    K,
-    MODE: tl.constexpr,
-    G: tl.constexpr,
+    state_size,
+    CELL: tl.constexpr,
     PROJECTED: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -143,52 +139,53 @@ def forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gates and cell of one step. H hidden units, K = P or H elements of h."""
+    """Gates and cell of one step. H hidden units, state_size elements of h."""
+    GATES: tl.constexpr = CELL.gates
+    RESERVE: tl.constexpr = CELL.reserve
+    HAS_CELL_STATE: tl.constexpr = CELL.has_cell_state
+    READS_PREVIOUS_H: tl.constexpr = CELL.reads_previous_h
+    SPLIT_GATE: tl.constexpr = CELL.split_gate
     d, b, n = _tile(BLOCK_B, BLOCK_N)
     D = tl.num_programs(2)
     batch = tl.load(table + tb.BATCH)
     turn, time, before_time, after_time = _neighbours(table, d, turn, False)
-    has_place, alive, row = tb.rows_at(table, time, b)
+    has_place, active, row = tb.rows_at(table, time, b)
     _, before, before_row = tb.rows_at(table, before_time, b)
     _, after, _ = tb.rows_at(table, after_time, b)
-    # A boundary stands before its step in time: a reversed direction meets it on leaving that step.
-    cut = tb.resets_at(table, tl.where(d == 0, row, before_row), tl.where(d == 0, alive, before))
-    from_output = alive & before & (cut == 0)
-    from_initial = alive & (before == 0) & (cut == 0)
+    cut = tb.cut_between(table, d, before_row, before, row, active)
+    from_output = active & before & (cut == 0)
+    from_initial = active & (before == 0) & (cut == 0)
 
     h_row = tl.where(
         from_output,
-        tb.pointer(table, tb.OUTPUT, DTYPE) + (before_row * D + d) * K,
-        tb.pointer(table, tb.HX, DTYPE) + (d * batch + b) * K,
+        tb.pointer(table, tb.OUTPUT, DTYPE) + (before_row * D + d) * state_size,
+        tb.pointer(table, tb.HX, DTYPE) + (d * batch + b) * state_size,
     )
     has_h = from_output | tb.if_there(table, tb.HX, from_initial)
-    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * G * H * K
-    r0, r1, r2, r3 = _gate_products(h_row, has_h, K, w, H, n, G, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * GATES * H * state_size
+    products = _gate_products(
+        h_row, has_h, state_size, w, H, n, GATES, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+    )
 
     unit = (n < H)[None, :]
-    runs = alive[:, None] & unit
-    # Rows without a state before: not even 0 * inf of the weights.
-    r0 = tl.where(has_h[:, None], r0, 0.0)
-    r1 = tl.where(has_h[:, None], r1, 0.0)
-    r2 = tl.where(has_h[:, None], r2, 0.0)
-    r3 = tl.where(has_h[:, None], r3, 0.0)
-    gates_at = ((row * D + d) * G * H)[:, None] + n[None, :]
-    x0 = tb.read(table, tb.GATES, gates_at, runs, DTYPE, COMPUTE)
-    x1, x2, x3 = x0, x0, x0
-    if G > 1:
-        x1 = tb.read(table, tb.GATES, gates_at + H, runs, DTYPE, COMPUTE)
-        x2 = tb.read(table, tb.GATES, gates_at + 2 * H, runs, DTYPE, COMPUTE)
-    if G > 3:
-        x3 = tb.read(table, tb.GATES, gates_at + 3 * H, runs, DTYPE, COMPUTE)
+    runs = active[:, None] & unit
+    rec = ()
+    for gate in tl.static_range(GATES):
+        # Rows without a state before: not even 0 * inf of the weights.
+        product = tl.where(has_h[:, None], products[gate], 0.0)
+        if gate == SPLIT_GATE:
+            product += tb.read(table, tb.BIAS_SPLIT, d * H + n, n < H, DTYPE, COMPUTE)[None, :]
+        rec += (product,)
+    gates_at = ((row * D + d) * GATES * H)[:, None] + n[None, :]
+    x = tb.read_each(table, tb.INPUT_PROJECTION, gates_at, H, GATES, runs, DTYPE, COMPUTE)
     state_at = ((d * batch + b) * H)[:, None] + n[None, :]
-    h, c = r0, r0
-    if MODE == cells.GRU:
-        r2 += tb.read(table, tb.BIAS_N, d * H + n, n < H, DTYPE, COMPUTE)[None, :]
+    h, c = rec[0], rec[0]
+    if READS_PREVIOUS_H:
         h = tl.load(h_row[:, None] + n[None, :], mask=has_h[:, None] & unit, other=0.0).to(COMPUTE)
-    if MODE == cells.LSTM:
+    if HAS_CELL_STATE:
         c = tb.read(table, tb.CARRY, state_at, from_output[:, None] & unit, COMPUTE, COMPUTE)
         c += tb.read(table, tb.CX, state_at, from_initial[:, None] & unit, DTYPE, COMPUTE)
-    h, c, s0, s1, s2, s3 = cells.forward(MODE, x0, x1, x2, x3, r0, r1, r2, r3, h, c)
+    h, c, saved = cells.forward(CELL, x, rec, h, c)
 
     # Where a row has ended, zero is written.
     placed = has_place[:, None] & unit
@@ -202,17 +199,14 @@ def forward(
         tb.write(table, tb.OUTPUT, row_at, tl.where(runs, h, 0.0), placed, DTYPE)
         hx = tb.read(table, tb.HX, state_at, handed, DTYPE, COMPUTE)
         tb.write(table, tb.H_N, state_at, tl.where(handed, hx, h), final, DTYPE)
-    if MODE == cells.LSTM:
+    if HAS_CELL_STATE:
         tb.write(table, tb.CARRY, state_at, c, runs, COMPUTE)
         tb.write(table, tb.CELL_STATES, row_at, tl.where(runs, c, 0.0), placed, DTYPE)
         cx = tb.read(table, tb.CX, state_at, handed, DTYPE, COMPUTE)
         tb.write(table, tb.C_N, state_at, tl.where(handed, cx, c), final, DTYPE)
-    if G > 1:
-        reserve_at = ((row * D + d) * 4 * H)[:, None] + n[None, :]
-        tb.write(table, tb.RESERVE, reserve_at, tl.where(runs, s0, 0.0), placed, DTYPE)
-        tb.write(table, tb.RESERVE, reserve_at + H, tl.where(runs, s1, 0.0), placed, DTYPE)
-        tb.write(table, tb.RESERVE, reserve_at + 2 * H, tl.where(runs, s2, 0.0), placed, DTYPE)
-        tb.write(table, tb.RESERVE, reserve_at + 3 * H, tl.where(runs, s3, 0.0), placed, DTYPE)
+    reserve_at = ((row * D + d) * RESERVE * H)[:, None] + n[None, :]
+    saved = [tl.where(runs, value, 0.0) for value in saved]
+    tb.write_each(table, tb.RESERVE, reserve_at, H, saved, placed, DTYPE)
 
 
 @triton.jit(do_not_specialize=["turn"])
@@ -220,7 +214,7 @@ def project_forward(
     table,
     turn,
     H,
-    K,
+    state_size,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -234,15 +228,15 @@ def project_forward(
     D = tl.num_programs(2)
     batch = tl.load(table + tb.BATCH)
     turn, time, _, after_time = _neighbours(table, d, turn, False)
-    has_place, alive, row = tb.rows_at(table, time, b)
+    has_place, active, row = tb.rows_at(table, time, b)
     _, after, _ = tb.rows_at(table, after_time, b)
     a_row = tb.pointer(table, tb.HIDDEN, DTYPE) + (d * batch + b) * H
-    w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * K * H
-    h = _product(a_row, alive, H, w, H, n, K, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, True)
-    unit = (n < K)[None, :]
-    runs = alive[:, None] & unit
-    state_at = ((d * batch + b) * K)[:, None] + n[None, :]
-    row_at = ((row * D + d) * K)[:, None] + n[None, :]
+    w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * state_size * H
+    h = _product(a_row, active, H, w, H, n, state_size, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, True)
+    unit = (n < state_size)[None, :]
+    runs = active[:, None] & unit
+    state_at = ((d * batch + b) * state_size)[:, None] + n[None, :]
+    row_at = ((row * D + d) * state_size)[:, None] + n[None, :]
     handed = tb.never_begins(table, b, turn == 0)[:, None] & unit
     hx = tb.read(table, tb.HX, state_at, handed, DTYPE, COMPUTE)
     tb.write(table, tb.OUTPUT, row_at, tl.where(runs, h, 0.0), has_place[:, None] & unit, DTYPE)
@@ -254,9 +248,8 @@ def backward(
     table,
     turn,
     H,
-    K,
-    MODE: tl.constexpr,
-    G: tl.constexpr,
+    state_size,
+    CELL: tl.constexpr,
     PROJECTED: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -267,33 +260,41 @@ def backward(
     BLOCK_K: tl.constexpr,
 ):
     """The gates' gradients of one step; one turn after the last, those of hx and cx."""
+    GATES: tl.constexpr = CELL.gates
+    RESERVE: tl.constexpr = CELL.reserve
+    HAS_CELL_STATE: tl.constexpr = CELL.has_cell_state
+    READS_PREVIOUS_H: tl.constexpr = CELL.reads_previous_h
+    SPLIT_GATE: tl.constexpr = CELL.split_gate
     d, b, n = _tile(BLOCK_B, BLOCK_N)
     D = tl.num_programs(2)
     batch = tl.load(table + tb.BATCH)
     steps = tl.load(table + tb.STEPS)
     turn, time, before_time, after_time = _neighbours(table, d, turn, True)
-    has_place, alive, row = tb.rows_at(table, time, b)
+    has_place, active, row = tb.rows_at(table, time, b)
     _, before, before_row = tb.rows_at(table, before_time, b)
     _, after, after_row = tb.rows_at(table, after_time, b)
-    cut = tb.resets_at(table, tl.where(d == 0, row, before_row), tl.where(d == 0, alive, before & alive))
-    # A reversed direction's boundary between this step and the later one belongs to this step.
-    cut_after = tb.resets_at(table, tl.where(d == 0, after_row, row), tl.where(d == 0, after, alive))
+    cut = tb.cut_between(table, d, before_row, before & active, row, active)
+    cut_after = tb.cut_between(table, d, row, active, after_row, after)
     comes_back = after & (cut_after == 0)
 
     if PROJECTED:
-        has_a = alive
-        a_row = tb.pointer(table, tb.GRAD_PROJECTED, DTYPE) + (row * D + d) * K
-        w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * K * H
-        dh = _product(a_row, has_a, K, w, H, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+        has_a = active
+        a_row = tb.pointer(table, tb.GRAD_PROJECTED, DTYPE) + (row * D + d) * state_size
+        w = tb.pointer(table, tb.WEIGHT_HR, DTYPE) + d * state_size * H
+        dh = _product(
+            a_row, has_a, state_size, w, H, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False
+        )
     else:
         has_a = comes_back
-        a_row = _later_gradients(table, (after_row * D + d) * G * H, MODE, DTYPE)
-        w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * G * H * K
-        dh = _product(a_row, has_a, G * H, w, K, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+        a_row = _later_gradients(table, (after_row * D + d) * GATES * H, SPLIT_GATE, DTYPE)
+        w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * GATES * H * state_size
+        dh = _product(
+            a_row, has_a, GATES * H, w, state_size, n, H, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False
+        )
     dh = tl.where(has_a[:, None], dh, 0.0)
 
     unit = (n < H)[None, :]
-    runs = alive[:, None] & unit
+    runs = active[:, None] & unit
     first = runs & (after == 0)[:, None]  # the first step of the backward pass
     state_at = ((d * batch + b) * H)[:, None] + n[None, :]
     row_at = ((row * D + d) * H)[:, None] + n[None, :]
@@ -303,58 +304,51 @@ def backward(
     if PROJECTED == 0:
         dh += tb.read(table, tb.GRAD_OUTPUT, row_at, runs, DTYPE, COMPUTE)
         dh += tb.read(table, tb.GRAD_H_N, state_at, first, DTYPE, COMPUTE)
-    carry, dc, h, c, h_new, c_new, s0 = dh, dh, dh, dh, dh, dh, dh
-    s1, s2, s3 = s0, s0, s0
-    if G > 1:
+    carry, dc, h, c, h_new, c_new = dh, dh, dh, dh, dh, dh
+    if HAS_CELL_STATE or READS_PREVIOUS_H:
         carry = tb.read(table, tb.CARRY, state_at, comes_back[:, None] & unit, COMPUTE, COMPUTE)
-        reserve_at = ((row * D + d) * 4 * H)[:, None] + n[None, :]
-        s0 = tb.read(table, tb.RESERVE, reserve_at, runs, DTYPE, COMPUTE)
-        s1 = tb.read(table, tb.RESERVE, reserve_at + H, runs, DTYPE, COMPUTE)
-        s2 = tb.read(table, tb.RESERVE, reserve_at + 2 * H, runs, DTYPE, COMPUTE)
-        s3 = tb.read(table, tb.RESERVE, reserve_at + 3 * H, runs, DTYPE, COMPUTE)
-    if MODE == cells.LSTM:
+    reserve_at = ((row * D + d) * RESERVE * H)[:, None] + n[None, :]
+    saved = tb.read_each(table, tb.RESERVE, reserve_at, H, RESERVE, runs, DTYPE, COMPUTE)
+    if HAS_CELL_STATE:
         c_new = tb.read(table, tb.CELL_STATES, row_at, runs, DTYPE, COMPUTE)
         c = tb.read(table, tb.CELL_STATES, before_at, from_step, DTYPE, COMPUTE)
         c += tb.read(table, tb.CX, state_at, from_initial, DTYPE, COMPUTE)
         dc = carry + tb.read(table, tb.GRAD_CELL_STATES, row_at, runs, DTYPE, COMPUTE)
         dc += tb.read(table, tb.GRAD_C_N, state_at, first, DTYPE, COMPUTE)
-    elif MODE == cells.GRU:
+    if READS_PREVIOUS_H:
         dh += carry
         h = tb.read(table, tb.OUTPUT, before_at, from_step, DTYPE, COMPUTE)
         h += tb.read(table, tb.HX, state_at, from_initial, DTYPE, COMPUTE)
-    else:
+    if RESERVE == 0:
         h_new = tb.read(table, tb.OUTPUT, row_at, runs, DTYPE, COMPUTE)
-    d0, d1, d2, d3, d_rec_n, carried = cells.backward(MODE, s0, s1, s2, s3, h, c, h_new, c_new, dh, dc)
+    dgates, drec, carried = cells.backward(CELL, saved, h, c, h_new, c_new, dh, dc)
 
     placed = has_place[:, None] & unit
-    gates_at = ((row * D + d) * G * H)[:, None] + n[None, :]
-    tb.write(table, tb.GRAD_GATES, gates_at, tl.where(runs, d0, 0.0), placed, DTYPE)
-    if G > 1:
+    gates_at = ((row * D + d) * GATES * H)[:, None] + n[None, :]
+    # Both gradients of a gate before the next one's: fewer registers.
+    for gate in tl.static_range(GATES):
+        at = gates_at + gate * H
+        tb.write(table, tb.GRAD_GATES, at, tl.where(runs, dgates[gate], 0.0), placed, DTYPE)
+        if SPLIT_GATE >= 0:
+            tb.write(table, tb.GRAD_GATES_HH, at, tl.where(runs, drec[gate], 0.0), placed, DTYPE)
+    if HAS_CELL_STATE or READS_PREVIOUS_H:
         tb.write(table, tb.CARRY, state_at, carried, runs, COMPUTE)
-        tb.write(table, tb.GRAD_GATES, gates_at + H, tl.where(runs, d1, 0.0), placed, DTYPE)
-        tb.write(table, tb.GRAD_GATES, gates_at + 2 * H, tl.where(runs, d2, 0.0), placed, DTYPE)
-    if G > 3:
-        tb.write(table, tb.GRAD_GATES, gates_at + 3 * H, tl.where(runs, d3, 0.0), placed, DTYPE)
-    if MODE == cells.GRU:
-        tb.write(table, tb.GRAD_GATES_HH, gates_at, tl.where(runs, d0, 0.0), placed, DTYPE)
-        tb.write(table, tb.GRAD_GATES_HH, gates_at + H, tl.where(runs, d1, 0.0), placed, DTYPE)
-        tb.write(table, tb.GRAD_GATES_HH, gates_at + 2 * H, tl.where(runs, d_rec_n, 0.0), placed, DTYPE)
     # Rows whose last step is done hand on what came back; those without any step, what they were given.
-    ends = ((alive == 0) & after)[:, None] & unit
+    ends = ((active == 0) & after)[:, None] & unit
     handed = tb.never_begins(table, b, turn == steps)[:, None] & unit
     if PROJECTED == 0:
         given = tb.read(table, tb.GRAD_H_N, state_at, handed, DTYPE, COMPUTE)
         back = tl.where(comes_back[:, None], dh, 0.0)
         tb.write(table, tb.GRAD_HX, state_at, tl.where(handed, given, back), ends | handed, DTYPE)
-    if MODE == cells.LSTM:
+    if HAS_CELL_STATE:
         given = tb.read(table, tb.GRAD_C_N, state_at, handed, DTYPE, COMPUTE)
         tb.write(table, tb.GRAD_CX, state_at, tl.where(handed, given, carry), ends | handed, DTYPE)
 
 
 @triton.jit
-def _later_gradients(table, index, MODE: tl.constexpr, DTYPE: tl.constexpr):
+def _later_gradients(table, index, SPLIT_GATE: tl.constexpr, DTYPE: tl.constexpr):
     """Pointers to the gradients of `W_hh h`."""
-    if MODE == cells.GRU:
+    if SPLIT_GATE >= 0:
         return tb.pointer(table, tb.GRAD_GATES_HH, DTYPE) + index
     else:
         return tb.pointer(table, tb.GRAD_GATES, DTYPE) + index
@@ -365,7 +359,8 @@ def project_backward(
     table,
     turn,
     H,
-    K,
+    state_size,
+    CELL: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -375,23 +370,28 @@ def project_backward(
     BLOCK_K: tl.constexpr,
 ):
     """The gradient of h_t, and of hx, before `backward` of the same turn. A program's units are those of h."""
+    GATES: tl.constexpr = CELL.gates
+    SPLIT_GATE: tl.constexpr = CELL.split_gate
     d, b, n = _tile(BLOCK_B, BLOCK_N)
     D = tl.num_programs(2)
     batch = tl.load(table + tb.BATCH)
     turn, time, _, after_time = _neighbours(table, d, turn, True)
-    has_place, alive, row = tb.rows_at(table, time, b)
+    has_place, active, row = tb.rows_at(table, time, b)
     _, after, after_row = tb.rows_at(table, after_time, b)
-    cut_after = tb.resets_at(table, tl.where(d == 0, after_row, row), tl.where(d == 0, after, alive))
+    cut_after = tb.cut_between(table, d, row, active, after_row, after)
     comes_back = after & (cut_after == 0)
-    a_row = _later_gradients(table, (after_row * D + d) * 4 * H, cells.LSTM, DTYPE)
-    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * 4 * H * K
-    dh = _product(a_row, comes_back, 4 * H, w, K, n, K, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, False)
+    a_row = _later_gradients(table, (after_row * D + d) * GATES * H, SPLIT_GATE, DTYPE)
+    w = tb.pointer(table, tb.WEIGHT_HH, DTYPE) + d * GATES * H * state_size
+    dh = _product(
+        a_row, comes_back, GATES * H, w, state_size, n, state_size, COMPUTE, PRODUCT, PRECISION, BLOCK_B, BLOCK_N,
+        BLOCK_K, False,
+    )  # fmt: skip
     dh = tl.where(comes_back[:, None], dh, 0.0)
-    unit = (n < K)[None, :]
-    runs = alive[:, None] & unit
-    state_at = ((d * batch + b) * K)[:, None] + n[None, :]
-    row_at = ((row * D + d) * K)[:, None] + n[None, :]
-    ends = ((alive == 0) & after)[:, None] & unit
+    unit = (n < state_size)[None, :]
+    runs = active[:, None] & unit
+    state_at = ((d * batch + b) * state_size)[:, None] + n[None, :]
+    row_at = ((row * D + d) * state_size)[:, None] + n[None, :]
+    ends = ((active == 0) & after)[:, None] & unit
     handed = tb.never_begins(table, b, turn == tl.load(table + tb.STEPS))[:, None] & unit
     given = tb.read(table, tb.GRAD_H_N, state_at, (runs & (after == 0)[:, None]) | handed, DTYPE, COMPUTE)
     tb.write(table, tb.GRAD_HX, state_at, tl.where(handed, given, dh), ends | handed, DTYPE)

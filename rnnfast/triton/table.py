@@ -5,10 +5,14 @@ is absent is an address of zero behind a mask and not another compiled kernel, a
 every later call of its shape: only the table is filled anew.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# A kernel is not quite Python: its tuples grow, for one.
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..sequences import Sequences
 
 # The places in the table. Sizes and strides; strides count rows.
 STEPS = tl.constexpr(0)
@@ -22,15 +26,15 @@ LENGTHS = tl.constexpr(6)  # (B,) int64
 RESETS = tl.constexpr(7)  # bool, one a row
 HX = tl.constexpr(8)
 CX = tl.constexpr(9)
-WEIGHT_HH = tl.constexpr(10)  # (D, G*H, P or H)
-WEIGHT_HR = tl.constexpr(11)  # (D, P, H)
-BIAS_N = tl.constexpr(12)  # (D, H), GRU: b_hn
+WEIGHT_HH = tl.constexpr(10)  # (D, G*H, state_size)
+WEIGHT_HR = tl.constexpr(11)  # (D, state_size, H)
+BIAS_SPLIT = tl.constexpr(12)  # (D, H): b_hh of the split gate
 CARRY = tl.constexpr(13)  # (D, B, H) in the compute type: c_t; backward: what reaches the earlier step past the gates
 HIDDEN = tl.constexpr(14)  # (D, B, H), projected forward: o tanh(c)
 OUTPUT = tl.constexpr(15)
 CELL_STATES = tl.constexpr(16)
 RESERVE = tl.constexpr(17)
-GATES = tl.constexpr(18)
+INPUT_PROJECTION = tl.constexpr(18)
 H_N = tl.constexpr(19)
 C_N = tl.constexpr(20)
 GRAD_OUTPUT = tl.constexpr(21)
@@ -43,6 +47,15 @@ GRAD_HX = tl.constexpr(27)
 GRAD_CX = tl.constexpr(28)
 GRAD_PROJECTED = tl.constexpr(29)
 SIZE = 32
+
+
+def of_sequences(sequences: Sequences, steps: int, batch: int) -> tuple[list[int], dict[str, Tensor | None]]:
+    """What kernels are told of how rows lie: the sizes at the table's beginning, and tensors by their places' names."""
+    if sequences.batch_sizes is not None:
+        strides = [0, 1]
+    else:
+        strides = [1, steps] if sequences.batch_first else [batch, 1]
+    return [steps, batch, *strides], {"lengths": sequences.lengths, "resets": sequences.resets}
 
 
 @triton.jit
@@ -59,39 +72,17 @@ def fill(
     a21: tl.int64, a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64,
     a28: tl.int64, a29: tl.int64, a30: tl.int64, a31: tl.int64,
 ):  # fmt: skip
-    """table[i] = a_i. A launch, because a copy from the host could not be captured in a graph."""
-    tl.store(table + 0, a0)
-    tl.store(table + 1, a1)
-    tl.store(table + 2, a2)
-    tl.store(table + 3, a3)
-    tl.store(table + 4, a4)
-    tl.store(table + 5, a5)
-    tl.store(table + 6, a6)
-    tl.store(table + 7, a7)
-    tl.store(table + 8, a8)
-    tl.store(table + 9, a9)
-    tl.store(table + 10, a10)
-    tl.store(table + 11, a11)
-    tl.store(table + 12, a12)
-    tl.store(table + 13, a13)
-    tl.store(table + 14, a14)
-    tl.store(table + 15, a15)
-    tl.store(table + 16, a16)
-    tl.store(table + 17, a17)
-    tl.store(table + 18, a18)
-    tl.store(table + 19, a19)
-    tl.store(table + 20, a20)
-    tl.store(table + 21, a21)
-    tl.store(table + 22, a22)
-    tl.store(table + 23, a23)
-    tl.store(table + 24, a24)
-    tl.store(table + 25, a25)
-    tl.store(table + 26, a26)
-    tl.store(table + 27, a27)
-    tl.store(table + 28, a28)
-    tl.store(table + 29, a29)
-    tl.store(table + 30, a30)
-    tl.store(table + 31, a31)
+    """table[i] = a_i. A launch, because a copy from the host could not be captured in a graph.
+
+    Not one argument that is a tuple: its elements could not be told to be 64-bit integers, and every pattern of small
+    and large ones would be another compiled kernel.
+    """
+    values = (
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21, a22, a23,
+        a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
+    for i in tl.static_range(len(values)):
+        tl.store(table + i, values[i])
 
 
 @triton.jit
@@ -120,8 +111,25 @@ def write(table, SLOT: tl.constexpr, index, value, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def read_each(table, SLOT: tl.constexpr, index, stride, COUNT: tl.constexpr, mask, DTYPE: tl.constexpr,
+              COMPUTE: tl.constexpr):  # fmt: skip
+    """`read` at COUNT indices that are `stride` apart: a tuple."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values += (read(table, SLOT, index + i * stride, mask, DTYPE, COMPUTE),)
+    return values
+
+
+@triton.jit
+def write_each(table, SLOT: tl.constexpr, index, stride, values, mask, DTYPE: tl.constexpr):
+    """`write` of a tuple, to indices that are `stride` apart."""
+    for i in tl.static_range(len(values)):
+        write(table, SLOT, index + i * stride, values[i], mask, DTYPE)
+
+
+@triton.jit
 def rows_at(table, time, b):
-    """The batch rows b, int64, at a step: whether each has a place there, whether it is alive, its row.
+    """The batch rows b, int64, at a step: whether each has a place there, whether it is active, its row.
 
     A dense row beyond its length has a place, to be written zero; a packed one has none.
     """
@@ -134,9 +142,9 @@ def rows_at(table, time, b):
     end = tl.load(offsets + time + 1, mask=inside & packed, other=0)
     count = tl.where(packed, end - first, tl.where(inside, batch, 0))
     has_place = b < count
-    alive = has_place & (time < lengths_of(table, b))
+    active = has_place & (time < lengths_of(table, b))
     row = first + time * tl.load(table + STEP_STRIDE) + b * tl.load(table + BATCH_STRIDE)
-    return has_place, alive, row
+    return has_place, active, row
 
 
 @triton.jit
@@ -147,9 +155,25 @@ def lengths_of(table, b):
 
 
 @triton.jit
-def resets_at(table, row, mask):
-    """Whether a segment begins at a row."""
+def boundary_at(table, row, mask):
+    """Whether a boundary, which cuts the state, stands before the step of a row, in time."""
     return tl.load(pointer(table, RESETS, tl.int8) + row, mask=if_there(table, RESETS, mask), other=0) != 0
+
+
+@triton.jit
+def between(d, first, second):
+    """Of two steps that direction d takes one after the other, what belongs to the later one in time: the boundary
+    between them does.
+    """
+    return tl.where(d == 0, second, first)
+
+
+@triton.jit
+def cut_between(table, d, first_row, first, second_row, second):
+    """Whether the state is cut on its way from one step to the next of direction d. first, second: whether there is
+    such a step.
+    """
+    return boundary_at(table, between(d, first_row, second_row), between(d, first, second))
 
 
 @triton.jit

@@ -20,8 +20,9 @@ struct Shape {
   int64_t T = 4, B = 3, H = 5, P = 0, D = 1;
   bool batch_first = false, packed = false, lengths = false, resets = false, initial = true;
 
+  const CellTraits& cell() const { return traits(mode); }
   int64_t state() const { return P ? P : H; }
-  int64_t gates() const { return traits(mode).gates; }
+  int64_t gates() const { return cell().gates; }
 };
 
 // A random call: what goes in, and room for what comes out, all as float64.
@@ -68,12 +69,12 @@ inline Call random_call(const Shape& shape, uint64_t seed) {
   call.row_count = T * B;
   if (shape.packed) {
     call.row_count = 0;
-    int64_t alive = B;
+    int64_t active = B;
     for (int64_t t = 0; t < T; ++t) {
-      if (t) alive = whole(1, alive);
+      if (t) active = whole(1, active);
       call.offsets.push_back(call.row_count);
-      call.batch_sizes.push_back(alive);
-      call.row_count += alive;
+      call.batch_sizes.push_back(active);
+      call.row_count += active;
     }
   }
   // The first row has no step at all, the last has all of them.
@@ -84,12 +85,12 @@ inline Call random_call(const Shape& shape, uint64_t seed) {
   call.gates = random_values(random, rows * D * G * H, 1.5);
   call.weight_hh = random_values(random, D * G * H * S, bound);
   call.weight_hr = random_values(random, D * shape.P * H, bound);
-  if (shape.mode == Mode::gru) call.bias_hh = random_values(random, D * G * H, bound);
+  if (shape.cell().split_gate != kNoGate) call.bias_hh = random_values(random, D * G * H, bound);
   if (shape.initial) call.hx = random_values(random, D * B * S, 1);
-  if (shape.initial && shape.mode == Mode::lstm) call.cx = random_values(random, D * B * H, 1);
+  if (shape.initial && shape.cell().has_cell_state) call.cx = random_values(random, D * B * H, 1);
   call.grad_output = random_values(random, rows * D * S, 0.5);
   call.grad_h_n = random_values(random, D * B * S, 0.5);
-  if (shape.mode == Mode::lstm) {
+  if (shape.cell().has_cell_state) {
     call.grad_c_n = random_values(random, D * B * H, 0.5);
     call.grad_cell_states = random_values(random, rows * D * H, 0.5);
   }
@@ -120,8 +121,9 @@ struct RowWalk {
   size_t in_state(int64_t width, int64_t u) const { return static_cast<size_t>((d * call.shape.B + b) * width + u); }
 };
 
+template <class Cell> constexpr int kReserveRoom = Cell::kReserve ? Cell::kReserve : 1;
+
 template <class Cell> void reference_row_forward(Call& call, const RowWalk& walk) {
-  constexpr int kReserve = Cell::kReserve ? Cell::kReserve : 1;
   const Shape& s = call.shape;
   const int64_t H = s.H, S = s.state();
   Values h(static_cast<size_t>(S)), c(static_cast<size_t>(H)), hidden(static_cast<size_t>(H));
@@ -135,8 +137,8 @@ template <class Cell> void reference_row_forward(Call& call, const RowWalk& walk
       c.assign(c.size(), 0);
     }
     for (int64_t u = 0; u < H; ++u) {
-      double x[4], rec[4], reserve[kReserve];
-      for (int64_t g = 0; g < s.gates(); ++g) {
+      double x[Cell::kGates], rec[Cell::kGates], reserve[kReserveRoom<Cell>];
+      for (int g = 0; g < Cell::kGates; ++g) {
         x[g] = call.gates[walk.in_rows(step, s.gates() * H, g * H + u)];
         rec[g] = 0;
         for (int64_t k = 0; k < S; ++k)
@@ -203,7 +205,7 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
         now.c = call.cell_states[walk.in_rows(step, H, u)];
         carry[unit] += call.grad_cell_states[walk.in_rows(step, H, u)];
       }
-      double reserve[4], dgates[4], d_rec_split = 0;
+      double reserve[kReserveRoom<Cell>], dgates[Cell::kGates], d_rec_split = 0;
       for (int i = 0; i < Cell::kReserve; ++i)
         reserve[i] = call.reserve[walk.in_rows(step, Cell::kReserve * H, i * H + u)];
       Cell::backward({reserve, previous, now, hidden_gradient}, carry[unit], dgates, d_rec_split);
@@ -216,7 +218,7 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
           earlier[static_cast<size_t>(k)] +=
               call.weight_hh[static_cast<size_t>(((walk.d * G + g) * H + u) * S + k)] * through_hh;
       }
-      if (Cell::kSplitGradient) earlier[unit] += carry[unit];
+      if (Cell::kNeedsPreviousH) earlier[unit] += carry[unit];
     }
     dh = cut ? Values(dh.size()) : earlier;
     if (cut) carry.assign(carry.size(), 0);

@@ -1,13 +1,14 @@
 // The step kernels against the float64 definition: every cell, type, layout and option, forward and every gradient; in
 // the emulator under shuffled schedules, on a card with larger shapes.
 #include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <deque>
 #include <string>
 
 #include "check.h"
 #include "cuda/device.h"
-#include "cuda/step_loop.h"
+#include "cuda/step/step_loop.h"
 #include "device_array.h"
 #include "host_numbers.h"
 #include "run_kernel.h"
@@ -126,10 +127,10 @@ void fill_shared(const Call& call, DType dtype, std::deque<Buffer>& keep, Recurr
   r.projected = s.P != 0;
   const char *hh = hold(call.weight_hh), *hr = hold(call.weight_hr);
   for (int64_t d = 0; d < s.D; ++d) {
-    r.weight_hh[d] = hh + d * s.gates() * s.H * s.state() * gpu::size_of(dtype);
-    r.weight_hh_stride[d] = s.state();
-    r.weight_hr[d] = s.P ? hr + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
-    r.weight_hr_stride[d] = s.H;
+    r.parameters[Kind::weight_hh].data[d] = hh + d * s.gates() * s.H * s.state() * gpu::size_of(dtype);
+    r.parameters[Kind::weight_hh].stride[d] = s.state();
+    r.parameters[Kind::weight_hr].data[d] = s.P ? hr + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
+    r.parameters[Kind::weight_hr].stride[d] = s.H;
   }
   r.hx = hold(call.hx);
   r.cx = hold(call.cx);
@@ -147,7 +148,8 @@ void run_forward(Call& call, const TypeCase& type, bool dependent) {
   Buffer gates(dtype, call.gates), bias(dtype, call.bias_hh);
   p.gates = gates.device();
   const char* bias_hh = static_cast<const char*>(bias.device());
-  for (int64_t d = 0; d < s.D && s.mode == Mode::gru; ++d) p.bias_hh[d] = bias_hh + d * 3 * s.H * gpu::size_of(dtype);
+  for (int64_t d = 0; d < s.D && bias_hh; ++d)
+    p.parameters[Kind::bias_hh].data[d] = bias_hh + d * s.gates() * s.H * gpu::size_of(dtype);
   Buffer output(dtype, call.output.size()), h_n(dtype, call.h_n.size()), c_n(dtype, call.c_n.size()),
       cell_states(dtype, call.cell_states.size()), reserve(dtype, call.reserve.size());
   p.output = output.device();
@@ -201,8 +203,11 @@ void run_backward(Call& call, const TypeCase& type, bool dependent) {
   gpu::StepWorkspace workspace;
   workspace.carry = carry.device();
   for (int64_t d = 0; d < s.D; ++d) {
-    workspace.weight_hh_t[d] = hh_t + d * width * s.state() * gpu::size_of(dtype);
-    workspace.weight_hr_t[d] = s.P ? hr_t + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
+    Operand &of_hh = workspace.transposed[Kind::weight_hh], &of_hr = workspace.transposed[Kind::weight_hr];
+    of_hh.data[d] = hh_t + d * width * s.state() * gpu::size_of(dtype);
+    of_hh.stride[d] = width;
+    of_hr.data[d] = s.P ? hr_t + d * s.P * s.H * gpu::size_of(dtype) : nullptr;
+    of_hr.stride[d] = s.P;
   }
   const bool tf32 = type.arithmetic == Arithmetic::tf32;
   CHECK_EQUAL(finish(gpu::run_steps_backward(p, workspace, tf32, stream_of(dependent))), "");
@@ -291,12 +296,19 @@ void run_shapes(const std::vector<Shape>& shapes, Mode mode, const TypeCase& typ
 
 void run_cell(Mode mode, const TypeCase& type) {
   run_shapes(kShapes, mode, type);
-  if (mode == Mode::lstm) run_shapes(kProjected, mode, type);
+  if (traits(mode).may_project) run_shapes(kProjected, mode, type);
 }
 
 [[maybe_unused]] void run_cell_large(Mode mode, const TypeCase& type) {
   run_shapes(kLarge, mode, type);
-  if (mode == Mode::lstm) run_shapes(kLargeProjected, mode, type);
+  if (traits(mode).may_project) run_shapes(kLargeProjected, mode, type);
+}
+
+// "rnn-tanh-float32" of RNN_TANH.
+std::string case_name(const CellTraits& cell, const TypeCase& type) {
+  std::string name = cell.name;
+  for (char& c : name) c = c == '_' ? '-' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name + "-" + type.name;
 }
 
 }  // namespace
@@ -305,20 +317,14 @@ void run_cell(Mode mode, const TypeCase& type) {
 CHECK_CASES(step) {
   using namespace rnnfast;
   using namespace rnnfast::test;
-  constexpr std::pair<const char*, Mode> kModes[] = {{"lstm", Mode::lstm},
-                                                     {"gru", Mode::gru},
-                                                     {"rnn-tanh", Mode::rnn_tanh},
-                                                     {"rnn-relu", Mode::rnn_relu},
-                                                     {"rnn-identity", Mode::rnn_identity}};
   std::vector<check::Case> cases;
-  for (const auto& [cell, mode] : kModes)
+  for (const CellTraits& cell : kCells)
     for (const TypeCase& type : kTypes)
-      cases.push_back({std::string(cell) + "-" + type.name, [mode = mode, &type] { run_cell(mode, type); }});
+      cases.push_back({case_name(cell, type), [mode = cell.mode, &type] { run_cell(mode, type); }});
 #if !defined(RNNFAST_EMULATED)
-  for (const auto& [cell, mode] : kModes)
+  for (const CellTraits& cell : kCells)
     for (const TypeCase& type : kTypes)
-      cases.push_back(
-          {std::string("large/") + cell + "-" + type.name, [mode = mode, &type] { run_cell_large(mode, type); }});
+      cases.push_back({"large/" + case_name(cell, type), [mode = cell.mode, &type] { run_cell_large(mode, type); }});
 #endif
   return cases;
 }

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import GATES, GRADIENTS, MODES, RESULTS, make_call
-from rnnfast import reference
+from cases import GATES, GRADIENTS, MODES, RESULTS, make_call, reference
+from rnnfast import reference as plain
+from rnnfast.cell_types import CELLS
 from rnnfast.signatures import KINDS, OPS, PLACES
 from run import MOST_MIB
 from tolerances import check
@@ -24,13 +25,12 @@ COUNTS = [0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 24]
 EDGES = [0, 1, 2, 3, 2**15, 2**20, 2**29, 2**31, 2**33, 2**62]
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 3e38, -6e4]
 RESULT_NAMES = {
-    "input_projection": ["gates"],
     "recurrence_backward": GRADIENTS,
     "layer": RESULTS[:3],
     "matmul": ["product"],
 }
 # What gives a call its rows: of another rank it may be well-formed still.
-ROWS = ["input", "gates", "output", "reserve"]
+ROWS = ["input", "output", "reserve"]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class OpCall:
                 value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in self.arguments.values()
             ]
-            return tensors(getattr(reference, self.op)(*values))
+            return tensors((plain.matmul if self.op == "matmul" else getattr(reference, self.op))(*values))
 
         names = RESULT_NAMES.get(self.op, RESULTS)
         for name, result, expected, own in zip(names, tensors(results), truth(torch.float64), truth(None), strict=True):
@@ -88,16 +88,14 @@ def tensors(results: Any) -> Sequence[Tensor]:
 
 def reads(call: OpCall, name: str) -> bool:
     """Whether the op looks at an argument, which others leave alone."""
-    op, mode, kind = call.op, call.arguments.get("mode"), name.removesuffix("_reverse")
-    if op == "input_projection":
-        return kind in ("input", "weight_ih", "bias_ih", "bias_hh")
-    if kind in ("cx", "cell_states", "grad_c_n", "grad_cell_states", "weight_hr"):
-        return mode == "LSTM"
-    if kind in ("weight_ih", "bias_ih"):
+    op, cell, kind = call.op, CELLS.get(call.arguments.get("mode", "")), name.removesuffix("_reverse")
+    if kind in ("cx", "cell_states", "grad_c_n", "grad_cell_states"):
+        return cell is None or cell.has_cell_state
+    if kind == "weight_hr":
+        return cell is None or cell.may_project
+    if kind in ("weight_ih", "bias_ih", "bias_hh"):
         return op.startswith("layer")
-    if kind == "bias_hh":
-        return op.startswith("layer") or (op == "recurrence_forward" and mode == "GRU")
-    return kind != "reserve" or mode in ("LSTM", "GRU")
+    return kind != "reserve" or cell is None or cell.reserve > 0
 
 
 # --- well-formed ------------------------------------------------------------------------------------------------------
@@ -138,7 +136,7 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         B=B,
         I=rng.choice([0, *WIDTHS]),
         H=H,
-        P=rng.randint(1, H) if mode == "LSTM" and rng.random() < 0.3 else 0,
+        P=rng.randint(1, H) if CELLS[mode].may_project and rng.random() < 0.3 else 0,
         D=1 if one_step else rng.choice([1, 2]),
         bias=rng.random() < 0.7,
         layout=layout,
@@ -152,19 +150,16 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         given[name] = getattr(made, name)
     if one_step:
         given |= {name: given[name][0] for name in ("input", "hx", "cx") if given[name] is not None}
-    given["save_reserve"] = op != "recurrence_forward" or rng.random() < 0.5
 
     def call(op: str) -> OpCall:
-        return OpCall(op, {argument.name: given.get(argument.name) for argument in OPS[op].arguments})
+        return OpCall(op, {name: given.get(name) for name in OPS[op].names})
 
-    if op.startswith("recurrence"):
-        given["gates"] = call("input_projection").run()
     if op == "recurrence_backward":
-        given |= zip(RESULTS, call("recurrence_forward").run(), strict=True)
+        given |= zip(RESULTS, call("layer_forward").run(), strict=True)
         for name in RESULTS[:4]:
             if given[name].shape != (0,) and rng.random() < 0.8:
                 given[f"grad_{name}"] = torch.randn(given[name].shape).to(dtype)
-        if one_step and mode in ("LSTM", "GRU") and rng.random() < 0.5:
+        if one_step and CELLS[mode].reserve and rng.random() < 0.5:
             given["output"] = None
     return call(op)
 
@@ -283,14 +278,10 @@ MOST_WORK = 2**24
 def at_the_edge(rng: random.Random) -> OpCall:
     """Sizes that agree with each other, of tensors that are one number in memory."""
     while True:
-        op, mode, dtype = (
-            rng.choice(["layer_forward", "layer", "input_projection"]),
-            rng.choice(MODES),
-            rng.choice(DTYPES),
-        )
+        op, mode, dtype = rng.choice(["layer_forward", "layer"]), rng.choice(MODES), rng.choice(DTYPES)
         T, B, I, H, P = (rng.choice(EDGES) for _ in range(5))  # noqa: E741
         G, D, batch_first = GATES[mode], rng.choice([1, 2]), rng.random() < 0.5
-        projected = mode == "LSTM" and rng.random() < 0.4
+        projected = CELLS[mode].may_project and rng.random() < 0.4
         state = P if projected else H
         shapes = {"weight_ih": (G * H, I), "weight_hh": (G * H, state), "bias_ih": (G * H,), "bias_hh": (G * H,)}
         shapes |= {"weight_hr": (P, H)} if projected else {}
@@ -307,7 +298,7 @@ def at_the_edge(rng: random.Random) -> OpCall:
         refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
         if not refused and (rows + 1) * weights > MOST_WORK:
             continue
-        call = OpCall(op, {argument.name: given.get(argument.name) for argument in OPS[op].arguments})
+        call = OpCall(op, {name: given.get(name) for name in OPS[op].names})
         call.well_formed = False
         call.notes.append(f"T {T}, B {B}, I {I}, H {H}, P {P}")
         return call

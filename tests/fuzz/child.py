@@ -232,7 +232,7 @@ def main() -> None:
     torch.ops.load_library(library(arguments.sanitizer))
     torch.ops.load_library(companions(arguments.sanitizer)[0])
     folder = library(arguments.sanitizer).parent
-    isas.extend(isa for isa, _, _ in ISAS.get(platform.machine(), ISAS["other"]) if has_isa(isa))
+    isas.extend(isa for isa in ISAS.get(platform.machine(), ISAS["other"]) if has_isa(isa))
     Progress.file = folder / "case"
     if arguments.only is not None:
         Progress.number = arguments.only

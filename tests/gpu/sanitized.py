@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cases import MODES, make_call, random_grads
-from rnnfast import backend, ops
+from cases import MODES, make_call, random_grads, selected
+from rnnfast import backend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -36,9 +36,9 @@ def main(device: str) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
         for P in (0, 3) if mode == "LSTM" else (0,):
             call = make_call(mode, P=P, dtype=dtype, **shape).on(device)
-            saved = call.forward(ops)
-            call.backward(ops, random_grads(saved), saved)
-            call.inference(ops)
+            saved = call.forward(selected)
+            call.backward(selected, random_grads(saved), saved)
+            call.inference(selected)
             count += 1
     if device == "cuda":
         torch.cuda.synchronize()

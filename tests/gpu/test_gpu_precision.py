@@ -8,8 +8,8 @@ from gpu_device import ON_CARD, tf32
 from torch import Tensor, nn
 
 import rnnfast
-from cases import MODES, make_call, random_grads
-from rnnfast import ops, reference
+from cases import MODES, make_call, random_grads, reference, selected
+from rnnfast import reference as plain
 from test_ops import check_results, double, on
 from tolerances import check, error
 
@@ -73,13 +73,13 @@ def cut(value: Tensor) -> Tensor:
 
 def tf32_error(module: nn.Module, input: Tensor, expected: Tensor) -> float:
     """Largest error of the outputs where every product's operands are cut to TF32, and nothing else is."""
-    linear = reference.F.linear
+    linear = plain.F.linear
 
     def coarse(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(cut(input), cut(weight), bias)
 
     with torch.no_grad(), rnnfast.backend("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference.F, "linear", coarse)
+        patch.setattr(plain.F, "linear", coarse)
         return error(copy.deepcopy(module).to("cpu")(input)[0], expected)
 
 
@@ -138,10 +138,9 @@ def test_forward_here_and_backward_on_the_cpu(device: str, mode: str, layout: st
     extra = {"lengths": True, "resets": True} if layout == "dense" else {}
     host = make_call(mode, D=2, T=6, B=7, H=21, layout=layout, dtype=dtype, **extra)
     here = host.on(device)
-    gates = host.gates(reference)
-    saved = {"here": here.forward(ops, gates.to(device)), "host": host.forward(reference, gates)}
+    saved = {"here": here.forward(selected), "host": host.forward(reference)}
     with rnnfast.backend("cpu"):
-        saved["cpu"] = host.forward(ops, gates)
+        saved["cpu"] = host.forward(selected)
     grads = random_grads(saved["host"])
     exact = host.to(torch.float64)
     for forward, results in saved.items():
@@ -149,10 +148,10 @@ def test_forward_here_and_backward_on_the_cpu(device: str, mode: str, layout: st
         expected = exact.backward(reference, double(grads), double(results))
         own = host.backward(reference, grads, results)
         check_results(
-            host, on("cpu", here.backward(ops, on(device, grads), on(device, results))), own, expected, forward
+            host, on("cpu", here.backward(selected, on(device, grads), on(device, results))), own, expected, forward
         )
         with rnnfast.backend("cpu"):
-            check_results(host, host.backward(ops, grads, results), own, expected, f"{forward}, then cpu")
+            check_results(host, host.backward(selected, grads, results), own, expected, f"{forward}, then cpu")
 
 
 def test_a_nan_stays_in_its_row(device: str) -> None:

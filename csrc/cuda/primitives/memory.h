@@ -8,6 +8,10 @@
 
 #include "platform.h"
 
+#if defined(RNNFAST_EMULATED)
+#include "../../emulator/primitives/memory.h"
+#endif
+
 namespace rnnfast::gpu {
 
 struct alignas(16) Word16 {
@@ -18,46 +22,7 @@ template <class T>
 inline constexpr bool kStrongType =
     std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
-#if defined(RNNFAST_EMULATED)
-namespace detail {
-
-template <class T> RNNFAST_DEVICE void check_aligned(const T* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
-    emulator::fail("misaligned " + std::to_string(bytes) + "-byte access");
-}
-
-// Tells the sanitizers of an access that the emulator makes where or when they cannot see it: TSan of an atomic one,
-// ASan of the bytes. What it writes is what is there.
-enum class Access { read, write };
-RNNFAST_DEVICE void show_access([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes,
-                                [[maybe_unused]] Access access) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  auto* words = static_cast<uint32_t*>(const_cast<void*>(address));
-  for (size_t i = 0; i < bytes / 4; ++i) {
-    if (access == Access::read)
-      static_cast<void>(__atomic_load_n(words + i, __ATOMIC_RELAXED));
-    else
-      static_cast<void>(__atomic_fetch_add(words + i, 0, __ATOMIC_RELAXED));
-  }
-#endif
-}
-
-template <class T> RNNFAST_DEVICE T strong_load(const T* address, bool acquires) {
-  check_aligned(address, sizeof(T));
-  show_access(address, sizeof(T), Access::read);
-  T value;
-  emulator::forwarded_load(address, &value, sizeof(T), acquires);
-  return value;
-}
-
-template <class T> RNNFAST_DEVICE void strong_store(T* address, const T& value, bool releases) {
-  check_aligned(address, sizeof(T));
-  show_access(address, sizeof(T), Access::write);
-  emulator::delayed_store(address, &value, sizeof(T), releases);
-}
-
-}  // namespace detail
-#elif defined(__CUDACC__)
+#if defined(__CUDACC__)
 namespace detail {
 
 // The register that carries a value of so many bytes.
@@ -112,8 +77,7 @@ template <> struct Register<16> {
 template <class T> RNNFAST_DEVICE T load_relaxed(const T* address RNNFAST_SITE) {
   static_assert(kStrongType<T>);
 #if defined(RNNFAST_EMULATED)
-  emulator::at(site, "load_relaxed");
-  return detail::strong_load(address, false);
+  return emulator::load_relaxed(address, site);
 #else
   RNNFAST_STRONG_LOAD("relaxed");
 #endif
@@ -122,7 +86,7 @@ template <class T> RNNFAST_DEVICE T load_relaxed(const T* address RNNFAST_SITE) 
 template <class T> RNNFAST_DEVICE void store_relaxed(T* address, std::type_identity_t<T> value) {
   static_assert(kStrongType<T>);
 #if defined(RNNFAST_EMULATED)
-  detail::strong_store(address, value, false);
+  emulator::store_relaxed(address, value);
 #else
   RNNFAST_STRONG_STORE("relaxed");
 #endif
@@ -132,7 +96,7 @@ template <class T> RNNFAST_DEVICE void store_relaxed(T* address, std::type_ident
 template <class T> RNNFAST_DEVICE T load_acquire(const T* address RNNFAST_SITE) {
   static_assert(kStrongType<T>);
 #if defined(RNNFAST_EMULATED)
-  return detail::strong_load(address, !emulator::skipped(site, "load_acquire"));
+  return emulator::load_acquire(address, site);
 #else
   RNNFAST_STRONG_LOAD("acquire");
 #endif
@@ -141,7 +105,7 @@ template <class T> RNNFAST_DEVICE T load_acquire(const T* address RNNFAST_SITE) 
 template <class T> RNNFAST_DEVICE void store_release(T* address, std::type_identity_t<T> value RNNFAST_SITE) {
   static_assert(kStrongType<T>);
 #if defined(RNNFAST_EMULATED)
-  detail::strong_store(address, value, !emulator::skipped(site, "store_release"));
+  emulator::store_release(address, value, site);
 #else
   RNNFAST_STRONG_STORE("release");
 #endif
@@ -155,8 +119,7 @@ template <class T> RNNFAST_DEVICE void store_release(T* address, std::type_ident
 // Orders the thread's accesses before it and after it, for whoever has fences or acquires of its own.
 RNNFAST_DEVICE void fence_gpu(RNNFAST_SITE_ALONE) {
 #if defined(RNNFAST_EMULATED)
-  if (emulator::skipped(site, "fence_gpu")) return;
-  emulator::fence();
+  emulator::fence_gpu(site);
 #else
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #endif
@@ -165,19 +128,7 @@ RNNFAST_DEVICE void fence_gpu(RNNFAST_SITE_ALONE) {
 // Loads, relaxed, until predicate(value) holds; returns that value.
 template <class T, class Predicate> RNNFAST_DEVICE T poll(const T* address, Predicate predicate RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
-  if (emulator::skipped(site, "poll")) return load_relaxed(address, site);
-  // A poll that ends only with another thread's store waits for it, so that a value that never comes is a deadlock.
-  for (;;) {
-    const T value = load_relaxed(address, site);
-    if (predicate(value)) return value;
-    emulator::wait_until(
-        [address, predicate] {
-          T now;
-          std::memcpy(&now, address, sizeof(T));
-          return static_cast<bool>(predicate(now));
-        },
-        "poll", site);
-  }
+  return emulator::poll(address, predicate, site);
 #else
   for (;;) {
     const T value = load_relaxed(address);
@@ -189,11 +140,7 @@ template <class T, class Predicate> RNNFAST_DEVICE T poll(const T* address, Pred
 // As poll, and acquires.
 template <class T, class Predicate> RNNFAST_DEVICE T poll_acquire(const T* address, Predicate predicate RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
-  for (;;) {
-    static_cast<void>(poll(address, predicate, site));
-    const T value = load_acquire(address, site);
-    if (predicate(value)) return value;
-  }
+  return emulator::poll_acquire(address, predicate, site);
 #else
   for (;;) {
     const T value = load_acquire(address);
@@ -205,14 +152,14 @@ template <class T, class Predicate> RNNFAST_DEVICE T poll_acquire(const T* addre
 // Plain words: addresses are multiples of 16. load_read_only: of what nothing writes while the kernel runs.
 RNNFAST_DEVICE Word16 load_global(const void* address) {
 #if defined(RNNFAST_EMULATED)
-  detail::check_aligned(address, sizeof(Word16));
+  emulator::check_aligned(address, sizeof(Word16));
 #endif
   return *static_cast<const Word16*>(address);
 }
 
 RNNFAST_DEVICE void store_global(void* address, const Word16& value) {
 #if defined(RNNFAST_EMULATED)
-  detail::check_aligned(address, sizeof(Word16));
+  emulator::check_aligned(address, sizeof(Word16));
 #endif
   *static_cast<Word16*>(address) = value;
 }

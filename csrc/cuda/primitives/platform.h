@@ -49,14 +49,15 @@
 namespace rnnfast::gpu {
 
 #if defined(RNNFAST_EMULATED)
-using Dim3 = emulator::Dim3;
+using emulator::Dim3;
+using emulator::kAllLanes;
+using emulator::kWarpSize;
 #else
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-#endif
-
 constexpr unsigned kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+#endif
 
 }  // namespace rnnfast::gpu

@@ -2,13 +2,14 @@
 // subnormals, and turn every NaN into the canonical one (0x7fff), as cvt.rn does (PTX ISA, "cvt").
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <type_traits>
 
 #include "platform.h"
 
-#if !defined(RNNFAST_EMULATED)
+#if defined(RNNFAST_EMULATED)
+#include "../../emulator/primitives/types.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -20,59 +21,10 @@ struct tf32 {};
 
 #if defined(RNNFAST_EMULATED)
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-inline uint16_t bits_of(bfloat16 value) { return value.bits; }
-inline uint16_t bits_of(float16 value) { return value.bits; }
-
-inline float to_float(bfloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
-
-inline float to_float(float16 value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
-  const uint32_t magnitude = value.bits & 0x7fff;
-  // Exponent 0: a multiple of 2^-24.
-  if (magnitude < 0x0400) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(float(magnitude) * 0x1p-24f));
-  // Exponent 31: infinity and NaN.
-  if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x03ff) << 13);
-  return std::bit_cast<float>(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
-}
-
-namespace emulated {
-
-// `magnitude` without its low `drop` bits, rounded to nearest, ties to even. A carry into the exponent is what is
-// wanted.
-inline uint32_t round_away_bits(uint32_t magnitude, unsigned drop) {
-  const uint32_t odd = magnitude >> drop & 1;
-  return (magnitude + ((1u << (drop - 1)) - 1) + odd) >> drop;
-}
-
-inline bfloat16 to_bfloat16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (value != value) return {0x7fff};
-  return {uint16_t((bits >> 31 << 15) | round_away_bits(bits & 0x7fffffff, 16))};
-}
-
-inline float16 to_float16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (value != value) return {0x7fff};
-  const uint32_t sign = bits >> 31 << 15;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  // From halfway between the largest number and the next power of two on: infinity.
-  if (magnitude >= std::bit_cast<uint32_t>(65520.0f)) return {uint16_t(sign | 0x7c00)};
-  // Below 2^-14 the result is a multiple of 2^-24, the last place of a float in [0.5, 1): let that addition round.
-  if (magnitude < std::bit_cast<uint32_t>(0x1p-14f)) {
-    const uint32_t sum = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f);
-    return {uint16_t(sign | (sum - std::bit_cast<uint32_t>(0.5f)))};
-  }
-  return {uint16_t(sign | round_away_bits(magnitude - ((127u - 15u) << 23), 13))};
-}
-
-}  // namespace emulated
+using emulator::bfloat16;
+using emulator::bits_of;
+using emulator::float16;
+using emulator::to_float;
 
 #else
 
@@ -97,9 +49,9 @@ template <class T> RNNFAST_DEVICE T from_float(float value) {
   if constexpr (is_16bit<T>) {
 #if defined(RNNFAST_EMULATED)
     if constexpr (std::is_same_v<T, bfloat16>)
-      return emulated::to_bfloat16(value);
+      return emulator::to_bfloat16(value);
     else
-      return emulated::to_float16(value);
+      return emulator::to_float16(value);
 #else
     if constexpr (std::is_same_v<T, bfloat16>)
       return __float2bfloat16_rn(value);

@@ -1,5 +1,0 @@
-#include "../step.cuh"
-
-namespace rnnfast::gpu {
-const StepKernels kStepLstmFloat32 = StepInstance<LstmStep, Float32>::kernels_with_projection();
-}

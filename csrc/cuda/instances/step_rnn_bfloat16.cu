@@ -1,5 +1,0 @@
-#include "../step.cuh"
-
-namespace rnnfast::gpu {
-const StepKernels kStepRnnBfloat16 = StepInstance<RnnStep, BFloat16>::kernels();
-}

@@ -1,0 +1,66 @@
+// What a row is at a turn: the one place where kernels look at lengths, packing and resets. What else of a step's
+// inputs says which state a row starts from belongs here too.
+#pragma once
+
+#include "primitives/platform.h"
+#include "rows.h"
+
+namespace rnnfast::gpu {
+
+// The row of one batch index at one turn. "cut": a segment boundary lies between the two steps, and no state crosses
+// it.
+struct RowTurn {
+  bool in_batch = false;   // there is such a batch index
+  bool in_memory = false;  // there is such a row
+  bool active = false;     // it is a step of its sequence; so the rows before and after
+  bool before = false, after = false;
+  bool cut_before = false, cut_after = false;
+  bool empty = false;  // its sequence has no step at all
+  int64_t row = 0, before_row = 0, after_row = 0;
+
+  // The sequence's first step in this order was the turn before's: here its gradients reach hx and cx. A forward
+  // direction meets the boundary before that step here.
+  RNNFAST_DEVICE bool has_left() const { return in_batch && !active && after; }
+  // State comes from the row before, gradients from the row after.
+  RNNFAST_DEVICE bool follows() const { return before && !cut_before; }
+  RNNFAST_DEVICE bool is_followed() const { return after && !cut_after; }
+};
+
+RNNFAST_DEVICE RowTurn row_turn(const TurnRows& rows, unsigned d, int64_t b) {
+  RowTurn r;
+  const RowLayout& layout = rows.layout;
+  r.in_batch = b < layout.batch;
+  if (!r.in_batch) return r;
+  const Turn& turn = rows.turn[d];
+  int64_t length = layout.lengths ? layout.lengths[b] : layout.steps;
+  if (length > layout.steps) length = layout.steps;
+  const bool reversed = d == 1;
+  const int64_t before = reversed ? turn.time + 1 : turn.time - 1, after = reversed ? turn.time - 1 : turn.time + 1;
+  r.in_memory = b < turn.active;
+  r.active = turn.time >= 0 && turn.time < length && r.in_memory;
+  r.before = before >= 0 && before < length && b < turn.before_active;
+  r.after = after >= 0 && after < length && b < turn.after_active;
+  r.empty = length <= 0;
+  r.row = turn.row + b * layout.batch_stride;
+  r.before_row = turn.before_row + b * layout.batch_stride;
+  r.after_row = turn.after_row + b * layout.batch_stride;
+  if (layout.has_segments()) {
+    // The boundary of step t stands before it in time, so a reversed direction meets it on leaving t.
+    const bool here = r.active && layout.starts_segment(r.row);
+    r.cut_before = reversed ? r.before && layout.starts_segment(r.before_row) : here;
+    r.cut_after = reversed ? here : r.after && layout.starts_segment(r.after_row);
+  }
+  return r;
+}
+
+// Whether this turn is the direction's first: there a sequence without any step hands hx and cx through.
+RNNFAST_DEVICE bool is_first_turn(const TurnRows& rows, unsigned d) {
+  return rows.turn[d].time == (d == 1 ? rows.layout.steps - 1 : 0);
+}
+
+// Whether this turn is the direction's last of backward: there such a sequence hands the final gradients through.
+RNNFAST_DEVICE bool is_last_turn(const TurnRows& rows, unsigned d) {
+  return rows.turn[d].time == (d == 1 ? rows.layout.steps : -1);
+}
+
+}  // namespace rnnfast::gpu

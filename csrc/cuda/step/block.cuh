@@ -1,0 +1,73 @@
+// What the step kernels share: a block's tile of results, and the phase of a step that multiplies. A block takes 16
+// units (of the hidden units, or of the projected state) of some batch indices of one direction; each thread then
+// finishes units of its own. State passes from launch to launch in global memory: h_t in `output`, c_t in a workspace.
+// What no earlier launch of the call writes is loaded before the kernel waits for them.
+#pragma once
+
+#include "../cell.cuh"
+#include "../elements.cuh"
+#include "../primitives/dependent_launch.h"
+#include "../product.cuh"
+#include "../rows.cuh"
+#include "step.h"
+
+namespace rnnfast::gpu {
+
+constexpr int kUnits = 16;  // a block
+static_assert(kUnits == kTileWeights, "a unit is a weight row of one tile");
+// The more warps, the more loads are under way.
+constexpr int kUsualWarps = 8;
+
+// Of a kernel with one result for each unit.
+template <class Type, int kBatchTiles> using UnitProduct = BlockProduct<Type, 1, kBatchTiles, kUsualWarps>;
+
+template <class Type, class Params, int kBatch> struct Block : Elements<Type, Params> {
+  using typename Elements<Type, Params>::Storage;
+  const int64_t first_b = static_cast<int64_t>(block_index().x) * kBatch;
+  const int64_t first_unit = static_cast<int64_t>(block_index().y) * kUnits;
+
+  RNNFAST_DEVICE explicit Block(const Params& p) : Elements<Type, Params>{p, block_index().z} {}
+
+  // Of the block's batch index n.
+  RNNFAST_DEVICE RowTurn row_turn(int n) const { return gpu::row_turn(this->p.rows, this->d, first_b + n); }
+  // Row `i` of the `count` of the weights, a readable one where there is none; results of such rows are not used.
+  RNNFAST_DEVICE const Storage* weight_row(int64_t i, int64_t count) const {
+    return at<Storage>(this->p.weight[this->d], (i < count ? i : 0) * this->p.weight_stride[this->d]);
+  }
+};
+
+// The phase that multiplies. state(n): what the weights' rows are multiplied with for batch index n, null where that is
+// zeros; only asked for its address before the earlier launches have ended. Afterwards Product::at gives the results,
+// unless no batch index of the block has anything to multiply: then false in every thread.
+template <class Product, class Block, class WeightRow, class State>
+RNNFAST_DEVICE bool multiply(const Block& block, int64_t length, const WeightRow& weight_row, const State& state) {
+  Product product(length, block.p.aligned, weight_row, [&](int n) {
+    const auto* row = state(n);
+    return row ? row : block.weight_row(0, 1);
+  });
+  // Everything the earlier launches wrote is there from here on.
+  wait_for_previous_grid();
+  static_assert(Product::kBatch <= kWarpSize);
+  const bool multiplied = any(lane() < Product::kBatch && state(static_cast<int>(lane())) != nullptr);
+  if (multiplied) {
+    product.run();
+    sync_threads();  // every warp's partial sums are in shared memory
+  } else {
+    product.abandon();
+  }
+  return multiplied;
+}
+
+// Elements of a (kBatch, kUnits) tile that a thread takes.
+template <class Product> constexpr int kSlots = (Product::kBatch * kUnits + Product::kThreads - 1) / Product::kThreads;
+
+// Runs body(slot, n, unit) for this thread's elements of the tile; slot counts them.
+template <class Product, class Body> RNNFAST_DEVICE void for_elements(const Body& body) {
+  RNNFAST_UNROLL
+  for (int slot = 0; slot < kSlots<Product>; ++slot) {
+    const int element = slot * Product::kThreads + static_cast<int>(thread_index());
+    if (element < Product::kBatch * kUnits) body(slot, element / kUnits, element % kUnits);
+  }
+}
+
+}  // namespace rnnfast::gpu

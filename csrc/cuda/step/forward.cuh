@@ -1,0 +1,113 @@
+// Forward: product and cell in one launch.
+#pragma once
+
+#include "block.cuh"
+
+namespace rnnfast::gpu {
+
+// With a large batch there are many partial sums a warp.
+template <Family kFamily, class Type, int kBatchTiles>
+using ForwardProduct = BlockProduct<Type, FamilyCell<kFamily>::Constants::kGates, kBatchTiles,
+                                    kBatchTiles == 1 && sizeof(typename Type::Compute) == 4 ? kUsualWarps : 4>;
+
+// h_{t-1} as it lies in memory; null where it is zero.
+template <class Block>
+RNNFAST_DEVICE const typename Block::Storage* previous_h(const Block& block, const RowTurn& r, int64_t b) {
+  using Storage = typename Block::Storage;
+  const StepForward& p = block.p;
+  if (!r.active || r.cut_before) return nullptr;
+  const void* output = p.output;
+  if (r.before) return at<Storage>(output, block.in_rows(r.before_row, p.state_size, 0));
+  return p.hx ? at<Storage>(p.hx, block.in_state(b, p.state_size, 0)) : nullptr;
+}
+
+// Where a row is no step: what a sequence without any hands through, and zeros for the row.
+template <class Constants, class Block>
+RNNFAST_DEVICE void forward_no_step(const Block& block, const RowTurn& r, int64_t b, int64_t unit) {
+  const StepForward& p = block.p;
+  const int64_t H = p.hidden_size, state_at = block.in_state(b, H, unit), row_at = block.in_rows(r.row, H, unit);
+  if (r.empty && is_first_turn(p.rows, block.d)) {
+    if (!p.projected) block.write(p.h_n, state_at, block.read(p.hx, state_at));
+    block.write(p.c_n, state_at, block.read(p.cx, state_at));
+  }
+  if (!r.in_memory) return;
+  if (!p.projected) block.write(p.output, row_at, 0);
+  block.write(p.cell_states, row_at, 0);
+  for (int i = 0; i < Constants::kReserve; ++i)
+    block.write(p.reserve, block.in_rows(r.row, Constants::kReserve * H, i * H + unit), 0);
+}
+
+// weight: W_hh (G*H, P or H).
+template <Family kFamily, class Type, int kBatchTiles>
+RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((ForwardProduct<kFamily, Type, kBatchTiles>::kThreads),
+                                     1) void step_forward(RNNFAST_GRID_CONSTANT const StepForward p) {
+  using Compute = typename Type::Compute;
+  using Constants = typename FamilyCell<kFamily>::Constants;
+  using Product = ForwardProduct<kFamily, Type, kBatchTiles>;
+  constexpr int kGates = Constants::kGates;
+  allow_next_grid();
+  const Block<Type, StepForward, Product::kBatch> block(p);
+  const int64_t H = p.hidden_size;
+
+  Compute x[kSlots<Product>][kGates];
+  for_elements<Product>([&](int slot, int n, int u) {
+    const int64_t unit = block.first_unit + u;
+    const RowTurn r = block.row_turn(n);
+    RNNFAST_UNROLL
+    for (int g = 0; g < kGates; ++g) {
+      x[slot][g] =
+          r.active && unit < H ? block.read(p.gates, block.in_rows(r.row, kGates * H, g * H + unit)) : Compute(0);
+    }
+  });
+
+  // ---- product ----
+  const auto weight_row = [&](int i) {
+    const int64_t unit = block.first_unit + i % kUnits;
+    return block.weight_row(unit < H ? i / kUnits * H + unit : 0, kGates * H);
+  };
+  const bool multiplied = multiply<Product>(
+      block, p.state_size, weight_row, [&](int n) { return previous_h(block, block.row_turn(n), block.first_b + n); });
+
+  // ---- cell ----
+  for_elements<Product>([&](int slot, int n, int u) {
+    const int64_t b = block.first_b + n, unit = block.first_unit + u;
+    const RowTurn r = block.row_turn(n);
+    if (!r.in_batch || unit >= H) return;
+    if (!r.active) {
+      forward_no_step<Constants>(block, r, b, unit);
+      return;
+    }
+    const int64_t state_at = block.in_state(b, H, unit), row_at = block.in_rows(r.row, H, unit);
+    const auto* h = previous_h(block, r, b);
+    Compute rec[kGates];
+    RNNFAST_UNROLL
+    for (int g = 0; g < kGates; ++g) rec[g] = multiplied && h ? Product::at(g * kUnits + u, n) : Compute(0);
+    if constexpr (Constants::kSplitGradient) rec[Constants::kSplitGate] += block.read(p.bias_split[block.d], unit);
+    UnitState<Compute> previous{0, 0};
+    if constexpr (Constants::kNeedsPreviousH) previous.h = block.read(h, unit);
+    if constexpr (Constants::kHasCell) {
+      if (!r.cut_before) previous.c = r.before ? *at<Compute>(p.carry, state_at) : block.read(p.cx, state_at);
+    }
+    Compute reserve[Constants::kReserve ? Constants::kReserve : 1];
+    const UnitState<Compute> now =
+        FamilyCell<kFamily>::template forward<Compute>(p.mode, UnitInputs<Compute>{x[slot], rec}, previous, reserve);
+    if (p.projected) {
+      block.write(p.hidden, state_at, now.h);
+    } else {
+      block.write(p.output, row_at, now.h);
+      if (!r.after) block.write(p.h_n, state_at, now.h);
+    }
+    if constexpr (Constants::kHasCell) {
+      *at<Compute>(p.carry, state_at) = now.c;
+      block.write(p.cell_states, row_at, now.c);
+      if (!r.after) block.write(p.c_n, state_at, now.c);
+    }
+    if (p.reserve) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < Constants::kReserve; ++i)
+        block.write(p.reserve, block.in_rows(r.row, Constants::kReserve * H, i * H + unit), reserve[i]);
+    }
+  });
+}
+
+}  // namespace rnnfast::gpu
