@@ -59,7 +59,7 @@ NVCC_FLAGS += ["-Xfatbin", "-compress-all", "-I", str(CSRC)]
 # The kernels' compile units: the template that each kind of kernel instantiates, and its header, for each family of
 # cells (Family in csrc/cells.h) and each arithmetic (csrc/cuda/arithmetic.cuh).
 CUDA_KERNELS = {"step": ("cuda/step/launch.cuh", "StepInstance")}
-CUDA_FAMILIES = ["lstm", "gru", "rnn"]
+CUDA_FAMILIES = ["lstm", "gru", "rnn", "mgu"]
 CUDA_ARITHMETICS = ["Float64", "Float32", "Tf32", "BFloat16", "Float16"]
 
 

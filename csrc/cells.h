@@ -1,7 +1,8 @@
 // What a cell is: the table of all cells, and their step equations with derivatives, written once, for scalars on the
 // GPU and vectors on the CPU. No torch header here. rnnfast/cell_types.py has the same table for Python.
 //
-// `Math` names the value type and its sigmoid and tanh. Source of the equations: torch.nn.LSTM, GRU, RNN documentation.
+// `Math` names the value type and its sigmoid and tanh. Source of the equations: torch.nn.LSTM, GRU, RNN documentation;
+// MGU: Zhou et al. 2016, https://arxiv.org/abs/1603.09420.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,9 @@ namespace rnnfast {
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 
-enum class Mode { lstm, gru, rnn_tanh, rnn_relu, rnn_identity };
+enum class Mode { lstm, gru, rnn_tanh, rnn_relu, rnn_identity, rnn_sigmoid, mgu };
 // Cells of one family differ in a function of one value only, which GPU kernels choose at run time.
-enum class Family { lstm, gru, rnn };
+enum class Family { lstm, gru, rnn, mgu };
 
 constexpr int kNoGate = -1;
 
@@ -48,6 +49,8 @@ constexpr CellTraits kCells[] = {
     {Mode::rnn_tanh, "RNN_TANH", Family::rnn, 1, 0, false, false, kNoGate, false},
     {Mode::rnn_relu, "RNN_RELU", Family::rnn, 1, 0, false, false, kNoGate, false},
     {Mode::rnn_identity, "RNN_IDENTITY", Family::rnn, 1, 0, false, false, kNoGate, false},
+    {Mode::rnn_sigmoid, "RNN_SIGMOID", Family::rnn, 1, 0, false, false, kNoGate, false},
+    {Mode::mgu, "MGU", Family::mgu, 2, 3, false, true, 1, false},
 };
 constexpr int kModes = static_cast<int>(std::size(kCells));
 
@@ -170,6 +173,31 @@ template <class Math> struct Cell<Math, Mode::gru> : CellConstants<Mode::gru> {
   }
 };
 
+template <class Math> struct Cell<Math, Mode::mgu> : CellConstants<Mode::mgu> {
+  using Value = typename Math::Value;
+
+  // f = sigmoid; n = tanh(x_n + f (W_hn h + b_hn)); h_t = (1 - f) h_{t-1} + f n. reserve: f n and (W_hn h + b_hn).
+  RNNFAST_CELL static inline UnitState<Value> forward(const UnitInputs<Value>& in, UnitState<Value> previous,
+                                                      Value* reserve) {
+    const Value f = Math::sigmoid(in.x[0] + in.rec[0]);
+    const Value n = Math::tanh(in.x[1] + f * in.rec[1]);
+    reserve[0] = f;
+    reserve[1] = n;
+    reserve[2] = in.rec[1];
+    return {previous.h + f * (n - previous.h), previous.c};
+  }
+
+  // carry: on return what reaches h_{t-1} past the gates. d_rec_split: gradient of W_hn h + b_hn.
+  RNNFAST_CELL static inline void backward(const UnitGradients<Value>& at, Value& carry, Value* dgates,
+                                           Value& d_rec_split) {
+    const Value f = at.reserve[0], n = at.reserve[1], rec_n = at.reserve[2];
+    dgates[1] = at.dh * f * (1 - n * n);
+    dgates[0] = (at.dh * (n - at.previous.h) + dgates[1] * rec_n) * f * (1 - f);
+    d_rec_split = dgates[1] * f;
+    carry = at.dh * (1 - f);
+  }
+};
+
 // The RNNs: h_t = f(x + rec). Backward needs h_t alone.
 template <class Math, Mode kMode> struct Cell : CellConstants<kMode> {
   using Value = typename Math::Value;
@@ -179,6 +207,7 @@ template <class Math, Mode kMode> struct Cell : CellConstants<kMode> {
     const Value a = in.x[0] + in.rec[0];
     if constexpr (kMode == Mode::rnn_tanh) return {Math::tanh(a), previous.c};
     if constexpr (kMode == Mode::rnn_relu) return {Math::relu(a), previous.c};
+    if constexpr (kMode == Mode::rnn_sigmoid) return {Math::sigmoid(a), previous.c};
     return {a, previous.c};
   }
 
@@ -189,6 +218,8 @@ template <class Math, Mode kMode> struct Cell : CellConstants<kMode> {
       dgates[0] = at.dh * (1 - h * h);
     else if constexpr (kMode == Mode::rnn_relu)
       dgates[0] = Math::where_positive(h, at.dh);
+    else if constexpr (kMode == Mode::rnn_sigmoid)
+      dgates[0] = at.dh * h * (1 - h);
     else
       dgates[0] = at.dh;
   }

@@ -8,9 +8,9 @@ from . import _dynamo_hook, functional, registration
 
 # This hides the submodule of the same name: `from rnnfast.backends import ...` still reaches it.
 from .backends import backend, backends
-from .cells import GRUCell, LSTMCell, RNNCell
+from .cells import GRUCell, LSTMCell, MGUCell, RNNCell
 from .explanation import explain
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, MGU, RNN
 from .patch import accelerate, exporting, restore
 
 __version__ = "0.1.0"
@@ -18,9 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "MGUCell",
     "RNNCell",
     "__version__",
     "accelerate",

@@ -2,7 +2,7 @@
 
 csrc/cells.h has the same table and equations for the compiled kernels, triton/cells.py the equations for Triton. Their
 source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html, .../torch.nn.GRU.html and
-.../torch.nn.RNN.html.
+.../torch.nn.RNN.html; for the MGU https://arxiv.org/abs/1603.09420.
 """
 
 from __future__ import annotations
@@ -114,6 +114,22 @@ def _gru_backward(at: StepGradients) -> SteppedBack:
     return torch.cat([dr, dz, dn], dim=-1), torch.cat([dr, dz, dn * r], dim=-1), at.dh * z, None
 
 
+def _mgu(gates: Tensor, recurrent: Tensor, h: Tensor, _: Tensor | None) -> Stepped:
+    """Saves f, n and `W_hn h + b_hn`."""
+    gates_f, gates_n = gates.chunk(2, dim=-1)
+    recurrent_f, recurrent_n = recurrent.chunk(2, dim=-1)
+    f = (gates_f + recurrent_f).sigmoid()
+    n = (gates_n + f * recurrent_n).tanh()
+    return (1 - f) * h + f * n, None, (f, n, recurrent_n)
+
+
+def _mgu_backward(at: StepGradients) -> SteppedBack:
+    f, n, recurrent_n = at.saved
+    dn = at.dh * f * (1 - n * n)
+    df = (at.dh * (n - at.h) + dn * recurrent_n) * f * (1 - f)
+    return torch.cat([df, dn], dim=-1), torch.cat([df, dn * f], dim=-1), at.dh * (1 - f), None
+
+
 def _rnn(
     nonlinearity: str,
     function: Callable[[Tensor], Tensor],
@@ -143,6 +159,7 @@ _RNNS = {
     # relu'(0) = 0, and a NaN lets the gradient through: what torch.relu does.
     "relu": _rnn("relu", torch.relu, lambda h, dh: torch.where(h <= 0, 0, dh), torch.rnn_relu_cell, torch.rnn_relu),
     "identity": _rnn("identity", lambda gates: gates, lambda _, dh: dh),
+    "sigmoid": _rnn("sigmoid", torch.sigmoid, lambda h, dh: dh * h * (1 - h)),
 }
 
 # By mode, in the order of csrc/cells.h.
@@ -158,6 +175,7 @@ CELLS: dict[str, CellType] = {
             torch_layers=torch.gru,
         ),
         *_RNNS.values(),
+        CellType("MGU", 2, 3, _mgu, _mgu_backward, reads_previous_h=True, split_gate=1),
     )
 }  # fmt: skip
 

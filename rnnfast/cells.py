@@ -1,4 +1,4 @@
-"""LSTMCell, GRUCell and RNNCell: torch.nn's cells, one step of the same recurrence that the layers run.
+"""LSTMCell, GRUCell, RNNCell: torch.nn's cells, one step of the same recurrence that the layers run; and MGUCell.
 
 A cell is one step of a layer, so it has the layers' kernels, vmap rule and double backward; in plain training torch's
 own op runs where it is faster (`backends.torch_runs_cell`). Checks and messages are torch.nn's own.
@@ -20,7 +20,7 @@ from .sequences import Sequences
 from .signatures import kinds_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRUCell", "LSTMCell", "MGUCell", "RNNCell"]
 
 _ONE_STEP = Sequences()
 
@@ -233,21 +233,58 @@ class GRUCell(Cell, nn.GRUCell):
         return self._one_state(input, hx)
 
 
+class MGUCell(Cell):
+    r"""One step of :class:`rnnfast.MGU`, the minimal gated unit; equations and source there.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state; 0 is allowed.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, CELLS["MGU"].gates, device, dtype)
+
+    def _mode(self) -> str:
+        return "MGU"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (N, H) or (H,). None means zeros.
+        Returns:
+            h', (N, H) or (H,).
+        Raises:
+            ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
+        """
+        return self._one_state(input, hx)
+
+
 class RNNCell(Cell, nn.RNNCell):
     r"""A drop-in for :class:`torch.nn.RNNCell`: the same arguments, parameters, results and errors.
 
-    Besides torch.nn's nonlinearities there is a linear cell.
+    Besides torch.nn's nonlinearities there are the logistic function and a linear cell.
 
     .. math:: h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
 
-    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of
+    with :math:`\phi` tanh, relu, sigmoid, or the identity. Source of the equation: the documentation of
     :class:`torch.nn.RNNCell`.
 
     Args:
         input_size: I, the features of the input.
         hidden_size: H, the features of the state; 0 is allowed.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
-        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``, looked at in forward as torch.nn does.
+        nonlinearity: ``'tanh'``, ``'relu'``, ``'sigmoid'`` or ``'identity'``, looked at in forward as torch.nn does.
             Default: ``'tanh'``
         device, dtype: of the parameters.
     """

@@ -1,6 +1,6 @@
 """Layers, directions, dropout between layers, packed rows and autocast: what torch.nn's modules do, without the module.
 
-`lstm`, `gru` and `rnn` are the public functions; the modules call `run_layers` after their own checks.
+`lstm`, `gru`, `rnn` and `mgu` are the public functions; the modules call `run_layers` after their own checks.
 """
 
 from __future__ import annotations
@@ -204,6 +204,7 @@ def _autocast(
     on CUDA PyTorch casts to float16 for cuDNN also where autocast says bfloat16.)
     """
     dtype = torch.get_autocast_dtype(device)
+    # The MGU, which torch.nn lacks, does as the RNN.
     if mode == "GRU" and device == "cpu":
         dtype = torch.promote_types(dtype, (input if hx is None else hx).dtype)
 
@@ -345,7 +346,7 @@ def rnn(
         weights: the parameters in torch.nn's order: for each layer, for each direction weight_ih (H, I; above the
             first layer D*H instead of I), weight_hh (H, H), then bias_ih and bias_hh (H,) each, or neither.
         hx: (L*D, B, H); zeros if None.
-        nonlinearity: f, one of "tanh", "relu" and "identity".
+        nonlinearity: f, one of "tanh", "relu", "sigmoid" and "identity".
         others: as for `lstm`.
 
     Returns:
@@ -359,6 +360,42 @@ def rnn(
         raise ValueError(f"rnn: nonlinearity should be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
     output, h_n, _, _ = _run(
         "rnn", mode, input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
+        RowOptions(lengths, resets),
+    )  # fmt: skip
+    return output, h_n
+
+
+def mgu(
+    input: Tensor,
+    weights: Tensors,
+    hx: Tensor | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stacked layers of minimal gated units: see `rnnfast.MGU`, for the equations and their source too.
+
+    Args:
+        input: (T, B, I), with batch_first (B, T, I), or packed rows (N, I) with batch_sizes.
+        weights: the parameters: for each layer, for each direction weight_ih (2H, I; above the first layer D*H instead
+            of I), weight_hh (2H, H), then bias_ih and bias_hh (2H,) each, or neither. Gates in the order f, n.
+        hx: (L*D, B, H); zeros if None.
+        others: as for `lstm`.
+
+    Returns:
+        output (rows, D*H), h_n (L*D, B, H).
+
+    Raises:
+        ValueError, TypeError: as for `lstm`.
+    """
+    output, h_n, _, _ = _run(
+        "mgu", "MGU", input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
         RowOptions(lengths, resets),
     )  # fmt: skip
     return output, h_n

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: torch.nn's modules, with the time loop in rnnfast's kernels.
+"""LSTM, GRU and RNN, torch.nn's modules, and MGU, with the time loop in rnnfast's kernels.
 
 The classes derive from torch.nn's, which keep what is stored (parameters, initialisation, pickling, repr); replaced is
 what happens in `forward`. Checks and their messages are torch.nn's own, made before anything else runs, and equally for
@@ -20,7 +20,7 @@ from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
 from .signatures import kinds_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
 
-__all__ = ["GRU", "LSTM", "RNN"]
+__all__ = ["GRU", "LSTM", "MGU", "RNN"]
 
 States: TypeAlias = tuple[Tensor, Tensor]
 
@@ -453,21 +453,74 @@ class GRU(_OneState, nn.GRU):
     _own_mode = "GRU"
 
 
+class MGU(_OneState):
+    r"""The minimal gated unit: a GRU with one gate f in place of two, and two thirds of its weights.
+
+    .. math::
+        f &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + f \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - f) \odot h_{t-1} + f \odot n
+
+    Source: Zhou, Wu, Zhang, Zhou 2016, https://arxiv.org/abs/1603.09420. As in torch.nn's GRU the gate comes after the
+    product, :math:`f \odot (W_{hn} h)`, where the paper has :math:`W_{hn} (f \odot h)`. torch.nn has no such layer;
+    arguments, parameters (gates in the order f, n) and their initialisation are as in :class:`torch.nn.GRU`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        num_layers: L layers stacked, each on the output of the one below. Default: 1
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
+        batch_first: input and output are (N, T, .) instead of (T, N, .); states never. Default: False
+        dropout: probability of an element being zeroed between layers, in training. Default: 0
+        bidirectional: D = 2 directions, the second reversed in time. Default: False
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.GRU does.
+    """
+
+    _own_mode = "MGU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # torch.nn knows the widths of its own cells only: those of one gate, without memory, are put right here.
+        super().__init__(
+            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
+        )
+        self.mode = self._own_mode
+        for name, parameter in list(self._parameters.items()):
+            assert parameter is not None
+            rows, *others = parameter.shape
+            made = torch.empty(CELLS[self.mode].gates * rows, *others, device=device, dtype=dtype)
+            setattr(self, name, nn.Parameter(made))
+        self.reset_parameters()
+
+
 class RNN(_OneState, nn.RNN):
     r"""A drop-in for :class:`torch.nn.RNN`: the same arguments, parameters, results and errors.
 
-    Besides torch.nn's nonlinearities there is a linear recurrence.
+    Besides torch.nn's nonlinearities there are the logistic function and a linear recurrence.
 
     .. math:: h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    with :math:`\phi` tanh, relu, or the identity. Source of the equation: the documentation of
+    with :math:`\phi` tanh, relu, sigmoid, or the identity. Source of the equation: the documentation of
     :class:`torch.nn.RNN`.
 
     Args:
         input_size: I, the features of the input.
         hidden_size: H, the features of the state.
         num_layers: L layers stacked, each on the output of the one below. Default: 1
-        nonlinearity: ``'tanh'``, ``'relu'`` or ``'identity'``. Default: ``'tanh'``
+        nonlinearity: ``'tanh'``, ``'relu'``, ``'sigmoid'`` or ``'identity'``. Default: ``'tanh'``
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
         batch_first: input and output are (N, T, .) instead of (T, N, .); states never. Default: False
         dropout: probability of an element being zeroed between layers, in training. Default: 0

@@ -21,6 +21,8 @@ GRU = tl.constexpr(_NUMBERS["GRU"])
 RNN_TANH = tl.constexpr(_NUMBERS["RNN_TANH"])
 RNN_RELU = tl.constexpr(_NUMBERS["RNN_RELU"])
 RNN_IDENTITY = tl.constexpr(_NUMBERS["RNN_IDENTITY"])
+RNN_SIGMOID = tl.constexpr(_NUMBERS["RNN_SIGMOID"])
+MGU = tl.constexpr(_NUMBERS["MGU"])
 
 
 class Cell(NamedTuple):
@@ -83,12 +85,18 @@ def forward(CELL: tl.constexpr, x, rec, h, c):
         r, z = sigmoid(x[0] + rec[0]), sigmoid(x[1] + rec[1])
         n = tanh(x[2] + r * rec[2])
         return n + z * (h - n), c, (r, z, n, rec[2])
+    elif MODE == MGU:
+        f = sigmoid(x[0] + rec[0])
+        n = tanh(x[1] + f * rec[1])
+        return h + f * (n - h), c, (f, n, rec[1])
     elif MODE == RNN_TANH:
         return tanh(x[0] + rec[0]), c, ()
     elif MODE == RNN_RELU:
         a = x[0] + rec[0]
         # Not maximum(a, 0): a NaN stays one.
         return tl.where(a < 0, 0.0, a), c, ()
+    elif MODE == RNN_SIGMOID:
+        return sigmoid(x[0] + rec[0]), c, ()
     else:
         tl.static_assert(MODE == RNN_IDENTITY, "a cell without equations")
         return x[0] + rec[0], c, ()
@@ -115,11 +123,19 @@ def backward(CELL: tl.constexpr, saved, h, c, h_new, c_new, dh, dc):
         dz = dh * (h - n) * z * (1 - z)
         dr = dn * rec_n * r * (1 - r)
         return (dr, dz, dn), (dr, dz, dn * r), dh * z
+    elif MODE == MGU:
+        f, n, rec_n = saved
+        dn = dh * f * (1 - n * n)
+        df = (dh * (n - h) + dn * rec_n) * f * (1 - f)
+        return (df, dn), (df, dn * f), dh * (1 - f)
     elif MODE == RNN_TANH:
         d = dh * (1 - h_new * h_new)
         return (d,), (d,), dh
     elif MODE == RNN_RELU:
         d = tl.where(h_new <= 0, 0.0, dh)
+        return (d,), (d,), dh
+    elif MODE == RNN_SIGMOID:
+        d = dh * h_new * (1 - h_new)
         return (d,), (d,), dh
     else:
         tl.static_assert(MODE == RNN_IDENTITY, "a cell without a derivative")
