@@ -302,7 +302,7 @@ def _is_plain_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
         input.is_cpu
         # In 16 bits torch rounds within the step.
         and input.dtype in (torch.float32, torch.float64)
-        and getattr(_asked, "name", "auto") == "auto"
+        and asked_for() == "auto"
         and ops.library_error is None
         and not _functorch_active()
         and not _autocast_active()

@@ -74,8 +74,8 @@ def run_layers(
     if num_layers == 1 and not return_cell_states:
         # The shortest way, for calls of one step: no loop, no slices.
         places = place_weights(weights, 2 if bidirectional else 1, bool(bias))
-        output, h_n, c_n, *_ = run(mode, input, hx, cx, *sequences, *places)
-        return output, h_n, c_n if has_cell_state else None, None
+        results = run(mode, input, hx, cx, *sequences, *places)
+        return results[0], results[1], results[2] if has_cell_state else None, None
 
     # torch.nn draws its dropout masks on time-major outputs, also with batch_first: so do we, for the same masks. The
     # last layer turns back, so that the result is laid out as it always is.
