@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "checks.h"
@@ -131,6 +132,27 @@ template <class Make> Tensor allocate(const Wanted& wanted, const Make& make) {
   } catch (const std::exception&) {
     fail_for_memory(wanted.op, text_of(wanted) + ",", bytes, wanted.like, torch_error(), wanted.computed);
   }
+}
+
+// Uninitialized. Not by torch::stable::empty: the dispatcher would look the op up by its name and take the arguments
+// boxed, which costs as much as a step of a small layer.
+inline Tensor empty(const Wanted& wanted) {
+  return allocate(wanted, [&] {
+    // As torch lays out a contiguous tensor; unsigned, because beside a size of 0 the product of the others may
+    // overflow.
+    std::vector<int64_t> strides(wanted.sizes.size());
+    uint64_t stride = 1;
+    for (size_t i = strides.size(); i-- > 0; stride *= static_cast<uint64_t>(std::max<int64_t>(wanted.sizes[i], 1)))
+      strides[i] = static_cast<int64_t>(stride);
+    const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted.type));
+    int32_t device_type = 0, device_index = 0;
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(wanted.like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(wanted.like.get(), &device_index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(strides.size()), wanted.sizes.data(),
+                                                           strides.data(), dtype, device_type, device_index, &made));
+    return Tensor(made);
+  });
 }
 
 inline Tensor contiguous_copy(const char* op, const char* name, const Tensor& tensor) {

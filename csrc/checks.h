@@ -71,11 +71,10 @@ inline DType dtype_of(const char* op, const Tensor& tensor) {
 }
 
 inline Mode mode_of(const char* op, const std::string& name) {
-  std::string known;
-  for (const CellTraits& cell : kCells) {
+  for (const CellTraits& cell : kCells)
     if (name == cell.name) return cell.mode;
-    known += (known.empty() ? "" : ", ") + std::string(cell.name);
-  }
+  std::string known;
+  for (const CellTraits& cell : kCells) known += (known.empty() ? "" : ", ") + std::string(cell.name);
   fail(op, ": mode: expected one of ", known, ", got ", name);
 }
 

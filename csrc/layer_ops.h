@@ -37,9 +37,15 @@ template <class Backend> struct LayerOps {
     return pointed_at(empty(context, name, {r.directions, r.rows.batch, width}), pointer);
   }
 
-  static Five whole_layer(const char* op, bool save, const std::string& mode, const Tensor& input,
-                          const OptionalTensor& hx, const OptionalTensor& cx, const Sequences& sequences,
-                          const Places& places) {
+  // What a backward pass will want.
+  struct Saved {
+    Tensor cell_states, reserve;
+  };
+
+  // `saved` is null where there will be none.
+  static Three whole_layer(const char* op, Saved* saved, const std::string& mode, const Tensor& input,
+                           const OptionalTensor& hx, const OptionalTensor& cx, const Sequences& sequences,
+                           const Places& places) {
     Context context(op, "input", input);
     ForwardParams p;
     fill(mode, hx, cx, sequences, places, context, p);
@@ -53,22 +59,24 @@ template <class Backend> struct LayerOps {
     Tensor h_n = state(context, "h_n", !context.one_step, p.h_n, p, p.state_size);
     if (context.one_step) p.h_n = p.output;
     Tensor c_n = state(context, "c_n", cell.has_cell_state, p.c_n, p, H);
-    Tensor cell_states = rows(context, "cell_states", save && cell.has_cell_state, p.cell_states, D * H);
-    Tensor reserve = rows(context, "reserve", save && cell.reserve, p.reserve, D * cell.reserve * H);
+    if (saved) {
+      saved->cell_states = rows(context, "cell_states", cell.has_cell_state, p.cell_states, D * H);
+      saved->reserve = rows(context, "reserve", cell.reserve, p.reserve, D * cell.reserve * H);
+    }
     Backend::forward(p, context, places);
-    return {output, h_n, c_n, cell_states, reserve};
+    return {output, h_n, c_n};
   }
 
   static Five layer_forward(std::string mode, Tensor input, OptionalTensor hx, OptionalTensor cx, Sequences sequences,
                             Places places) {
-    return whole_layer("rnnfast::layer_forward", true, mode, input, hx, cx, sequences, places);
+    Saved saved;
+    auto [output, h_n, c_n] = whole_layer("rnnfast::layer_forward", &saved, mode, input, hx, cx, sequences, places);
+    return {output, h_n, c_n, saved.cell_states, saved.reserve};
   }
 
   static Three layer(std::string mode, Tensor input, OptionalTensor hx, OptionalTensor cx, Sequences sequences,
                      Places places) {
-    auto [output, h_n, c_n, cell_states, reserve] =
-        whole_layer("rnnfast::layer", false, mode, input, hx, cx, sequences, places);
-    return {output, h_n, c_n};
+    return whole_layer("rnnfast::layer", nullptr, mode, input, hx, cx, sequences, places);
   }
 
   static Five recurrence_backward(std::string mode, OptionalTensor grad_output, OptionalTensor grad_h_n,

@@ -28,7 +28,6 @@ from .signatures import (
     BackwardArguments,
     LayerArguments,
     compute_dtype,
-    flat,
     is_one_step,
     nested,
     role_of,
@@ -79,6 +78,11 @@ def _keep(ctx: Any, values: list[Any], tensors: Sequence[int]) -> None:
     ctx.others = values
 
 
+def _is_one_step(layer: Sequence[Any]) -> bool:
+    """Whether Layer's arguments are one step."""
+    return layer[_INPUT].dim() == 2 and layer[_BATCH_SIZES] is None
+
+
 def _kept(ctx: Any) -> list[Any]:
     """What `_keep` was given."""
     values = list(ctx.others)
@@ -123,7 +127,7 @@ class Layer(torch.autograd.Function):
         out: Tensor | None
         out, _, _, cell_states, reserve = output
         mode, input = inputs[1:3]
-        if input.dim() == 2 and inputs[_BATCH_SIZES] is None and CELLS[mode].reserve:
+        if _is_one_step(inputs) and CELLS[mode].reserve:
             # Of one step backward needs the state that entered, unless the cell saves nothing else: so whoever called
             # may write into the new one.
             out = None
@@ -160,15 +164,15 @@ class Layer(torch.autograd.Function):
                     f"second derivative needs it as it was: expected version {version}, got {tensor._version}"
                 )
             values[i] = tensor
-        backend, layer = values[0], nested(LayerArguments, values[1 : len(_LAYER)])
-        output, cell_states, reserve = values[len(_LAYER) :]
-        # The h_n of one step is empty: the output stands for it.
-        grad_h_n = None if is_one_step(layer) else grad_h_n
-        step = BackwardArguments(
-            layer.mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, *layer[2:]
-        )
-        with _without_autocast(layer.input.device.type):
-            return tuple(_layer_backward(backend, layer.input, step, ctx.needs_input_grad))
+        if _is_one_step(values):
+            # h_n is empty: the output stands for it.
+            grad_h_n = None
+        # The two ops' arguments are the same from hx on.
+        backend, mode, input, *others = values[: len(_LAYER)]
+        saved = values[len(_LAYER) :]
+        arguments = (backend, input, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, *saved, *others)
+        with _without_autocast(input.device.type):
+            return tuple(_layer_backward(arguments, ctx.needs_input_grad))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -200,22 +204,22 @@ def mark_layer_in_graph() -> bool:
 mark_layer_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _layer_backward(backend: str, input: Tensor, step: BackwardArguments, needs: Sequence[bool]) -> list[Tensor | None]:
+def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `Layer`'s arguments.
 
     Args:
-        backend: that ran it.
-        input: the layer's.
-        step: the gradients of its results, and the rest of its arguments.
-        needs: of which arguments anybody wants the gradient.
+        arguments: `RecurrenceBackward`'s.
+        needs: of which of `Layer`'s arguments anybody wants the gradient.
     """
-    arguments = (backend, input, *flat(step))
+    backend, input, *others = arguments
+    step = nested(BackwardArguments, others)
     # The Function is only worth its overhead where somebody may differentiate this backward pass.
     if torch.is_grad_enabled() or _functorch_active():
-        results = RecurrenceBackward.apply(*arguments)
+        *results, hidden = RecurrenceBackward.apply(*arguments)
     else:
-        results = RecurrenceBackward.forward(*arguments)
-    grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected, hidden = results
+        results = BACKENDS[backend].kernels.recurrence_backward(*others)
+        hidden = _hidden(step) if step.parameters.is_projected else None
+    grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected = results
 
     parameters, sequences = step.parameters, step.sequences
     split = CELLS[step.mode].split_gate is not None

@@ -24,6 +24,10 @@ __all__ = ["GRUCell", "LSTMCell", "MGUCell", "RNNCell"]
 
 _ONE_STEP = Sequences()
 
+# Bound once: on the path of every call.
+_grad_enabled = torch.is_grad_enabled
+_KINDS_WITH_BIAS, _KINDS_WITHOUT = kinds_of(True, False), kinds_of(False, False)
+
 
 class Cell(nn.RNNCellBase):
     """What the cells share: weights, checks, and the step."""
@@ -36,12 +40,12 @@ class Cell(nn.RNNCellBase):
     def _weights(self) -> list[Tensor]:
         """weight_ih, weight_hh and, with bias, bias_ih, bias_hh as they are now, whoever replaced them."""
         parameters = self._parameters
-        names = kinds_of(bool(self.bias), False)
+        names = _KINDS_WITH_BIAS if self.bias else _KINDS_WITHOUT
         weights: list[Any] = [parameters.get(name) for name in names]
-        for i, weight in enumerate(weights):
+        for weight in weights:
             if weight is None:
-                # weight_norm, prune and parametrize keep it elsewhere.
-                weights[i] = getattr(self, names[i])
+                # weight_norm, prune and parametrize keep some elsewhere.
+                return [getattr(self, name) for name in names]
         return weights
 
     def _check(self, input: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
@@ -55,11 +59,9 @@ class Cell(nn.RNNCellBase):
         if weights[-1] is None or (not self.bias and self._parameters.get("bias_ih") is not None):
             made = "without" if weights[-1] is None else "with"
             raise RuntimeError(f"{type(self).__name__}: bias={self.bias}, but the cell was made {made} biases")
-        batch = input.shape[0]
-        if input.shape[1] != self.input_size and input.shape[1] != weights[0].shape[1]:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {input.shape[1]} expected {weights[0].shape[1]}"
-            )
+        batch, features = input.shape
+        if features != self.input_size and features != weights[0].shape[1]:
+            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {weights[0].shape[1]}")
         hidden_size = weights[1].shape[1]
         if hidden_size != self.hidden_size and (not states or self.hidden_size == 0):
             raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {self.hidden_size}, expected {hidden_size}")
@@ -113,7 +115,7 @@ class Cell(nn.RNNCellBase):
             # Nothing to compute; the product keeps the result attached to the graph, as it is in torch.nn.
             empty = nn.functional.linear(input, weights[0])
             return empty, empty.clone() if CELLS[mode].has_cell_state else None
-        if torch.is_grad_enabled() and torch_runs_cell(mode, input, h, c, weights):
+        if _grad_enabled() and torch_runs_cell(mode, input, h, c, weights):
             return _torchs_step(mode, input, h, c, weights)
         output, _, c_n, _ = run_layers(
             mode, input, h, c, weights, _ONE_STEP, bias=bool(self.bias), training=self.training

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def run_layers(
     has_cell_state = CELLS[mode].has_cell_state
     if num_layers == 1 and not return_cell_states:
         # The shortest way, for calls of one step: no loop, no slices.
-        places = place_weights(weights, 2 if bidirectional else 1, bool(bias))
+        places = place_weights(weights, 2 if bidirectional else 1, bias)
         results = run(mode, input, hx, cx, *sequences, *places)
         return results[0], results[1], results[2] if has_cell_state else None, None
 
@@ -93,7 +94,7 @@ def run_layers(
         last = layer == num_layers - 1
         if transposed and last:
             output, inner_sequences = output.transpose(0, 1), sequences
-        places = place_weights(weights[layer * each : (layer + 1) * each], directions, bool(bias))
+        places = place_weights(weights[layer * each : (layer + 1) * each], directions, bias)
         layer_hx = None if hx is None else hx.narrow(0, layer * directions, directions)
         layer_cx = None if cx is None else cx.narrow(0, layer * directions, directions)
         output, h_n, c_n, *saved = run(mode, output, layer_hx, layer_cx, *inner_sequences, *places)
@@ -123,7 +124,6 @@ def _choose(
     """What runs each layer of a call: it takes the arguments of the op `layer`, and returns at least its results."""
     if forward_ad._current_level >= 0:
         return _reference
-    apply = Layer.apply
     if not _functorch_active():
         # Without grad mode first: the common case of small calls.
         if not _grad_enabled():
@@ -139,16 +139,10 @@ def _choose(
         # One step in plain training, where torch's own op is faster.
         if torch_runs_layers(mode, input, hx, sequences, weights):
             return _torchs
-        if not torch.compiler.is_compiling():
-            apply = apply_layer
-    elif torch.compiler.is_compiling() and mark_layer_in_graph():
-        apply = layer_in_graph
-    backend = select(input)
-
-    def with_derivative(*arguments: Any) -> Any:
-        return apply(backend, *arguments)
-
-    return with_derivative
+        apply = Layer.apply if torch.compiler.is_compiling() else apply_layer
+    else:
+        apply = layer_in_graph if torch.compiler.is_compiling() and mark_layer_in_graph() else Layer.apply
+    return functools.partial(apply, select(input))
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, ...]:

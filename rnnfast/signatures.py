@@ -94,7 +94,7 @@ def _places_of(directions: int, kinds: tuple[str, ...]) -> tuple[tuple[int, ...]
     return tuple(where), operator.itemgetter(*where)
 
 
-_is_compiling = torch.compiler.is_compiling
+_dynamo_traces = torch.compiler.is_dynamo_compiling
 
 # Made once, and no cache: these stand on the path of every call, and Dynamo warns of caches.
 _KINDS_OF = {(bias, projection): _kinds_of(bias, projection) for bias in (False, True) for projection in (False, True)}
@@ -118,7 +118,7 @@ def place_weights(weights: Sequence[Tensor], directions: int, bias: bool) -> tup
     """
     where, getter = _PLACES_OF[len(weights), directions, bias]
     given = [*weights, None]
-    if _is_compiling():
+    if _dynamo_traces():
         # Dynamo does not know itemgetter, which is three times as fast.
         return tuple([given[i] for i in where])
     places: tuple[Tensor | None, ...] = getter(given)

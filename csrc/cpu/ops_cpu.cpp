@@ -53,7 +53,7 @@ int threads_for(const Recurrence& r, int64_t row_count) {
 
 struct CpuBackend {
   static Tensor empty(const Wanted& wanted) {
-    const Tensor tensor = allocate(wanted, [&] { return torch::stable::empty(wanted.sizes, wanted.type); });
+    const Tensor tensor = rnnfast::empty(wanted);
     prefer_huge_pages(tensor.mutable_data_ptr(), bytes_of(wanted));
     return tensor;
   }

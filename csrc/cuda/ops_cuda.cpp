@@ -99,8 +99,7 @@ struct CudaBackend {
   using Ops = LayerOps<CudaBackend>;
 
   static Tensor empty(const Wanted& wanted) {
-    const Tensor tensor =
-        allocate(wanted, [&] { return torch::stable::new_empty(wanted.like, wanted.sizes, wanted.type); });
+    const Tensor tensor = rnnfast::empty(wanted);
 #if defined(RNNFAST_EMULATED)
     // Whatever a kernel reads before it is written shows.
     torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
