@@ -145,12 +145,12 @@ inline Tensor empty(const Wanted& wanted) {
     for (size_t i = strides.size(); i-- > 0; stride *= static_cast<uint64_t>(std::max<int64_t>(wanted.sizes[i], 1)))
       strides[i] = static_cast<int64_t>(stride);
     const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted.type));
-    int32_t device_type = 0, device_index = 0;
+    const int32_t device_type = wanted.like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(wanted.like.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(wanted.like.get(), &device_index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(strides.size()), wanted.sizes.data(),
-                                                           strides.data(), dtype, device_type, device_index, &made));
+    const auto status =
+        aoti_torch_empty_strided(static_cast<int64_t>(strides.size()), wanted.sizes.data(), strides.data(), dtype,
+                                 device_type, wanted.like.get_device_index(), &made);
+    RNNFAST_CHECK(status == TORCH_SUCCESS, "aoti_torch_empty_strided failed");  // in allocate's words
     return Tensor(made);
   });
 }

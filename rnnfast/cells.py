@@ -56,7 +56,7 @@ class Cell(nn.RNNCellBase):
         """
         if input.dtype not in COMPUTED_TYPES:
             refuse_type(input.dtype, "input")
-        if weights[-1] is None or (not self.bias and self._parameters.get("bias_ih") is not None):
+        if weights[-1] is None or (not self.bias and self._parameters.get("bias_ih", "elsewhere") is not None):
             made = "without" if weights[-1] is None else "with"
             raise RuntimeError(f"{type(self).__name__}: bias={self.bias}, but the cell was made {made} biases")
         batch, features = input.shape

@@ -109,10 +109,11 @@ class Recurrent(nn.RNNBase):
         weights = self._weights()
         bias: Any = self.bias
         proj_size, hidden_size = self.proj_size, self.hidden_size
-        each = 4 if bias is True else 2 if bias is False else 0
+        each = 4 if bias is True else 2
         if proj_size > 0:
             each += 1
-        count = each * self.num_layers
+        # Of no number of weights what is no bool says.
+        count = each * self.num_layers if bias is True or bias is False else -1
         if len(weights) != (count * 2 if self.bidirectional else count):
             weights = self._first_weights(weights)
         dtype, weight_dtype = input.dtype, weights[0].dtype

@@ -18,8 +18,8 @@ from ._after_import import after_import
 from .autograd import Layer
 from .backends import BACKENDS
 from .cell_types import CELLS
-from .sequences import Sequences
-from .signatures import KINDS, OF_RECURRENCE, OPS, BackwardArguments, LayerArguments, Parameters, flat, nested
+from .sequences import Role, Sequences
+from .signatures import KINDS, OF_RECURRENCE, OPS, BackwardArguments, LayerArguments, Parameters, flat, nested, role_of
 from .triton import availability
 
 # The namespaces with rnnfast's ops, and the name of the backend that runs an op of it on a tensor.
@@ -151,6 +151,29 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.size(0), b.size(1))
 
 
+def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake with a check of the devices.
+
+    The dispatcher takes it for real tensors too, where a single one is on the meta device: what it makes of those would
+    pass for results.
+    """
+    names = OPS[op].names if op in OPS else ("a", "b")
+    of_data = [(i, name) for i, name in enumerate(names) if role_of(name) is not Role.SIZES]
+
+    def checked(*arguments: Any) -> Any:
+        # At the end those are missing that are None.
+        given = [(name, arguments[i]) for i, name in of_data if i < len(arguments)]
+        (first, like), *others = [(name, value) for name, value in given if isinstance(value, Tensor)]
+        for name, tensor in others:
+            if tensor.device != like.device:
+                raise RuntimeError(
+                    f"rnnfast::{op}: {name}: expected the device of {first}, {like.device}, got {tensor.device}"
+                )
+        return fake(*arguments)
+
+    return checked
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "recurrence_backward": _recurrence_backward_fake,
     "layer_forward": _layer_forward_fake,
@@ -214,7 +237,7 @@ def _register(namespace: str) -> None:
             if not hasattr(getattr(torch.ops, namespace), name):
                 continue
             op = getattr(getattr(torch.ops, namespace), name).default
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
             own, plain = differentiable[name], _references[name]
             library.impl(name, _autograd_kernel(op, own, plain), "Autograd", with_keyset=True)
             library.impl(name, _functorch_kernel(own, plain), "FuncTorchDynamicLayerFrontMode")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import rnnfast
@@ -115,6 +116,18 @@ def test_the_messages_say_module_attribute_expected_and_got(kind):
     layer(input)
 
 
+def test_no_number_of_weights_fits_what_is_no_flag():
+    layer = rnnfast.LSTM(4, 5, proj_size=2)
+    layer.bias, layer.num_layers = "yes", 5
+    assert raised(lambda: layer(torch.randn(6, 3, 4))) == (TypeError, "LSTM: bias should be of type bool, got: str")
+
+
+def _as_buffer(cell):
+    bias = cell.bias_ih
+    del cell.bias_ih
+    cell.register_buffer("bias_ih", bias.data)
+
+
 def test_other_uses_of_attributes_go_on_working():
     layer = rnnfast.RNN(4, 5, num_layers=2)
     input = torch.randn(6, 3, 4)
@@ -149,6 +162,13 @@ def test_cells(kind, bias, given):
     made = "with" if bias else "without"
     text = f"{kind}: bias={not bias}, but the cell was made {made} biases"
     assert raised(lambda: cell(torch.randn(3, 5))) == (RuntimeError, text)
+    if bias:
+        # Wherever the biases are now.
+        for hide in (lambda c: parametrize.register_parametrization(c, "bias_ih", nn.Identity()), _as_buffer):
+            cell = getattr(rnnfast, kind)(5, 5)
+            hide(cell)
+            cell.bias = False
+            assert text in raised(lambda cell=cell: cell(torch.randn(3, 5)))[1]
     cell = getattr(rnnfast, kind)(5, 5, bias=bias)
     cell.hidden_size = 0
     assert raised(lambda: cell(torch.randn(3, 5)))[0] is RuntimeError

@@ -69,6 +69,31 @@ def test_no_op_takes_lists() -> None:
         assert not [argument for argument in schema.arguments if "List" in str(argument.type)], schema
 
 
+# The second derivative is the reference's, plain PyTorch with checks of its own.
+@pytest.mark.parametrize(
+    ("name", "differentiated"), [*((name, False) for name in OPS), ("layer", True), ("layer_forward", True)]
+)
+def test_a_tensor_without_data_among_others_is_refused(name: str, differentiated: bool) -> None:
+    """The dispatcher takes what is registered for tracing there, whose results nobody has filled."""
+    for layout in ("batch first, lengths, resets", "packed"):
+        call = random_call("LSTM", 2, layout)
+        saved = reference.layer_forward("LSTM", call.input, *call.shared)
+        first = [*saved[:4], saved[0], *saved[3:]] if name == "recurrence_backward" else [call.input]
+        arguments = ["LSTM", *first, *call.shared]
+        if differentiated:
+            arguments[-2] = arguments[-2].clone().requires_grad_()
+        for i, value in enumerate(arguments):
+            if not isinstance(value, Tensor) or value is call.batch_sizes:
+                continue
+            given = [*arguments[:i], value.detach().to("meta"), *arguments[i + 1 :]]
+            # The first of all is what the others are compared with.
+            named = "hx" if OPS[name].names[i] == "input" else OPS[name].names[2 if i == 1 else i]
+            with pytest.raises(RuntimeError, match=f"rnnfast::.*: {named}: expected the device of"):
+                getattr(torch.ops.rnnfast, name)(*given)
+    with pytest.raises(RuntimeError, match="rnnfast::matmul: b: expected the device of"):
+        torch.ops.rnnfast.matmul(torch.randn(2, 3), torch.randn(3, 2, device="meta"))
+
+
 def of_op(name: str, call: Call, namespace: Any, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One op on a call's tensors. saved: what forward returned, and gradients of it."""
     op = getattr(namespace, name)
