@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 
 #include "checks.h"
@@ -137,18 +138,21 @@ template <class Make> Tensor allocate(const Wanted& wanted, const Make& make) {
 // Uninitialized. Not by torch::stable::empty: the dispatcher would look the op up by its name and take the arguments
 // boxed, which costs as much as a step of a small layer.
 inline Tensor empty(const Wanted& wanted) {
+  constexpr size_t kMostDims = 3;  // no op returns more
+  RNNFAST_CHECK(wanted.sizes.size() <= kMostDims, wanted.op, ": ", wanted.name, ": too many dimensions");
   return allocate(wanted, [&] {
     // As torch lays out a contiguous tensor; unsigned, because beside a size of 0 the product of the others may
     // overflow.
-    std::vector<int64_t> strides(wanted.sizes.size());
+    std::array<int64_t, kMostDims> strides;
     uint64_t stride = 1;
-    for (size_t i = strides.size(); i-- > 0; stride *= static_cast<uint64_t>(std::max<int64_t>(wanted.sizes[i], 1)))
+    for (size_t i = wanted.sizes.size(); i-- > 0;
+         stride *= static_cast<uint64_t>(std::max<int64_t>(wanted.sizes[i], 1)))
       strides[i] = static_cast<int64_t>(stride);
     const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted.type));
     const int32_t device_type = wanted.like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
     AtenTensorHandle made = nullptr;
     const auto status =
-        aoti_torch_empty_strided(static_cast<int64_t>(strides.size()), wanted.sizes.data(), strides.data(), dtype,
+        aoti_torch_empty_strided(static_cast<int64_t>(wanted.sizes.size()), wanted.sizes.data(), strides.data(), dtype,
                                  device_type, wanted.like.get_device_index(), &made);
     RNNFAST_CHECK(status == TORCH_SUCCESS, "aoti_torch_empty_strided failed");  // in allocate's words
     return Tensor(made);

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops, reference
 from .backends import BACKENDS
 from .cell_types import CELLS
-from .sequences import Role, entered, zero_beyond
+from .sequences import Role, are_one_step, entered, zero_beyond
 from .signatures import (
     OPS,
     BackwardArguments,
@@ -78,11 +78,6 @@ def _keep(ctx: Any, values: list[Any], tensors: Sequence[int]) -> None:
     ctx.others = values
 
 
-def _is_one_step(layer: Sequence[Any]) -> bool:
-    """Whether Layer's arguments are one step."""
-    return layer[_INPUT].dim() == 2 and layer[_BATCH_SIZES] is None
-
-
 def _kept(ctx: Any) -> list[Any]:
     """What `_keep` was given."""
     values = list(ctx.others)
@@ -127,7 +122,7 @@ class Layer(torch.autograd.Function):
         out: Tensor | None
         out, _, _, cell_states, reserve = output
         mode, input = inputs[1:3]
-        if _is_one_step(inputs) and CELLS[mode].reserve:
+        if are_one_step(input, inputs[_BATCH_SIZES]) and CELLS[mode].reserve:
             # Of one step backward needs the state that entered, unless the cell saves nothing else: so whoever called
             # may write into the new one.
             out = None
@@ -164,7 +159,7 @@ class Layer(torch.autograd.Function):
                     f"second derivative needs it as it was: expected version {version}, got {tensor._version}"
                 )
             values[i] = tensor
-        if _is_one_step(values):
+        if are_one_step(values[_INPUT], values[_BATCH_SIZES]):
             # h_n is empty: the output stands for it.
             grad_h_n = None
         # The two ops' arguments are the same from hx on.

@@ -125,16 +125,12 @@ def _choose(
     if forward_ad._current_level >= 0:
         return _reference
     if not _functorch_active():
-        # Without grad mode first: the common case of small calls.
-        if not _grad_enabled():
-            kernels = BACKENDS[select(input)].kernels
-            return kernels.layer_forward if return_cell_states else kernels.layer
-        if _captures():
-            # The op itself, whether or not gradients are wanted now: it carries its derivative.
-            op = BACKENDS[select(input)].differentiable
-            return op.layer_forward if return_cell_states else op.layer
-        if not _wants_gradient(input, hx, cx, weights):
-            kernels = BACKENDS[select(input)].kernels
+        differentiating = _grad_enabled()
+        captured = differentiating and _captures()
+        if captured or not (differentiating and _wants_gradient(input, hx, cx, weights)):
+            backend = BACKENDS[select(input)]
+            # A program gets the op itself, whether or not gradients are wanted now: it carries its derivative.
+            kernels = backend.differentiable if captured else backend.kernels
             return kernels.layer_forward if return_cell_states else kernels.layer
         # One step in plain training, where torch's own op is faster.
         if torch_runs_layers(mode, input, hx, sequences, weights):

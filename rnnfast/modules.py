@@ -112,7 +112,7 @@ class Recurrent(nn.RNNBase):
         each = 4 if bias is True else 2
         if proj_size > 0:
             each += 1
-        # Of no number of weights what is no bool says.
+        # A bias that is no bool fits no number of weights: it is refused where they are counted.
         count = each * self.num_layers if bias is True or bias is False else -1
         if len(weights) != (count * 2 if self.bidirectional else count):
             weights = self._first_weights(weights)

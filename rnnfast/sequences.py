@@ -27,6 +27,11 @@ class Role(enum.Enum):
     OTHER = enum.auto()  # anything that is not a tensor
 
 
+def are_one_step(rows: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether these rows are one step, (B, features), and not packed."""
+    return rows.dim() == 2 and batch_sizes is None
+
+
 class Sequences(NamedTuple):
     """The arguments that say how rows lie, in the order in which every op has them.
 
@@ -49,8 +54,8 @@ class Sequences(NamedTuple):
         return self.batch_sizes is None and self.lengths is None and self.resets is None
 
     def is_one_step(self, rows: Tensor) -> bool:
-        """Whether these rows are one step, (B, features), and not packed."""
-        return rows.dim() == 2 and self.batch_sizes is None
+        """As `are_one_step`."""
+        return are_one_step(rows, self.batch_sizes)
 
     def beside(self, tensor: Tensor) -> Sequences:
         """With everything that belongs on the device of `tensor` there. A copy from the host waits for the device."""
