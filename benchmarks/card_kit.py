@@ -24,7 +24,7 @@ PROGRAMS = ("card_tests", "microbench")
 LIBRARY_SOURCES = ("setup.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.cuh")
 PROGRAM_SOURCES = ("tests/cpp/*.h", "tests/cpp/*.cpp", "benchmarks/microbench/*.cu*")
 PACKAGE = ("rnnfast/**/*.py",)
-SCRIPTS = ("benchmarks/*.py",)
+SCRIPTS = ("benchmarks/*.py", "benchmarks/peers/*.py")
 
 
 def digest(path: Path) -> str:

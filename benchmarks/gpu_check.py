@@ -31,8 +31,8 @@ from types import FrameType
 from typing import Any
 
 import card_kit
-from cuda_resources import cuda_tool
-from records import Record, load, short_table, whole_lines, worst_of
+from cuda_tools import cuda_tool
+from records import INTERRUPTED, PARTIAL, Record, load, short_table, whole_lines, worst_of
 from stages import Job, Missing, Run, Stage, plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -443,10 +443,10 @@ class Check:
         return "\n".join(lines)
 
     def records(self) -> list[Record]:
-        """Of the result files, those of suites that were ended early too. Half a file is none."""
+        """Of the result files, those of parts of suites too. Half a file is none."""
         folders = [self.out, self.out / "triton"]
         found = []
-        for folder in [*folders, *(folder / "interrupted" for folder in folders)]:
+        for folder in [*folders, *(folder / part for part in (PARTIAL, INTERRUPTED) for folder in folders)]:
             for file in sorted(folder.glob("*.json")):
                 with contextlib.suppress(OSError, ValueError):
                     found.append(load(file))
@@ -455,7 +455,7 @@ class Check:
     def tail(self) -> str:
         """The tests that failed, and a table of the suites' results."""
         records = self.records()
-        ratios = ["", "ratio = torch.nn's time / rnnfast's time", short_table(records)] if records else []
+        ratios = ["", "ratio = torch.nn's time / the row's time", short_table(records)] if records else []
         return "\n".join([*failures(self.out / "tests.jsonl"), *ratios])
 
 

@@ -16,13 +16,13 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import torch
 
-from peers import PEERS
+import peers
 from records import Row
 from rnnfast.benchmark import Case, Impossible, failed_rows, measure
 from rnnfast.benchmark.timing import keep_freed_memory
@@ -35,7 +35,7 @@ PATIENCE = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all cases of a command: `measure` describes each."""
+    """What is the same for all cases of a command: `measure` describes each; peers are names and paths."""
 
     seconds: float
     device: torch.device
@@ -62,7 +62,7 @@ def measure_here(case: Case, workload: str, settings: Settings, skipped: Skipped
             settings.seconds,
             settings.device,
             backends=settings.backends,
-            peers={name: PEERS[name] for name in settings.peers},
+            peers=peers.named(settings.peers),
             tf32=settings.tf32,
             skipped=skipped,
         )
@@ -120,6 +120,16 @@ def _interrupts_later() -> Iterator[None]:
         signal.raise_signal(number)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Of a process: the rows, or the error that is to be raised; what was skipped, and why; and how it came to its end,
+    where that was not meant to be. Without an answer there are no rows; a lost device may leave some."""
+
+    rows: list[Row] | Exception | None = None
+    reasons: Sequence[tuple[str, str]] = ()
+    end: str | None = None
+
+
 class Processes:
     """Starts the processes. Ctrl-C is the parent's business: it ends them.
 
@@ -163,34 +173,51 @@ class Processes:
         return status
 
     def measure(self, case: Case, workload: str, settings: Settings, skipped: Skipped) -> list[Row]:
-        """As `measure_here`, in a process of its own, or in the lasting one. Its death is a failure of the case."""
+        """As `measure_here`, in a process of its own, or in the lasting one.
 
-        def failed(why: str) -> list[Row]:
-            return failed_rows(case, workload, settings.backends, settings.device, why)
+        Where it dies, or takes too long, the case has failed. Where there are peers that is most likely of their doing:
+        the case is then measured once more without them, and they have failed, not rnnfast. So it is where the device
+        is lost.
+        """
 
+        def failed(names: Sequence[str] | None, why: str) -> list[Row]:
+            return failed_rows(case, workload, names, settings.device, why)
+
+        answer = self._ask(case, workload, settings)
+        of_peers: list[Row] = []
+        if answer.end is not None and settings.peers:
+            why = f"{answer.end} with this peer" + ", or one beside it" * (len(settings.peers) > 1)
+            answer = self._ask(case, workload, replace(settings, peers=[]))
+            if answer.end is not None:
+                why = answer.end  # which needs no peer
+            of_peers = failed([peers.name_of(each) for each in settings.peers], why)
+        for what, reason in answer.reasons:
+            skipped(what, reason)
+        if isinstance(answer.rows, Exception):
+            raise answer.rows
+        rows = failed(settings.backends, str(answer.end)) if answer.rows is None else answer.rows
+        return [*rows, *of_peers]
+
+    def _ask(self, case: Case, workload: str, settings: Settings) -> _Answer:
+        """What a process says of a case."""
         try:
             pipe = self._start()
             pipe.send((case, workload, settings))
             if not pipe.poll(self._most):
                 self._end()
-                return failed(f"ended after {self._most:g} s")
+                return _Answer(end=f"ended after {self._most:g} s")
             rows, reasons, lost = pipe.recv()
         except (EOFError, ConnectionError):
             # It has closed its end of the pipe: it is about to end, if it has not.
             if self._process is not None:
                 self._process.join(PATIENCE)
-            return failed(died(self._end()))
+            return _Answer(end=died(self._end()))
         except BaseException:
             self._end()
             raise
         if lost or not self._lasting:
             self._end()
-        for what, why in reasons:
-            skipped(what, why)
-        if isinstance(rows, Exception):
-            raise rows
-        result: list[Row] = rows
-        return result
+        return _Answer(rows, reasons, "the device was lost" if lost else None)
 
 
 def died(status: int | None) -> str:

@@ -6,7 +6,10 @@ For every suite that has the shapes for it:
   <device>-<suite>-ratio-<workload>-<backend>.png  heat map, H x B for each cell and type: torch.nn's time over ours
   <device>-<suite>-time-<workload>.png             microseconds a step against H, with the limit
   <device>-<suite>-scaling.png                     microseconds a step against T and against B
-Each file carries a fingerprint of the result file that it shows (`fingerprint`), so that a test can tell a stale one.
+and for the rows that are in no heat map:
+  <device>-<suite>-bars.png                        a bar for each case and backend: torch.nn's time over ours
+It says which it made of each file, and of those that it could not make which shapes they need. Each figure carries a
+fingerprint of the result file that it shows (`fingerprint`), so that a test can tell a stale one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from records import CELLS, DTYPES, RESULTS, WORKLOADS, Record, Row, in_order, load_all, mean_ratio
+from records import CELLS, DTYPES, GRAPH, RESULTS, WORKLOADS, Record, Row, in_order, is_ours, load_all, mean_ratio
 
 FIGURES = RESULTS.parent.parent / "docs" / "figures"
 
@@ -33,13 +36,22 @@ SOURCE = "Source"
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; and no two lines differ by colour alone.
 COLOURS = {"torch.nn": "#555555", "cpu": "#d55e00", "cuda": "#d55e00", "triton": "#0072b2", "reference": "#cc79a7"}
+COLOURS["emulated"] = "#000000"
 MARKERS = {"torch.nn": "s", "cpu": "o", "cuda": "o", "triton": "^", "reference": "D"}
 BACKENDS = ("cpu", "cuda", "cuda-graph", "triton", "triton-graph")
-GRAPH = "-graph"
+# The bars' colours of other libraries.
+OTHER_COLOURS = ("#009e73", "#e69f00", "#56b4e9", "#999933")
 # One layer, one direction, rows of full length.
 PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0}
+PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets"
+# So many different values make a heat map or a line.
+LEAST_HIDDEN, LEAST_BATCHES, LEAST_SERIES = 3, 2, 3
 # More panels side by side cannot be read in a README's width.
 MOST_COLUMNS = 4
+# More bars above each other are no picture. A case has one for each backend; so many cases have a place anyhow.
+MOST_BARS, LEAST_CASES = 120, 10
+# Cases of one backend that are read without effort.
+MOST_CASES = 60
 
 
 def fingerprint(record: Record) -> str:
@@ -60,9 +72,13 @@ def source_of(figure: Path) -> str | None:
     return None
 
 
+def is_plain(row: Row) -> bool:
+    """Whether cell, H, B, T and type describe the row: everything else is as in `PLAIN`."""
+    return all(row[key] == value for key, value in PLAIN.items())
+
+
 def plain(record: Record) -> list[Row]:
-    """The rows that their cell, H, B, T and type describe: everything else is as in `PLAIN`."""
-    return [row for row in record.rows if all(row[key] == value for key, value in PLAIN.items())]
+    return [row for row in record.rows if is_plain(row)]
 
 
 def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -79,7 +95,7 @@ def values(rows: Sequence[Row], key: str) -> list[int]:
 def is_grid(rows: Sequence[Row]) -> bool:
     """Whether H and B both vary, for the same cell: enough for a heat map and for lines over H."""
     return any(
-        len(values(group, "H")) >= 3 and len(values(group, "B")) >= 2
+        len(values(group, "H")) >= LEAST_HIDDEN and len(values(group, "B")) >= LEAST_BATCHES
         for group in groups(rows, "cell", "workload").values()
     )
 
@@ -90,7 +106,7 @@ def sweep(rows: Sequence[Row], over: str) -> list[Row]:
     fixed = [key for key in ("cell", "dtype", "H", "I", "T", "B") if key != over]
     candidates = groups(rows, *fixed)
     chosen = max(candidates.values(), key=lambda group: (len(values(group, over)), group[0]["H"]), default=[])
-    return chosen if len(values(chosen, over)) >= 3 else []
+    return chosen if len(values(chosen, over)) >= LEAST_SERIES else []
 
 
 def mapped_backends(rows: Sequence[Row]) -> list[str]:
@@ -105,8 +121,8 @@ class Figure:
 
     Args:
         name: of the file.
-        kind: "ratio", "time" or "scaling".
-        workload: that is shown; "" for a scaling.
+        kind: "ratio", "time", "scaling" or "bars".
+        workload: that is shown; "" for a scaling and for bars, which show all.
         backend: that is shown; "" where all are.
     """
 
@@ -116,22 +132,83 @@ class Figure:
     backend: str = ""
 
 
+def workloads_of(rows: Sequence[Row]) -> list[str]:
+    return in_order(WORKLOADS, [row["workload"] for row in rows])
+
+
+def of_workload(rows: Sequence[Row], workload: str) -> list[Row]:
+    return [row for row in rows if row["workload"] == workload]
+
+
+def has_series(rows: Sequence[Row]) -> bool:
+    return any(sweep(rows, over) for over in "TB")
+
+
+def unmapped(record: Record) -> list[Row]:
+    """The rows that no heat map shows, which are those of the bars."""
+    rows = plain(record)
+    mapped = {workload for workload in workloads_of(rows) if is_grid(of_workload(rows, workload))}
+    return [row for row in record.rows if not (is_plain(row) and row["workload"] in mapped)]
+
+
 def figures_of(record: Record) -> list[Figure]:
     """The figures that `draw` makes of this record."""
     rows, figures = plain(record), []
-    workloads = in_order(WORKLOADS, [row["workload"] for row in rows])
     stem = f"{record.device}-{record.suite}"
-    for workload in workloads:
-        own = [row for row in rows if row["workload"] == workload]
+    for workload in workloads_of(rows):
+        own = of_workload(rows, workload)
         if is_grid(own):
             for backend in mapped_backends(own):
                 figures.append(Figure(f"{stem}-ratio-{workload}-{backend}.png", "ratio", workload, backend))
             figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
-    if any(
-        sweep([row for row in rows if row["workload"] == workload], over) for workload in workloads for over in "TB"
-    ):
+    if any(has_series(of_workload(rows, workload)) for workload in workloads_of(rows)):
         figures.append(Figure(f"{stem}-scaling.png", "scaling"))
+    if unmapped(record):
+        figures.append(Figure(f"{stem}-bars.png", "bars"))
     return figures
+
+
+def lacking(record: Record) -> list[str]:
+    """Sentences: which figures cannot be made of this record, and which shapes they would need."""
+    if not record.rows:
+        return ["no figure: none of its rows was timed"]
+    rows, sentences = plain(record), []
+    without = [workload for workload in workloads_of(record.rows) if not is_grid(of_workload(rows, workload))]
+    if without:
+        seen = [
+            (len(values(group, "H")), len(values(group, "B")), cell)
+            for (cell, workload), group in groups(rows, "cell", "workload").items()
+            if workload in without
+        ]
+        here = "no plain layer"
+        if seen:
+            hidden, batches, cell = max(seen)
+            here = f"at most {hidden} and {batches} ({cell})"
+        sentences.append(
+            f"no heat map and no time against H of {', '.join(without)}: they need at least {LEAST_HIDDEN} hidden "
+            f"sizes and {LEAST_BATCHES} batch sizes of one cell among plain layers; here: {here}"
+        )
+    without = [workload for workload in workloads_of(record.rows) if not has_series(of_workload(rows, workload))]
+    if without:
+        sentences.append(
+            f"no scaling of {', '.join(without)}: it needs at least {LEAST_SERIES} values of T or of B among plain "
+            "layers that are alike in all else"
+        )
+    return sentences
+
+
+def described(record: Record, figure: Figure) -> str:
+    """What the figure shows, for who does not see it."""
+    what = {
+        "ratio": "heat map of the ratios over H and B",
+        "time": "time of a step against H",
+        "scaling": "time of a step against T or B",
+        "bars": "bars of the ratio of each case",
+    }
+    words = [what[figure.kind], figure.workload, f"suite {record.suite}", record.device]
+    if figure.backend != record.device:
+        words.append(figure.backend)
+    return ", ".join(filter(None, words))
 
 
 def caption(record: Record) -> str:
@@ -152,20 +229,21 @@ def import_pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path, record: Record) -> None:
+def rendered(figure: Any, record: Record, dpi: int = 100) -> bytes:
+    """The figure as a PNG file with its caption and its `SOURCE`; closes it."""
     from PIL import Image, PngImagePlugin  # a part of matplotlib's installation
 
     figure.supxlabel(caption(record), fontsize=7, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
+    figure.savefig(drawn, dpi=dpi)
     import_pyplot().close(figure)
     # A palette is enough, and a third of the size.
     note = PngImagePlugin.PngInfo()
     note.add_text(SOURCE, fingerprint(record))
-    Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
-        path, optimize=True, pnginfo=note
-    )
+    small = io.BytesIO()
+    picture = Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
+    picture.save(small, "PNG", optimize=True, pnginfo=note)
+    return small.getvalue()
 
 
 def panels(count: int) -> tuple[int, int]:
@@ -173,7 +251,7 @@ def panels(count: int) -> tuple[int, int]:
     return math.ceil(count / columns), columns
 
 
-def ratio_map(record: Record, workload: str, backend: str, path: Path) -> None:
+def ratio_map(record: Record, workload: str, backend: str) -> Any:
     """A line of panels for each type, the cells side by side; a square is the geometric mean over what else varies."""
     plt = import_pyplot()
     from matplotlib.colors import Normalize
@@ -210,9 +288,10 @@ def ratio_map(record: Record, workload: str, backend: str, path: Path) -> None:
     bar = figure.colorbar(picture, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
     bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     where = f"backend {backend.removesuffix(GRAPH)}" + ", both in CUDA graphs" * backend.endswith(GRAPH)
-    title = f"torch.nn's time / rnnfast's: {workload}, {where}, suite {record.suite}\nabove 1 rnnfast is faster"
+    name = "rnnfast" if is_ours(backend) else backend
+    title = f"torch.nn's time / {name}'s: {workload}, {where}, suite {record.suite}\nabove 1 {name} is faster"
     figure.suptitle(title, fontsize=11)
-    save(figure, path, record)
+    return figure
 
 
 def lines_of(rows: Sequence[Row], over: str) -> Iterator[tuple[str, list[int], list[float], dict[str, Any]]]:
@@ -233,13 +312,10 @@ def lines_of(rows: Sequence[Row], over: str) -> Iterator[tuple[str, list[int], l
         if name.endswith(GRAPH):
             style |= {"markerfacecolor": "white", "linestyle": (0, (4, 1, 1, 1))}
         yield label, *series(own, "torch_us_per_step"), style
-    for backend in backends:
-        base = backend.removesuffix(GRAPH)
-        style = {"color": COLOURS.get(base, "#009e73"), "marker": MARKERS.get(base, "v"), "linestyle": "-"}
-        label = f"rnnfast, {base}"
-        if backend.endswith(GRAPH):
+    for backend, (label, colour, hollow) in looks(backends).items():
+        style = {"color": colour, "marker": MARKERS.get(backend.removesuffix(GRAPH), "v"), "linestyle": "-"}
+        if hollow:
             style |= {"markerfacecolor": "white", "linestyle": (0, (4, 1, 1, 1))}
-            label += " in a CUDA graph"
         yield label, *series([row for row in rows if row["backend"] == backend], "us_per_step"), style
     xs, ys = series([row for row in rows if row["backend"] == backends[0]], "limit_us_per_step")
     if xs:
@@ -265,7 +341,7 @@ def draw_lines(axis: Any, rows: Sequence[Row], over: str, title: str) -> None:
 def legend(figure: Any, axes: Sequence[Any], title: str) -> None:
     """One for all panels, under the figure's title."""
     found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
+    drawn = figure.legend(
         found.values(),
         found.keys(),
         title=title,
@@ -274,16 +350,17 @@ def legend(figure: Any, axes: Sequence[Any], title: str) -> None:
         ncols=min(3, len(found)),
         frameon=False,
     )
+    drawn.get_title().set_multialignment("center")
 
 
 def most_common(rows: Sequence[Row], key: str) -> Any:
     return Counter(row[key] for row in rows).most_common(1)[0][0]
 
 
-def time_figure(record: Record, workload: str, path: Path) -> None:
+def time_figure(record: Record, workload: str) -> Any:
     """A line of panels for each cell: batch sizes side by side, time against H. Of several types, 16 bits."""
     plt = import_pyplot()
-    rows = [row for row in plain(record) if row["workload"] == workload]
+    rows = of_workload(plain(record), workload)
     dtypes = in_order(("bfloat16", "float16", "float32"), [row["dtype"] for row in rows])
     rows = [row for row in rows if row["dtype"] == dtypes[0]]
     rows = [row for row in rows if row["T"] == most_common(rows, "T")]
@@ -306,17 +383,17 @@ def time_figure(record: Record, workload: str, path: Path) -> None:
         axis.set_xlabel("hidden size H")
     title = f"Time a step, {workload}, {dtypes[0]}, T = {most_common(rows, 'T')}, suite {record.suite}"
     legend(figure, list(axes.flat), title)
-    save(figure, path, record)
+    return figure
 
 
-def scaling_figure(record: Record, path: Path) -> None:
+def scaling_figure(record: Record) -> Any:
     """Panels of the longest series over T and over B, for each workload."""
     plt = import_pyplot()
     rows = plain(record)
     drawn = []
-    for workload in in_order(WORKLOADS, [row["workload"] for row in rows]):
+    for workload in workloads_of(rows):
         for over in "TB":
-            series = sweep([row for row in rows if row["workload"] == workload], over)
+            series = sweep(of_workload(rows, workload), over)
             if series:
                 drawn.append((workload, over, series))
     lines, columns = panels(len(drawn))
@@ -332,38 +409,148 @@ def scaling_figure(record: Record, path: Path) -> None:
         axis.set_xlabel({"T": "steps T", "B": "batch size B"}[over])
         axis.set_ylabel("µs a step")
     legend(figure, list(axes.flat), f"Scaling, suite {record.suite}")
-    save(figure, path, record)
+    return figure
+
+
+def shown_cases(rows: Sequence[Row]) -> tuple[list[str], int]:
+    """The cases that the bars show, in the suite's order, and how many they leave out: the highest ratios."""
+    backends = {row["backend"] for row in rows}
+    most = min(MOST_CASES, max(LEAST_CASES, MOST_BARS // len(backends)))
+    lowest = {case: min(row["ratio"] for row in group) for (case,), group in groups(rows, "case").items()}
+    kept = set(sorted(lowest, key=lambda case: lowest[case])[:most])
+    return [case for case in lowest if case in kept], len(lowest) - len(kept)
+
+
+def looks(backends: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
+    """Each backend's name in a legend, its colour, and whether it was timed in a CUDA graph: hollow then."""
+    others = in_order((), [name for name in backends if not is_ours(name)])
+    found = {}
+    for name in backends:
+        base, graph = name.removesuffix(GRAPH), name.endswith(GRAPH)
+        colour = COLOURS[base] if is_ours(name) else OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+        found[name] = ("rnnfast, " * is_ours(name) + base + " in a CUDA graph" * graph, colour, graph)
+    return found
+
+
+def bars_figure(record: Record) -> Any:
+    """A panel for each workload, the cases one below the other; from p20 to p80 a whisker."""
+    plt = import_pyplot()
+    rows = unmapped(record)
+    cases, omitted = shown_cases(rows)
+    rows = [row for row in rows if row["case"] in cases]
+    workloads = workloads_of(rows)
+    backends = in_order(BACKENDS, [row["backend"] for row in rows])
+    styles = {
+        name: {"facecolor": "white" if hollow else colour, "edgecolor": colour, "label": label}
+        for name, (label, colour, hollow) in looks(backends).items()
+    }
+    # Inches: a letter of a case's name, a bar, the gap between cases.
+    letter, thick, gap = 0.066, 0.17, 0.08 if len(backends) == 1 else 0.16
+    labels = letter * max(map(len, cases))
+    size = (max(labels + 0.6 + 2.8 * len(workloads), 5.5), 1.7 + (thick * len(backends) + gap) * len(cases))
+    figure, axes = plt.subplots(1, len(workloads), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    # Some room beside the bars for their numbers, and 1/2 and 2 always in sight.
+    low = math.log2(min(0.5, *(row["p20"] for row in rows)))
+    high = math.log2(max(2, *(row["p80"] for row in rows)))
+    room = max(0.3, 0.15 * (high - low))
+    powers = range(math.ceil(low - room), math.floor(high + room) + 1)
+    ticks = [2.0**power for power in powers if power % (1 + len(powers) // 8) == 0]
+    height = thick / (thick * len(backends) + gap)
+    for axis, workload in zip(axes.flat, workloads, strict=True):
+        for number, backend in enumerate(backends):
+            own = [row for row in of_workload(rows, workload) if row["backend"] == backend]
+            places = [cases.index(row["case"]) + height * (number - (len(backends) - 1) / 2) for row in own]
+            widths = [row["ratio"] - 1 for row in own]
+            axis.barh(places, widths, 0.9 * height, left=1, linewidth=0.8, **styles[backend])
+            for place, row in zip(places, own, strict=True):
+                axis.plot(
+                    [row["p20"], row["p80"]], [place, place], color="black", linewidth=0.8, marker="|", markersize=4
+                )
+                ahead = row["ratio"] >= 1
+                at = max(row["p80"], 1) * 1.06 if ahead else min(row["p20"], 1) / 1.06
+                text = f"{row['ratio']:.2f}"
+                axis.text(at, place, text, ha="left" if ahead else "right", va="center_baseline", fontsize=7)
+        for place in range(1, len(cases), 2):
+            axis.axhspan(place - 0.5, place + 0.5, color="#f3f3f3", zorder=0)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(2 ** (low - room), 2 ** (high + room))
+        axis.set_xticks(ticks, [f"{tick:g}" if tick >= 1 else f"1/{1 / tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_title(workload)
+        axis.set_xlabel("times as fast as torch.nn")
+    # A name is no formula.
+    axes[0][0].set_yticks(range(len(cases)), cases, fontsize=8, parse_math=False)
+    axes[0][0].set_ylim(len(cases) - 0.5, -0.5)
+    title = f"Ratio of each case, suite {record.suite}: above 1 faster than torch.nn\nwhisker: 20th to 80th percentile"
+    if omitted:
+        title += f"\n{omitted} of {omitted + len(cases)} cases are left out, those with the highest ratios"
+    legend(figure, list(axes.flat), title)
+    return figure
+
+
+def drawn(record: Record, figure: Figure, dpi: int = 100) -> bytes:
+    """One of `figures_of` the record as a PNG file."""
+    if figure.kind == "ratio":
+        picture = ratio_map(record, figure.workload, figure.backend)
+    elif figure.kind == "time":
+        picture = time_figure(record, figure.workload)
+    elif figure.kind == "scaling":
+        picture = scaling_figure(record)
+    else:
+        picture = bars_figure(record)
+    return rendered(picture, record, dpi)
 
 
 def draw(record: Record, out: Path) -> list[Path]:
     """Draws every figure of the record into the folder."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in figures_of(record):
-        path = out / figure.name
-        if figure.kind == "ratio":
-            ratio_map(record, figure.workload, figure.backend, path)
-        elif figure.kind == "time":
-            time_figure(record, figure.workload, path)
-        else:
-            scaling_figure(record, path)
-        paths.append(path)
+        paths.append(out / figure.name)
+        paths[-1].write_bytes(drawn(record, figure))
     return paths
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the figures (default docs/figures)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the figures (default docs/figures; of other results FOLDER/figures)"
+    )
     options = parser.parse_args()
-    drawn = [path for record in load_all(options.results) for path in draw(record, options.out)]
-    if options.out == FIGURES:
-        for path in set(FIGURES.glob("*.png")) - set(drawn):
+    if options.out is None:
+        # The pages' figures are of the repository's own results.
+        options.out = FIGURES if options.results.resolve() == RESULTS else options.results / "figures"
+    if not options.results.is_dir():
+        parser.error(f"argument --results: expected a folder of result files, got {options.results}, which is none")
+    try:
+        records = load_all(options.results)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --results: cannot read the result files in {options.results}: {error}")
+    if not records:
+        parser.error(f"argument --results: no result file of a suite (*.json from run.py) in {options.results}")
+    made: list[Path] = []
+    for record in records:
+        print(f"{record.path.name}: suite {record.suite}, {len(record.rows)} rows timed")
+        try:
+            paths = draw(record, options.out)
+        except OSError as error:
+            parser.error(f"argument --out: cannot write into {options.out}: {error.strerror}")
+        for path, figure in zip(paths, figures_of(record), strict=True):
+            print(f"  written: {path} ({path.stat().st_size / 1024:.0f} KB): {described(record, figure)}")
+        for sentence in lacking(record):
+            print(f"  {sentence}")
+        made += paths
+    if any(map(lacking, records)):
+        print(f"plain layers have {PLAIN_IN_WORDS}")
+    # Other results have no say in which figures the pages show.
+    if (options.out, options.results) == (FIGURES, RESULTS):
+        for path in set(FIGURES.glob("*.png")) - set(made):
             path.unlink()
             print(f"removed: {path} (nothing in the results makes it any more)")
-    for path in drawn:
-        print(f"written: {path} ({path.stat().st_size >> 10} KB)")
-    if not drawn:
-        print(f"no result file in {options.results} has the shapes for a figure")
     return 0
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import step_model
-from plot import Figure, figures_of
+from plot import Figure, described, figures_of
 from records import (
+    BESIDE,
     CELLS,
     DTYPES,
     KEPT,
@@ -34,6 +35,7 @@ from records import (
     changes,
     in_order,
     load_all,
+    loaded,
     mean_ratio,
     whole_lines,
     worst,
@@ -133,6 +135,8 @@ def speeds(records: Sequence[Record]) -> str:
         lines.append("")
         if far := timed_far(rows):
             lines += [f"{far} of the {len(rows)} rows were timed while the machine's cores were far apart.", ""]
+        if beside := sum(loaded([row]) for row in rows):
+            lines += [f"{beside} of the {len(rows)} rows were timed {BESIDE}.", ""]
     return "\n".join(lines).strip()
 
 
@@ -202,28 +206,26 @@ def textbook(results: Path) -> str:
 
 
 def figures(records: Sequence[Record]) -> str:
-    """Links to each device's figures: over H and B of the grid, or of the first suite that has such, and a scaling."""
+    """Links to each device's figures: over H and B of the grid, or of the first suite that has such, a scaling, and the
+    bars of the suites that have no heat map."""
     links = []
     for device in dict.fromkeys(record.device for record in records):
         drawn = {record.suite: (record, figures_of(record)) for record in records if record.device == device}
         mapped = [suite for suite, (_, own) in drawn.items() if any(figure.kind == "ratio" for figure in own)]
         shown = "grid" if "grid" in mapped else next(iter(mapped), "")
         pairs = [(record, figure) for record, own in drawn.values() for figure in own]
-        chosen = [(record, figure) for record, figure in pairs if record.suite == shown and figure.kind != "scaling"]
+        chosen = [
+            (record, figure) for record, figure in pairs if record.suite == shown and figure.kind in ("ratio", "time")
+        ]
         chosen += [(record, figure) for record, figure in pairs if figure.kind == "scaling"][-1:]
+        chosen += [(record, figure) for record, figure in pairs if figure.kind == "bars"]
         links += [link(record, figure, "figures") for record, figure in chosen]
     return "\n\n".join(links)
 
 
 def link(record: Record, figure: Figure, folder: str) -> str:
     """The figure, and what it shows for who does not see it; `folder` as the page sees it."""
-    what = {
-        "ratio": "heat map of the ratios over H and B",
-        "time": "time of a step against H",
-        "scaling": "time of a step against T or B",
-    }
-    words = [what[figure.kind], *filter(None, [figure.workload]), f"suite {record.suite}", record.device]
-    return f"![{', '.join(words)}]({folder}/{figure.name})"
+    return f"![{described(record, figure)}]({folder}/{figure.name})"
 
 
 def worst_cases(records: Sequence[Record], count: int = 10) -> str:
@@ -384,6 +386,8 @@ def main() -> int:
         "--check", action="store_true", help="change nothing; say whether all is as the result files are"
     )
     options = parser.parse_args()
+    if not any(record.suite == SUMMARY and record.device == "cpu" for record in load_all()):
+        parser.error(f"{RESULTS}: expected the result file of suite {SUMMARY!r} on the CPU, got none: run `make bench`")
     status = 0
     for path in DOCUMENTS:
         name, before = path.relative_to(ROOT), path.read_text(encoding="utf-8")

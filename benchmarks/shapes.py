@@ -1,4 +1,5 @@
-"""The shapes that are timed, by name: every benchmark, chart and table takes its cases from here and nowhere else.
+"""The shapes that are timed, by name: every benchmark, chart and table takes its cases from here, or from a user's own
+file (`read`), and nowhere else.
 
 `SUITES` has a list of cases for each name:
 
@@ -15,13 +16,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import MISSING, fields
 from itertools import product
+from pathlib import Path
 
-from rnnfast.benchmark.case import CELLS, Case
+from rnnfast.benchmark.case import CELLS, KINDS, Case
 
 DEEPBENCH = "DeepBench, code/kernels/rnn_problems.h (github.com/baidu-research/DeepBench)"
 FLASHRNN = "FlashRNN, speed experiments (github.com/NX-AI/flashrnn, arXiv 2412.07752)"
 OWN = "rnnfast: input size = H"
+# Bytes of a suite's name: file systems take 255 in all, and a figure's file has much besides.
+MOST_LETTERS = 100
 
 
 def deepbench() -> list[Case]:
@@ -195,3 +202,78 @@ SUITES: dict[str, list[Case]] = {
         Case("LSTM", 2, 8, steps=6, resets=0.3, proj_size=4, layers=2),
     ],
 }
+
+
+def read(path: Path) -> tuple[str, list[Case]]:
+    """One's own suite, from a JSON file: a list of cases, objects with the fields of `Case`, or an object with the
+    suite's ``name`` and the list, ``cases``.
+
+    Returns:
+        The suite's name (the file's, unless it has one) and its cases.
+
+    Raises:
+        ValueError: it is no such file; the message names the case (the first is 0), the field, what is expected of it
+            and what stands there.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected JSON in UTF-8, got other bytes") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected a list of cases, got lists or objects nested too deeply to read") from error
+    whole = {"cases": found} if isinstance(found, list) else found
+    if not isinstance(whole, dict) or not isinstance(whole.get("cases"), list) or not whole["cases"]:
+        raise ValueError(f"{path}: expected a list of cases, or an object with cases and a name; got {shown(found)}")
+    if unknown := sorted(set(whole) - {"name", "cases"}):
+        raise ValueError(f"{path}: {unknown[0]}: unknown, expected one of name, cases")
+    name = whole.get("name", path.stem)
+    # It is a part of a file's name.
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{path}: name: expected letters, digits, '-', '_' and '.', got {shown(name)}")
+    if (letters := len(name.encode())) > MOST_LETTERS:
+        raise ValueError(f"{path}: name: expected at most {MOST_LETTERS} characters (bytes in UTF-8), got {letters}")
+    if name in SUITES:
+        raise ValueError(f"{path}: name: {name!r} is one of the suites here; expected another")
+    cases: list[Case] = []
+    for number, entry in enumerate(whole["cases"]):
+        try:
+            cases.append(case_of(entry))
+        except ValueError as error:
+            raise ValueError(f"{path}: case {number}: {error}") from error
+        if (first := [case.name for case in cases].index(cases[-1].name)) != number:
+            raise ValueError(
+                f"{path}: case {number}: expected a name of its own, got that of case {first} ({cases[-1].name}); what "
+                "differs in its rate of resets alone needs a model"
+            )
+    return name, cases
+
+
+def case_of(entry: object) -> Case:
+    """The case that an object of a JSON file describes.
+
+    Raises:
+        ValueError: a field that is unknown, missing, or has a value that it cannot have.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {shown(entry)}")
+    known = [field.name for field in fields(Case)]
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"{name}: unknown, expected one of {', '.join(known)}")
+    for field in fields(Case):
+        if field.default is MISSING and field.name not in entry:
+            raise ValueError(f"{field.name}: expected {KINDS[str(field.type)]}, got nothing")
+    return Case(**entry)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A JSON value in a message."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists or objects nested too deeply to show"
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import card_kit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,9 @@ ROW = {
     "dtype": "bfloat16",
     "workload": "inference",
     "backend": "cuda",
-    "ratio": 0.5,
+    **dict.fromkeys(("ratio", "p20", "p80"), 0.5),
+    "us_per_step": 2.0,
+    "torch_us_per_step": 1.0,
     "correct": True,
     **dict.fromkeys(("I", "H"), 128),
     **dict.fromkeys(("B", "layers", "directions"), 1),
@@ -44,7 +48,8 @@ OK, FIRE, HANG = "echo fine", "echo on fire; exit 3", "echo so far; trap '' INT 
 def describe(kit: Path) -> None:
     """Writes the manifest of a folder with programs: that of this tree and of its libraries."""
     card_kit.Kit(kit).write("abc123", "9.0a")
-    assert all(path.exists() for path in card_kit.LIBRARIES), "the CUDA library is not built: make cuda"
+    if not all(path.exists() for path in card_kit.LIBRARIES):
+        pytest.skip("the CUDA library is not built in this tree: make cuda")
 
 
 class Machine:
@@ -58,10 +63,12 @@ class Machine:
     def __init__(self, folder: Path, **behaviour: str) -> None:
         self.folder, self.out, self.kit = folder, folder / "out", folder / "kit"
         self.journal = folder / "journal"
+        # Of chosen cases.
+        part = self.out / "partial"
         suite = {"suite": "flashrnn", "rows": [ROW]}
         does = {
             "gpu_check.py facts": f"echo '{json.dumps(FACTS)}'",
-            "--suite flashrnn": f"echo '{json.dumps(suite)}' > {self.out}/h100-flashrnn.json",
+            "--suite flashrnn": f"mkdir -p {part}; echo '{json.dumps(suite)}' > {part}/h100-flashrnn.json",
             "-m pytest": f'echo \'{{"test": "test_a", "outcome": "passed"}}\' >> {self.out}/tests.jsonl; echo 1 passed',
             "--tool": "echo '========= ERROR SUMMARY: 0 errors'",
             "ncu ": "echo '    Duration   us   12.3'; exit 9",

@@ -24,7 +24,6 @@ pytest.importorskip("rich", reason="the suites print with rich: pip install rnnf
 pytest.importorskip("tqdm", reason="the suites show their progress with tqdm: pip install rnnfast[bench]")
 
 import limits
-import peers
 import shapes
 from run import summary, table
 
@@ -48,7 +47,7 @@ def _one_thread():
 
 def command(*arguments):
     return {
-        "args": [sys.executable, str(BENCHMARKS / "run.py"), "--threads", "1", *map(str, arguments)],
+        "args": [sys.executable, str(BENCHMARKS / "run.py"), "--threads", "1", "--patience", "0", *map(str, arguments)],
         "env": {**os.environ, "OMP_NUM_THREADS": "1"},
         # A shell's background job ignores Ctrl-C, and so would its children.
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -69,7 +68,8 @@ def test_suite_writes_a_row_a_case_and_mode(tmp_path):
         "--suite", "smoke", "--seconds", 0.02, "--workload", "inference,training,streaming", "--out", tmp_path
     )
     record = json.loads((tmp_path / "cpu-smoke.json").read_text())
-    assert list(record) == ["device", "torch", "cuda", "cudnn", "commit", "date", "suite", "rows"]
+    machine = ["device", "processor", "cores", "system", "python", "rnnfast", "torch", "cuda", "cudnn"]
+    assert list(record) == [*machine, "commit", "date", "suite", "rows"]
     expected = [
         (case.name, workload)
         for case in shapes.SUITES["smoke"]
@@ -158,13 +158,13 @@ def test_suite_with_a_wrong_kernel(wrong_kernel, tmp_path, monkeypatch, capsys):
     import run as script
 
     arguments = ["run.py", "--suite", "smoke", "--seconds", "0.01", "--workload", "inference", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1", "--in-process"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "1", "--patience", "0", "--in-process"])
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert script.main() == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    rows = json.loads((tmp_path / "cpu-smoke.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "partial" / "cpu-smoke.json").read_text())["rows"]
     assert [row["correct"] for row in rows] == [row["cell"] != "LSTM" for row in rows]
     assert "FAILED, not timed: LSTM-T3-B2-I8-H8 inference cpu: result 0" in capsys.readouterr().out
 
@@ -447,6 +447,31 @@ def test_command_line_refuses_what_cannot_be(capsys):
     assert "forward: choose from inference, training, streaming" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--hidden -3", "argument --hidden: expected an integer of at least 1, got '-3'"),
+        ("--steps 2.5", "argument --steps: expected an integer of at least 1, got '2.5'"),
+        ("--seconds 0", "argument --seconds: expected a number above 0, got '0'"),
+        ("--seconds inf", "argument --seconds: expected a number above 0, got 'inf'"),
+        ("--resets nan", "argument --resets: expected a number of at least 0, got 'nan'"),
+        ("--resets 2", "resets: expected a probability, 0 to 1, got 2.0"),
+        ("--device meta", "argument --device: expected cpu or cuda, got 'meta'"),
+        ("--backends cpuu", "argument --backends: cpuu: choose from auto, cpu, "),
+        ("--cell gru --proj 4", "proj_size: expected 0, as only an LSTM has a projection, got 4"),
+        ("--packed --resets 0.1", "resets: expected 0 for rows of different lengths, got 0.1"),
+    ],
+)
+def test_command_line_refuses_wrong_values(capsys, options, why):
+    try:
+        status = cli.main(["bench", *options.split()])
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert why in printed.out + printed.err
+
+
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
@@ -537,49 +562,7 @@ def test_measured_processor_and_data_sheets():
     )
 
 
-# --- peers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workload", ["inference", "streaming"])
-@pytest.mark.parametrize("shape", [{}, {"layers": 2}, {"directions": 2, "layers": 2, "lengths": True}], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_onnxruntime_gives_torchs_results(cell, shape, workload):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is compared where it is installed: pip install onnxruntime")
-    pytest.importorskip("onnx", reason="its model files are written with onnx: pip install onnx")
-    case = Case(cell, 3, 16, steps=7, input_size=5, **shape)
-    if case.lengths and workload == "streaming":
-        return
-    (row,) = measure(case, workload, 0.01, CPU, backends=[], peers={"onnxruntime": peers.onnxruntime})
-    assert row["correct"], row["failure"]
-    assert row["ratio"] > 0
-
-
-@pytest.mark.parametrize("name", peers.PEERS)
-def test_peers_say_why_they_cannot(name):
-    reasons = []
-    rows = measure(
-        replace(TINY, packed=True), "training", 0.01, CPU, peers={name: peers.PEERS[name]},
-        skipped=lambda *reason: reasons.append(reason),
-    )  # fmt: skip
-    assert [row["backend"] for row in rows] == ["cpu"]
-    assert len(reasons) == 1
-    assert reasons[0][0] == name
-    assert len(reasons[0][1]) > 10
-
-
-def test_missing_library_is_named():
-    with pytest.raises(Impossible, match="no_such_library is not installed"):
-        peers.library("no_such_library")
-
-
-def test_wrong_peer_is_not_timed():
-    def doubled(layer, case, workload, data):
-        call = make_call(layer, case, workload, data)
-        return lambda: [2 * value for value in call()]
-
-    rows = measure(TINY, "inference", 0.01, CPU, peers={"doubled": doubled})
-    assert [row["correct"] for row in rows] == [True, False]
-    assert rows[1]["us_per_step"] is None
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_tables_show_failures_too():
@@ -587,5 +570,7 @@ def test_tables_show_failures_too():
     assert good["correct"]
     assert not bad["correct"]
     where = timing.environment(CPU)
-    assert table("smoke", [good, bad], where).row_count == 2
-    assert summary("smoke", [good, bad]).row_count == 1
+    rows, groups = table("smoke", [good, bad], where), summary("smoke", [good, bad])
+    assert (rows.row_count, groups.row_count) == (2, 1)
+    # A row may be a peer's.
+    assert rows.caption == groups.caption == "ratio = torch.nn's time / the row's time"

@@ -18,6 +18,7 @@ pytest.importorskip("rich", reason="the suites print with rich: pip install rnnf
 pytest.importorskip("tqdm", reason="the suites show their progress with tqdm: pip install rnnfast[bench]")
 
 import run
+from suite import Conditions, measure_again
 
 needs_library = pytest.mark.skipif(libraries.cpu_error is not None, reason=f"{libraries.cpu_error}")
 
@@ -138,16 +139,13 @@ def test_without_a_distance_nothing_waits(clock):
 class Suite:
     """Cases whose measurements are given: (distance, ratio) or a failure, one after the other."""
 
-    distance = run.Suite.distance
-
-    def __init__(self, nearness, *measurements):
-        self.nearness = nearness
+    def __init__(self, conditions, *measurements):
         self.coming = [iter(each) for each in measurements]
         self.work = [(SimpleNamespace(name=str(place)), "inference") for place in range(len(measurements))]
         self.measured = {}
         for place, (case, workload) in enumerate(self.work):
             self.measured[place] = self.measure_case(case, workload)
-            nearness.see(self.distance(place))
+            conditions.see(self.measured[place])
 
     def measure_case(self, case, workload):
         distance, ratio = next(self.coming[int(case.name)])
@@ -158,34 +156,38 @@ class Suite:
         return [rows[0]["ratio"] for rows in self.measured.values()]
 
 
+def no_load():
+    return 0.0
+
+
 def test_cases_with_far_cores_are_measured_again_until_they_are_near(clock):
-    nearness = Nearness(math.inf, itertools.repeat(25.0).__next__)
-    one = Suite(nearness, [(200.0, 2.0), (180.0, 1.9), (25.0, 1.0)], [(26.0, 1.1)])
-    two = Suite(nearness, [(27.0, 1.2)], [(190.0, 1.8), (30.0, 1.3)])
-    run.measure_far_again([one, two], nearness)
+    conditions = Conditions(Nearness(math.inf, itertools.repeat(25.0).__next__), 1, no_load)
+    one = Suite(conditions, [(200.0, 2.0), (180.0, 1.9), (25.0, 1.0)], [(26.0, 1.1)])
+    two = Suite(conditions, [(27.0, 1.2)], [(190.0, 1.8), (30.0, 1.3)])
+    measure_again([one, two], conditions)
     assert one.ratios == [1.0, 1.1]
     assert two.ratios == [1.2, 1.3]
 
 
 def test_what_was_nearer_is_kept_when_patience_ends(clock):
     looks = iter([25.0, 25.0])
-    nearness = Nearness(1.0, lambda: next(looks, 200.0))
-    suite = Suite(nearness, [(150.0, 2.0), (200.0, 3.0), (120.0, 1.5), (25.0, 1.0)], [(25.0, 1.1)])
-    run.measure_far_again([suite], nearness)
+    conditions = Conditions(Nearness(1.0, lambda: next(looks, 200.0)), 1, no_load)
+    suite = Suite(conditions, [(150.0, 2.0), (200.0, 3.0), (120.0, 1.5), (25.0, 1.0)], [(25.0, 1.1)])
+    measure_again([suite], conditions)
     assert suite.ratios == [1.5, 1.1]
 
 
 def test_a_result_that_is_wrong_the_second_time_is_reported(clock):
-    nearness = Nearness(1.0, lambda: 25.0)
-    suite = Suite(nearness, [(200.0, 2.0), (None, None)], [(25.0, 1.1)])
-    run.measure_far_again([suite], nearness)
+    conditions = Conditions(Nearness(1.0, lambda: 25.0), 1, no_load)
+    suite = Suite(conditions, [(200.0, 2.0), (None, None)], [(25.0, 1.1)])
+    measure_again([suite], conditions)
     assert suite.ratios == [None, 1.1]
 
 
 def test_a_case_that_was_wrong_is_not_tried_until_it_is_right(clock):
-    nearness = Nearness(1.0, lambda: 25.0)
-    suite = Suite(nearness, [(200.0, None), (25.0, 1.0)], [(25.0, 1.1)])
-    run.measure_far_again([suite], nearness)
+    conditions = Conditions(Nearness(1.0, lambda: 25.0), 1, no_load)
+    suite = Suite(conditions, [(200.0, None), (25.0, 1.0)], [(25.0, 1.1)])
+    measure_again([suite], conditions)
     assert suite.ratios == [None, 1.1]
 
 
@@ -194,9 +196,9 @@ def test_interrupt_while_measuring_again_keeps_all_results(clock):
         yield 200.0, 2.0
         raise KeyboardInterrupt
 
-    nearness = Nearness(1.0, lambda: 25.0)
-    suite = Suite(nearness, interrupted(), [(25.0, 1.1)])
-    run.measure_far_again([suite], nearness)
+    conditions = Conditions(Nearness(1.0, lambda: 25.0), 1, no_load)
+    suite = Suite(conditions, interrupted(), [(25.0, 1.1)])
+    measure_again([suite], conditions)
     assert suite.ratios == [2.0, 1.1]
 
 
@@ -219,7 +221,7 @@ def test_a_suite_on_far_cores_says_so(capsys, monkeypatch, tmp_path):
         assert run.main() == 0
     finally:
         torch.set_num_threads(before)
-    rows = json.loads((tmp_path / "cpu-smoke.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "partial" / "cpu-smoke.json").read_text())["rows"]
     far_rows = len(rows) - 1
     assert far_rows > 0
     assert f"{far_rows} of {len(rows)} cases were timed with cores far apart" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_rows_are_those_of_the_same_process(processes):
     )
     assert list(there) == list(here)
     times = {"us_per_step", "torch_us_per_step", "ratio", "p20", "p80", "tokens_per_s", "gflop_per_s", "gbyte_per_s"}
+    times |= {"load_before", "others_busy", "load_after", "contended"}
     same = [key for key in here if key not in times | {"rounds", "peak_memory_bytes", "torch_peak_memory_bytes"}]
     assert {key: there[key] for key in same} == {key: here[key] for key in same}
     assert there["correct"]
@@ -84,6 +86,76 @@ def test_death_of_the_process_fails_the_case_and_the_next_goes_on(processes, cas
     assert (row["correct"], row["failure"], row["ratio"]) == (False, why, None)
     (row,) = processes.measure(TINY, "inference", SETTINGS, nothing_skipped)
     assert row["correct"]
+
+
+PEER = """
+import ctypes, os, time
+from rnnfast.benchmark import Call, Case, Data
+
+def peer(layer, case, workload, data):
+    {}
+    return lambda: list(layer(data.values))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "most", "why"),
+    [
+        ("ctypes.string_at(0)", None, "the process was ended by SIGSEGV"),
+        ("raise SystemExit(5)", None, "the process ended with exit status 5"),
+        ("time.sleep(60)", 2.0, "ended after 2 s"),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_peer_that_ends_the_process_fails_and_not_rnnfast(processes, tmp_path, monkeypatch, body, most, why, several):
+    if several and most is not None:
+        return  # as the others, but slow
+    paths = [tmp_path / "ends.py", *[tmp_path / "good.py"] * several]
+    for path in paths:
+        path.write_text(PEER.format(body if path.stem == "ends" else "pass"))
+    ask = processes._ask
+
+    def ask_with_limit(case, workload, settings):
+        # A busy machine may take long for what is measured without the peer.
+        monkeypatch.setattr(processes, "_most", most if settings.peers else None)
+        return ask(case, workload, settings)
+
+    monkeypatch.setattr(processes, "_ask", ask_with_limit)
+    settings = replace(SETTINGS, peers=[str(path) for path in paths])
+    own, *failed = processes.measure(TINY, "inference", settings, nothing_skipped)
+    assert (own["backend"], own["correct"]) == ("cpu", True)
+    assert own["ratio"] > 0
+    assert [row["backend"] for row in failed] == [path.stem for path in paths]
+    for row in failed:
+        assert row["failure"] == f"{why} with this peer" + ", or one beside it" * several
+        assert not row["correct"]
+
+
+def test_a_case_that_ends_the_process_without_peers_too_is_not_theirs(processes, tmp_path):
+    settings = replace(SETTINGS, peers=[str(tmp_path / "any.py")])
+    rows = processes.measure(Exits("GRU", 2, 8), "inference", settings, nothing_skipped)
+    assert [(row["backend"], row["failure"]) for row in rows] == [
+        (name, "the process ended with exit status 3") for name in ("cpu", "any")
+    ]
+
+
+def test_a_device_that_is_lost_beside_peers_is_not_rnnfasts_loss(processes, tmp_path, monkeypatch):
+    """No device can be lost here: the answers are made up."""
+    asked = []
+
+    def ask(case, workload, settings):
+        asked.append(settings.peers)
+        rows = isolation.failed_rows(case, workload, settings.backends, settings.device, "CUDA error")
+        if not settings.peers:
+            rows = measure_here(case, workload, settings, nothing_skipped)
+        return isolation._Answer(rows, (), "the device was lost" if settings.peers else None)
+
+    monkeypatch.setattr(processes, "_ask", ask)
+    settings = replace(SETTINGS, peers=[str(tmp_path / "any.py")])
+    own, peer = processes.measure(TINY, "inference", settings, nothing_skipped)
+    assert asked == [settings.peers, []]
+    assert own["correct"]
+    assert (peer["backend"], peer["failure"]) == ("any", "the device was lost with this peer")
 
 
 class Sleeps(Case):

@@ -137,6 +137,15 @@ def test_gpu_block(card: Path):
     assert "1 rows gave wrong results or failed, and were not timed." in text
 
 
+def test_rows_beside_other_load_are_counted(card: Path):
+    path = card / "h200-flashrnn.json"
+    data = json.loads(path.read_text())
+    for each, loaded in zip(data["rows"], (True, False, None), strict=False):
+        each["contended"] = loaded
+    path.write_text(json.dumps(data))
+    assert "\n1 of the 51 rows were timed beside other load.\n" in readme.gpu(records.load_all(card))
+
+
 def test_worst_cases(card: Path):
     lines = readme.worst_cases(records.load_all(card), 3).splitlines()
     expected = (
@@ -201,7 +210,7 @@ def test_changes_between_two_runs(card: Path, tmp_path: Path):
         data = json.loads(path.read_text())
         for each in data["rows"]:
             if (each["cell"], each["backend"], data["suite"]) == ("GRU", "cuda", "grid"):
-                each["ratio"] *= 1.5
+                each.update({key: 1.5 * each[key] for key in ("ratio", "p20", "p80")})
         data["rows"] = [each for each in data["rows"] if each["case"] != "GRU-T100-B1-I64-H64-bfloat16"]
         (later / path.name).write_text(json.dumps(data))
     before, now = records.load_all(card), records.load_all(later)
@@ -216,9 +225,10 @@ def test_changes_between_two_runs(card: Path, tmp_path: Path):
     assert "GRU" in whole.most
     # The wrong row of the sweep has no ratio.
     assert found["flashrnn", "all", "", ""].cases == 3
-    lines = records.change_table(before, now).splitlines()
+    lines = records.change_table(records.changes(before, now)).splitlines()
     assert re.fullmatch(
-        r"h200 +grid +GRU +inference +cuda +11 +2\.00 +3\.00 +\+50\.0% +\+50\.0% +GRU-T100-\S+ inference", lines[3]
+        r"h200 +grid +GRU +inference +cuda +11 +2\.00 +3\.00( +\+50\.0% +changed){2} +GRU-T100-\S+ inference",
+        lines[3],
     ), lines
 
 
@@ -226,7 +236,7 @@ def test_changes_between_two_runs(card: Path, tmp_path: Path):
 def test_figures_of_a_card(card: Path, tmp_path: Path):
     grid, flashrnn = records.load_all(card)
     drawn = plot.draw(grid, tmp_path) + plot.draw(flashrnn, tmp_path)
-    names = ["h200-grid-ratio-inference-cuda-graph.png", "h200-grid-time-inference.png", "h200-flashrnn-scaling.png"]
-    assert [path.name for path in drawn] == names
+    names = ["grid-ratio-inference-cuda-graph", "grid-time-inference", "flashrnn-scaling", "flashrnn-bars"]
+    assert [path.name for path in drawn] == [f"h200-{name}.png" for name in names]
     assert plot.source_of(drawn[0]) == plot.fingerprint(grid)
     assert plot.source_of(drawn[2]) == plot.fingerprint(flashrnn) != plot.fingerprint(grid)

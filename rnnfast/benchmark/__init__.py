@@ -3,7 +3,7 @@
 `python -m rnnfast bench` is the command line for one case; `measure` is what it and `benchmarks/run.py` are made of.
 """
 
-from .case import Case, Impossible
+from .case import Call, Case, Data, Impossible
 from .comparison import Peer, Row, default_backends, failed_rows, measure
 
-__all__ = ["Case", "Impossible", "Peer", "Row", "default_backends", "failed_rows", "measure"]
+__all__ = ["Call", "Case", "Data", "Impossible", "Peer", "Row", "default_backends", "failed_rows", "measure"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WORKLOADS = ("inference", "training", "streaming")
 # The calls of one step that are timed together: more say no more.
 STREAMED = 16
+
+# What a field of `Case` must be, by the name of its type.
+KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}
 
 # What is timed: gives its results, in an order that all implementations share.
 Call = Callable[[], list[Tensor]]
@@ -54,6 +57,9 @@ class Case:
         proj_size: P, LSTM only; 0 means no projection.
         model: the model that the shape is taken from.
         source: where that can be read.
+
+    Raises:
+        ValueError: a field has another type, or a value that no layer has; the message names it.
     """
 
     cell: str
@@ -70,6 +76,43 @@ class Case:
     proj_size: int = 0
     model: str = ""
     source: str = ""
+
+    def __post_init__(self) -> None:
+        types: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # True is an int in Python, and nobody means it.
+            if not isinstance(value, types[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
+                raise ValueError(f"{field.name}: expected {KINDS[str(field.type)]}, got {value!r}")
+        for name, words in (("cell", CELLS), ("dtype", DTYPES)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {getattr(self, name)!r}")
+        least = {
+            "batch": 1,
+            "hidden_size": 1,
+            "steps": 1,
+            "input_size": 0,
+            "layers": 1,
+            "directions": 1,
+            "proj_size": 0,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+        if self.directions > 2:
+            raise ValueError(f"directions: expected 1 or 2, got {self.directions}")
+        if not 0 <= self.resets <= 1:
+            raise ValueError(f"resets: expected a probability, 0 to 1, got {self.resets}")
+        if self.proj_size and self.cell != "LSTM":
+            raise ValueError(f"proj_size: expected 0, as only an LSTM has a projection, got {self.proj_size}")
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(f"proj_size: expected less than hidden_size ({self.hidden_size}), got {self.proj_size}")
+        if self.packed and self.lengths:
+            raise ValueError("lengths: expected one of packed and lengths, got both")
+        if self.ragged and self.resets:
+            raise ValueError(f"resets: expected 0 for rows of different lengths, got {self.resets}")
+        if self.ragged and self.steps < 2:
+            raise ValueError(f"steps: expected at least 2 for rows of different lengths, got {self.steps}")
 
     @property
     def inputs(self) -> int:
@@ -346,6 +389,14 @@ def compare(
     Returns:
         None where they pass, otherwise what is wrong.
     """
+    # The call may be anybody's (a peer's).
+    if not isinstance(ours, list | tuple):
+        return f"results: expected a list of tensors, got {type(ours).__name__}"
+    for number, us in enumerate(ours):
+        if not isinstance(us, Tensor):
+            return f"result {number}: expected a tensor, got {type(us).__name__}"
+    if not ours:
+        return "results: expected at least one, got none"
     for number, (right, them, us) in enumerate(zip(truth, theirs, ours, strict=False)):
         if us.shape != right.shape:
             return f"result {number}: shape {tuple(us.shape)}, expected {tuple(right.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 
 from .. import libraries
+from ..backends import NAMES
 from .case import CELLS, DTYPES, WORKLOADS, Case, Impossible
-from .comparison import Row, measure
+from .comparison import GRAPH, Row, measure
 from .timing import environment, keep_freed_memory
 
+# Those that are timed unless others are asked for.
+WORKLOADS_TIMED = ("inference", "training")
 EXAMPLE = "example: python -m rnnfast bench --cell lstm --hidden 512 --batch 16 --workload inference,training"
 
 
@@ -32,25 +36,59 @@ def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def names(text: str) -> list[str]:
-    """For argparse: a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def number(kind: type[int] | type[float], least: float, above: bool = False) -> Callable[[str], Any]:
+    """For argparse: a finite number of at least so much, or above it."""
+
+    def parse(text: str) -> int | float:
+        what = f"{'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {least}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+def backend_names(text: str) -> list[str]:
+    """For argparse: a list with commas, of rnnfast's backends."""
+    return listed([*NAMES, *(name + GRAPH for name in ("torch", *NAMES)), "emulated"])(text)
+
+
+def device(text: str) -> torch.device:
+    """For argparse: a device on which layers are timed."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    return found
 
 
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """What a single case and a suite share."""
-    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", type=device, help="cpu (default) or cuda")
     parser.add_argument(
         "--workload",
         type=listed(WORKLOADS),
-        default=["inference", "training"],
+        default=list(WORKLOADS_TIMED),
         help=f"of {','.join(WORKLOADS)} (default inference,training); streaming: one step a call",
     )
     parser.add_argument(
-        "--backends", type=names, help="rnnfast's, such as cuda,cuda-graph,triton,torch-graph (default: all here)"
+        "--backends",
+        type=backend_names,
+        help="rnnfast's, such as cuda,cuda-graph,triton,torch-graph (default: all here)",
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a case and workload (default 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--seconds",
+        type=number(float, 0, above=True),
+        default=3.0,
+        help="measuring time of a case and workload (default 3)",
+    )
+    parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--keep-memory",
         action="store_true",
@@ -68,17 +106,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     # Each option is a field of `Case`.
     parser.add_argument("--cell", type=str.upper, choices=CELLS, default="LSTM", help="lstm (default), gru or rnn")
-    parser.add_argument("--hidden", dest="hidden_size", type=int, default=256, help="hidden size (default 256)")
-    parser.add_argument("--input", dest="input_size", type=int, default=0, help="input size (default: the hidden size)")
-    parser.add_argument("--proj", dest="proj_size", type=int, default=0, help="projection size, LSTM only")
-    parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
-    parser.add_argument("--steps", type=int, default=100, help="time steps (default 100)")
-    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument(
+        "--hidden", dest="hidden_size", type=number(int, 1), default=256, help="hidden size (default 256)"
+    )
+    parser.add_argument(
+        "--input", dest="input_size", type=number(int, 0), default=0, help="input size (default: the hidden size)"
+    )
+    parser.add_argument("--proj", dest="proj_size", type=number(int, 0), default=0, help="projection size, LSTM only")
+    parser.add_argument("--batch", type=number(int, 1), default=16, help="rows (default 16)")
+    parser.add_argument("--steps", type=number(int, 1), default=100, help="time steps (default 100)")
+    parser.add_argument("--layers", type=number(int, 1), default=1)
     parser.add_argument("--bidirectional", dest="directions", action="store_const", const=2, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--packed", action="store_true", help="a PackedSequence, rows of half to 1.5 times --steps")
     parser.add_argument("--lengths", action="store_true", help="the same rows padded, with lengths=")
-    parser.add_argument("--resets", type=float, default=0.0, help="how likely a row starts anew before a step")
+    parser.add_argument(
+        "--resets", type=number(float, 0), default=0.0, help="how likely a row starts anew before a step"
+    )
     add_measuring_options(parser)
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
 
@@ -130,7 +174,11 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    case = case_of(options)
+    try:
+        case = case_of(options)
+    except ValueError as error:
+        print(f"rnnfast bench: {error}")
+        return 2
     where = environment(options.device)
     print(f"{case.name}: {where['device']}, torch {where['torch']}", flush=True)
     rows: list[Row] = []
@@ -151,6 +199,9 @@ def run(options: argparse.Namespace) -> int:
         distances = [row["core_to_core_ns"] for row in rows if row.get("core_to_core_ns")]
         if distances:
             print(f"A word takes {max(distances):.0f} ns from core to core: what waits for threads depends on that.")
+        beside = [row["others_busy"] for row in rows if row.get("contended")]
+        if beside:
+            print(f"Other processes took up to {max(beside):.1f} cores meanwhile: do not trust these ratios.")
     if options.json and rows:
         record: dict[str, Any] = {**where, "suite": "command line", "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

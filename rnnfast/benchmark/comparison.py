@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from ..backends import backends as installed
 from ..explanation import explain
 from .case import Call, Case, Data, Impossible, compare, exact, make_call, make_data, make_layers, timed_steps
 from .cores import core_to_core_ns
+from .load import Watch
 from .timing import Ratio, capture, interleave, peak_memory, settings
 
 # A row of the result file.
@@ -27,6 +31,10 @@ Row = dict[str, Any]
 Peer = Callable[[torch.nn.RNNBase, Case, str, Data], Call]
 
 GRAPH = "-graph"
+# Digits behind the point that a row keeps. What is smaller still stays above 0: others divide by it.
+DIGITS = 4
+# Folders of code that is no peer's.
+NO_PEERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 # How many inputs take turns on a CUDA device, where one alone is not much larger than its L2 cache.
 INPUTS, LARGE = 3, 32 << 20
 
@@ -52,10 +60,19 @@ class _Candidate:
     plan: str = ""
     peak: int | None = None
     samples: list[float] = field(default_factory=list)
+    # Of a peer, whose code may do anything at any time: says what is wrong with its results and its side effects.
+    check: Callable[[], str | None] | None = None
+
+    def fail(self, why: str) -> None:
+        """From now on it is not timed, and what was timed of it does not count."""
+        self.failure = why
+        self.calls, self.samples = [], []
 
     @property
     def context(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         """What surrounds its calls: the choice of the backend."""
+        if self.check is not None:
+            return lambda: _blamed(self)
         eager = self.name.removesuffix(GRAPH)
         if self.asked and (eager in NAMES or eager == "emulated"):
             return lambda: backend(eager)
@@ -63,6 +80,36 @@ class _Candidate:
 
     def seconds(self) -> float:
         return statistics.median(self.samples)
+
+
+class _PeerError(Exception):
+    """An error of a peer's call while it and others are timed."""
+
+    def __init__(self, peer: _Candidate, error: Exception) -> None:
+        super().__init__(peer.name)
+        self.peer = peer
+        self.why = raised(error)
+
+
+@contextlib.contextmanager
+def _blamed(peer: _Candidate) -> Iterator[None]:
+    """Surrounds a sample of a peer, so that it costs its calls nothing: what they raise is known to be the peer's."""
+    try:
+        yield
+    except Exception as error:
+        raise _PeerError(peer, error) from error
+
+
+def raised(error: Exception) -> str:
+    """What a peer raised, with the last line of its traceback that is not torch's or rnnfast's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(NO_PEERS)] or frames[-1:]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"raised {first_line(error)}{where}"
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _attempt(name: str, build: Callable[[_Candidate], None], asked: bool = True) -> _Candidate:
@@ -75,16 +122,15 @@ def _attempt(name: str, build: Callable[[_Candidate], None], asked: bool = True)
         raise
     # Whatever a library raises, the other candidates go on.
     except Exception as error:
-        candidate.calls = []
-        candidate.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        candidate.fail(first_line(error))
     return candidate
 
 
 def _check(candidate: _Candidate, truth: Sequence[Tensor], theirs: Sequence[Tensor], tf32: bool) -> None:
     """Checks what the candidate's first call gives; a wrong one loses its calls and is never timed."""
-    candidate.failure = compare(truth, theirs, candidate.calls[0](), tf32)
-    if candidate.failure is not None:
-        candidate.calls = []
+    why = compare(truth, theirs, candidate.calls[0](), tf32)
+    if why is not None:
+        candidate.fail(why)
 
 
 def measure(
@@ -113,7 +159,8 @@ def measure(
     Returns:
         A row for each backend and each peer. ``ratio`` is torch.nn's time over the row's; a backend inside a graph is
         compared with torch.nn inside a graph (``against`` says which). Where the results are wrong, or the call raises,
-        ``correct`` is False, ``failure`` says how, and nothing of it was timed.
+        ``correct`` is False, ``failure`` says how, and nothing of it was timed. So it is where a peer raises while
+        it is timed, is wrong after it, or changes the input or torch.nn's weights.
 
     Raises:
         Impossible: the case has no such workload, or the device no graphs.
@@ -148,15 +195,14 @@ def measure(
         ]
         extra = _padded_and_dense(case, workload, theirs, ours, data[0], candidates)
         everyone = [torch_nn, *candidates, *([graph] if graph and graph not in candidates else []), *extra]
-        distance = _time(everyone, seconds, device)
+        conditions = _time(everyone, seconds, device)
     rows = []
     for candidate in candidates:
         in_a_graph = candidate.name.endswith(GRAPH) and candidate is not graph
         against = graph if in_a_graph and graph and graph.samples else torch_nn
         row = _row(case, workload, candidate, against)
         row["torch_peak_memory_bytes"] = torch_nn.peak
-        if device.type == "cpu":
-            row["core_to_core_ns"] = distance
+        row.update(conditions)
         if device.type == "cuda":
             row["torch_graph_us_per_step"] = _us_per_step(case, workload, graph)
             row["tf32"] = tf32 and case.dtype == "float32"
@@ -164,8 +210,8 @@ def measure(
     if extra and rows and candidates[0].samples:
         for number, key in enumerate(("over_padded", "over_dense")):
             there, here = extra[2 * number], extra[2 * number + 1]
-            rows[0][f"torch_{key}"] = round(Ratio.of(torch_nn.samples, there.samples).median, 4)
-            rows[0][key] = round(Ratio.of(candidates[0].samples, here.samples).median, 4)
+            rows[0][f"torch_{key}"] = rounded(Ratio.of(torch_nn.samples, there.samples).median)
+            rows[0][key] = rounded(Ratio.of(candidates[0].samples, here.samples).median)
     if device.type == "cuda":
         # A graph's memory goes back to the allocator with the graph, but stays cut to its pieces.
         for candidate in everyone:
@@ -227,39 +273,126 @@ def _candidates(
         for name in wanted
     ]
     for name, peer in peers.items():
-
-        def of_peer(candidate: _Candidate, peer: Peer = peer) -> None:
-            candidate.calls = [peer(theirs, case, workload, each) for each in data]
-            _check(candidate, truth, yardstick, coarse)
-
         try:
-            candidates.append(_attempt(name, of_peer))
+            candidates.append(_peer(name, peer, theirs, case, workload, data, truth, yardstick, coarse))
         except Impossible as reason:
             skipped(name, str(reason))
     return candidates
 
 
-def _time(candidates: Sequence[_Candidate], seconds: float, device: torch.device) -> float | None:
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+    return alike and torch.equal(one, other)
+
+
+def _peer(
+    name: str,
+    peer: Peer,
+    theirs: torch.nn.RNNBase,
+    case: Case,
+    workload: str,
+    data: Sequence[Data],
+    truth: Sequence[Tensor],
+    yardstick: Sequence[Tensor],
+    coarse: bool,
+) -> _Candidate:
+    """A peer's candidate, checked. It has torch.nn's own weights and the input of all in its hands: where it changes
+    them they are put back, since the others go on with them.
+
+    Raises:
+        Impossible: the peer does not have what the case needs.
+    """
+    candidate = _Candidate(name)
+    shared: dict[str, Tensor] = {f"the weights ({key})": value for key, value in theirs.named_parameters()}
+    for number, each in enumerate(data):
+        of_case = {"the input": each.values, "the lengths": each.lengths, "the resets": each.resets}
+        shared |= {f"{key}{f' {number}' * (number > 0)}": value for key, value in of_case.items() if value is not None}
+    # The same memory, to which other calls have views of their own, and what stands in it.
+    memory = {key: value.detach() for key, value in shared.items()}
+    kept = {key: value.clone() for key, value in memory.items()}
+
+    def changed() -> str | None:
+        touched = [key for key, value in shared.items() if not _same(value, kept[key])]
+        for key in touched:
+            memory[key].copy_(kept[key])
+            # `layer.half()` and the like have given it other memory.
+            shared[key].data = memory[key]
+        return f"changed {touched[0]}" if touched else None
+
+    def check() -> str | None:
+        wrong = compare(truth, yardstick, candidate.calls[0](), coarse)
+        return changed() or wrong
+
+    try:
+        for each in data:
+            call: Any = peer(theirs, case, workload, each)
+            if not callable(call):
+                candidate.fail(f"peer: expected a function without arguments, got {type(call).__name__}")
+                break
+            candidate.calls.append(call)
+        if candidate.calls and (why := check()) is not None:
+            candidate.fail(why)
+    except Impossible:
+        changed()
+        raise
+    # Whatever another's code raises, the other candidates go on.
+    except Exception as error:
+        candidate.fail(raised(error))
+    changed()
+    candidate.check = check
+    return candidate
+
+
+def _time(candidates: Sequence[_Candidate], seconds: float, device: torch.device) -> Row:
     """Fills in the samples of the candidates that have calls.
 
     Returns:
-        On the CPU how far apart its cores were, in nanoseconds (`core_to_core_ns`): no farther in four of five rounds.
+        What a row says of the machine meanwhile: the fields of `Watch`, and on the CPU ``core_to_core_ns``, how far
+        apart its cores were, in nanoseconds: no farther in four of five rounds.
     """
-    runners = [candidate for candidate in candidates if candidate.calls]
-    # torch.nn alone says nothing.
-    if len(runners) < 2:
-        return None
-    calls = [candidate.calls for candidate in runners]
-    contexts = [candidate.context for candidate in runners]
+    # A GPU is fed by one thread.
+    watch = Watch(torch.get_num_threads() if device.type == "cpu" else 1, seconds)
+    apart: Row = {"core_to_core_ns": None} if device.type == "cpu" else {}
     distances: list[float] = []
 
     def look() -> None:
         if device.type == "cpu" and (distance := core_to_core_ns()) is not None:
             distances.append(distance)
 
-    for candidate, samples in zip(runners, interleave(calls, seconds, device, contexts, look), strict=True):
+    while True:
+        runners = [candidate for candidate in candidates if candidate.calls]
+        # torch.nn alone says nothing.
+        if len(runners) < 2:
+            return apart
+        calls = [candidate.calls for candidate in runners]
+        contexts = [candidate.context for candidate in runners]
+        distances.clear()
+        try:
+            with watch:
+                taken = interleave(calls, seconds, device, contexts, look)
+            break
+        # The others are timed again without it: their rounds are to be whole.
+        except _PeerError as error:
+            error.peer.fail(f"{error.why} while it was timed")
+    for candidate, samples in zip(runners, taken, strict=True):
         candidate.samples = samples
-    return round(sorted(distances)[-1 - len(distances) // 5], 1) if distances else None
+    for candidate in runners:
+        _check_again(candidate)
+    if distances:
+        apart["core_to_core_ns"] = round(sorted(distances)[-1 - len(distances) // 5], 1)
+    return {**apart, **watch.fields}
+
+
+def _check_again(candidate: _Candidate) -> None:
+    """A peer that was right at first may have stopped to be so while it was timed."""
+    if candidate.check is None:
+        return
+    try:
+        why = candidate.check()
+    except Exception as error:
+        why = raised(error)
+    if why is not None:
+        candidate.fail(f"{why}, after the timing")
 
 
 def _padded_and_dense(
@@ -287,7 +420,12 @@ def _padded_and_dense(
 def _us_per_step(case: Case, workload: str, candidate: _Candidate | None) -> float | None:
     if candidate is None or not candidate.samples:
         return None
-    return round(candidate.seconds() * 1e6 / timed_steps(case, workload), 4)
+    return rounded(candidate.seconds() * 1e6 / timed_steps(case, workload))
+
+
+def rounded(value: float) -> float:
+    """A time or ratio as a row has it: above 0."""
+    return max(round(value, DIGITS), 10.0**-DIGITS)
 
 
 def _row(case: Case, workload: str, candidate: _Candidate, against: _Candidate | None) -> Row:
@@ -302,9 +440,9 @@ def _row(case: Case, workload: str, candidate: _Candidate, against: _Candidate |
         "backend": candidate.name,
         "us_per_step": us,
         "torch_us_per_step": torch_us,
-        "ratio": round(ratio.median, 4) if ratio else None,
-        "p20": round(ratio.p20, 4) if ratio else None,
-        "p80": round(ratio.p80, 4) if ratio else None,
+        "ratio": rounded(ratio.median) if ratio else None,
+        "p20": rounded(ratio.p20) if ratio else None,
+        "p80": rounded(ratio.p80) if ratio else None,
         # Whoever knows the machine fills these two in.
         "limit_us_per_step": None,
         "plan": candidate.plan,

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import __version__
+
 Calls = Sequence[Callable[[], object]]
 
 MOST_ROUNDS = 500
@@ -273,7 +275,7 @@ def commit() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result file says about where it comes from: device, versions, commit, date (UTC)."""
+    """What a result file says about where it comes from: device, machine, versions, commit, date (UTC)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -281,6 +283,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         name = f"{processor()}, {isa}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     return {
         "device": name,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "rnnfast": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
