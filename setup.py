@@ -95,8 +95,12 @@ class Ninja:
     def phony(self, name: str, inputs: Iterable[Path | str]) -> None:
         self.lines.append(f"build {name}: phony {' '.join(self.path(path) for path in inputs)}")
 
+    def default(self, targets: Iterable[str]) -> None:
+        """What is built where no target is named; without this, everything."""
+        self.lines.append(f"default {' '.join(targets)}")
+
     def run(self, targets: Iterable[Path | str] = (), quiet: bool = False) -> bool:
-        """Brings the targets (all by default) up to date; without any line added, by the file that is there."""
+        """Brings the targets up to date, by default the default ones; with no line added, by the file that is there."""
         import fcntl  # Unix only, as this build is
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -215,27 +219,36 @@ def nvcc_answer(nvcc: str, question: str) -> str:
     return done.stdout
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """The compute capabilities to build for, as in "9.0a"; an error where this nvcc does not know one."""
-    listed = os.environ.get("RNNFAST_CUDA_ARCHS", "").strip("; ") or CUDA_ARCHS
+def known_archs(nvcc: str) -> list[str]:
+    """The compute capabilities that this nvcc compiles for; 9.0a and 10.0f are in its list without their letters."""
+    return [f"{major}.{minor}" for major, minor in re.findall(r"sm_(\d+)(\d)\b", nvcc_answer(nvcc, "--list-gpu-code"))]
+
+
+def cuda_archs(nvcc: str, listed: str = "", name: str = "RNNFAST_CUDA_ARCHS") -> list[str]:
+    """The compute capabilities to build for, as in "9.0a"; an error where this nvcc does not know one.
+
+    Args:
+        listed: as in "8.0;9.0a"; what the environment says where it is empty.
+        name: what errors call the list.
+    """
+    listed = listed or os.environ.get("RNNFAST_CUDA_ARCHS", "").strip("; ") or CUDA_ARCHS
     archs = list(dict.fromkeys(re.split(r"[;,\s]+", listed)))
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d[af]?", arch):
-            raise SystemExit(f"rnnfast: RNNFAST_CUDA_ARCHS: {arch!r} is no compute capability, as those in '8.0;9.0a'")
+            raise SystemExit(f"rnnfast: {name}: {arch!r} is no compute capability, as those in '8.0;9.0a'")
         if float(arch.rstrip("af")) < 8:
-            raise SystemExit(f"rnnfast: RNNFAST_CUDA_ARCHS: {arch}: the kernels need compute capability 8.0 or later")
+            raise SystemExit(f"rnnfast: {name}: {arch}: the kernels need compute capability 8.0 or later")
     found = re.search(r"release (\d+)\.(\d+)", nvcc_answer(nvcc, "--version"))
     release = ".".join(found.groups()) if found else "of unknown version"
     if found and int(found[1]) < 12:
         raise without_cuda(f"nvcc {release} ({nvcc}) is too old: C++20 needs 12.0, and the default architectures 12.8")
-    # nvcc lists 90a and 100f without their letters.
-    known = re.findall(r"sm_(\d+)", nvcc_answer(nvcc, "--list-gpu-code"))
-    unknown = [arch for arch in archs if arch.rstrip("af").replace(".", "") not in known]
+    known = known_archs(nvcc)
+    unknown = [arch for arch in archs if arch.rstrip("af") not in known]
     if unknown:
         usable = ";".join(arch for arch in archs if arch not in unknown) or "8.0"
         raise without_cuda(
             f"nvcc {release} ({nvcc}) does not compile for {', '.join(unknown)}: "
-            f"set RNNFAST_CUDA_ARCHS='{usable}', or take nvcc 12.8 or later for the default list"
+            f"set {name}='{usable}', or take nvcc 12.8 or later for the default list"
         )
     return archs
 
@@ -258,28 +271,37 @@ def cuda_ops_flags(archs: list[str], torch: Path | None = None) -> list[str]:
     return flags + torch_includes(torch) + [STABLE_ABI, "-DUSE_CUDA", f'-DRNNFAST_CUDA_ARCH_LIST="{";".join(archs)}"']
 
 
+def write_changed(path: Path, text: str) -> None:
+    """Writes a source that is made here. An unchanged file keeps its time, for ninja."""
+    if not path.exists() or path.read_text() != text:
+        # Never half written: builds may run at once.
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+def cuda_unit(kernels: str, family: str, arithmetic: str) -> str:
+    """The name of the compile unit of one kind of kernel, as in "step_lstm_bfloat16"."""
+    return f"{kernels}_{family}_{arithmetic.lower()}"
+
+
 def cuda_sources() -> list[Path]:
     """The CUDA library's compile units but the ops; brings those that are made from a list up to date."""
     CUDA_UNITS.mkdir(parents=True, exist_ok=True)
     units = []
     for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS):
         for kernels, (header, instance) in CUDA_KERNELS.items():
-            unit = CUDA_UNITS / f"{kernels}_{family}_{arithmetic.lower()}.cu"
+            unit = CUDA_UNITS / f"{cuda_unit(kernels, family, arithmetic)}.cu"
             arguments = f"rnnfast::Family::{family}, rnnfast::gpu::{arithmetic}"
-            text = f'#include "{header}"\n\ntemplate struct rnnfast::gpu::{instance}<{arguments}>;\n'
-            # An unchanged file keeps its time, for ninja. Never half written: builds may run at once.
-            if not unit.exists() or unit.read_text() != text:
-                temporary = unit.with_suffix(f".{os.getpid()}")
-                temporary.write_text(text)
-                temporary.replace(unit)
+            write_changed(unit, f'#include "{header}"\n\ntemplate struct rnnfast::gpu::{instance}<{arguments}>;\n')
             units.append(unit)
     return sorted(CSRC.glob("cuda/*.cu")) + units
 
 
-def build_cuda(nvcc: str) -> Path:
-    archs = cuda_archs(nvcc)
+def cuda_ninja(nvcc: str, archs: list[str], folder: Path) -> tuple[Ninja, Path]:
+    """The ninja file of the CUDA library in a build folder, and the library. An object has the name of its unit."""
     flags = NVCC_FLAGS + host_compiler() + code_flags(archs) + ["--threads", os.environ.get("NVCC_THREADS", "1")]
-    ninja = Ninja(CUDA_BUILD)
+    ninja = Ninja(folder)
     # What ptxas says of registers and spills goes to a file beside the object: benchmarks/cuda_resources.py reads it.
     run = f"{shlex.quote(nvcc)} $flags -c $in -o $out"
     ninja.rule("nvcc", f"{run} -MD -MF $out.d -Xptxas -v > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
@@ -290,7 +312,18 @@ def build_cuda(nvcc: str) -> Path:
     # --no-undefined: a symbol of libtorch_cuda would keep the library from loading in a torch for the CPU.
     libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     libraries += host_compiler() + ["-Xlinker", "--no-undefined,--exclude-libs,ALL"]
-    library = ninja.edge("link", "_C_cuda.so", objects, libraries)
+    return ninja, ninja.edge("link", "_C_cuda.so", objects, libraries)
+
+
+def built_archs() -> list[str]:
+    """The compute capabilities that the CUDA library's build folder is for."""
+    file = CUDA_BUILD / "build.ninja"
+    numbers = re.findall(r"code=sm_(\d+)(\d[af]?)\b", file.read_text()) if file.exists() else []
+    return list(dict.fromkeys(f"{major}.{minor}" for major, minor in numbers))
+
+
+def build_cuda(nvcc: str) -> Path:
+    ninja, library = cuda_ninja(nvcc, cuda_archs(nvcc), CUDA_BUILD)
     if not ninja.run():
         raise without_cuda("the CUDA library did not compile; nvcc's message is above")
     return library

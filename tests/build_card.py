@@ -17,11 +17,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from card_kit import FOLDER as BUILD  # noqa: E402
 from card_kit import PROGRAMS  # noqa: E402
-from setup import CUDA_BUILD, NVCC_FLAGS, Ninja, code_flags, cuda_sources, find_nvcc, host_compiler  # noqa: E402
+from setup import CUDA_BUILD, NVCC_FLAGS, Ninja, built_archs, code_flags, cuda_sources, find_nvcc, host_compiler  # noqa: E402
 
 MICROBENCH = ROOT / "benchmarks/microbench/microbench.cu"
-# Of the emulator alone: the emulator itself, and what it refuses.
-EMULATOR_ONLY = {"test_emulator", "test_misuse"}
+# Of the emulator alone: the emulator itself, what it refuses, and what new tests begin from.
+EMULATOR_ONLY = {"test_emulator", "test_misuse", "template"}
 
 
 def test_sources() -> list[Path]:
@@ -41,8 +41,7 @@ def kernels() -> list[Path]:
 
 def why_no_kernels(arch: str) -> str:
     """Why the CUDA library's objects cannot be taken, or ""."""
-    file = CUDA_BUILD / "build.ninja"
-    if file.exists() and f"code=sm_{arch.replace('.', '')} " in file.read_text():
+    if arch in built_archs():
         return ""
     return f"the CUDA library is not built for {arch}: make cuda RNNFAST_CUDA_ARCHS={arch}"
 

@@ -15,6 +15,7 @@ import pytest
 import build_card
 import build_emulated
 import cuda_resources
+from cuda_tools import cuda_tool
 
 ARCH = "9.0a"
 SHARED = sorted(set(build_emulated.programs()) - build_card.EMULATOR_ONLY)
@@ -97,7 +98,7 @@ def test_no_case_is_left_out_on_a_card(card_tests: Path) -> None:
 
 
 def test_the_kernels_are_the_library_s(card_tests: Path) -> None:
-    if cuda_resources.cuda_tool("cuobjdump") is None:
+    if cuda_tool("cuobjdump") is None:
         pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump")
     sm = f"sm_{ARCH.replace('.', '')}"
     sizes: dict[str, int] = {}

@@ -18,17 +18,19 @@ import torch
 
 import cuda_resources
 import setup as build
+from cuda_tools import cuda_tool, run_tool
+from rnnfast.cell_types import CELLS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "rnnfast" / "_C_cuda.so"
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built in this tree: make cuda")
 needs_cuobjdump = pytest.mark.skipif(
-    cuda_resources.cuda_tool("cuobjdump") is None or cuda_resources.cuda_tool("nvdisasm") is None,
+    cuda_tool("cuobjdump") is None or cuda_tool("nvdisasm") is None,
     reason="no cuobjdump or nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
 )
 needs_objects = pytest.mark.skipif(
-    not (cuda_resources.BUILD / "build.ninja").exists(),
-    reason="no object files of a CUDA build in this tree: make cuda",
+    not (cuda_resources.BUILD / "_C_cuda.so").exists(),
+    reason="no object files of a whole CUDA build in this tree: make cuda",
 )
 
 # The step kernels with a matrix product, by the type named in their template arguments.
@@ -41,7 +43,7 @@ def machine_code() -> dict[tuple[str, str], Counter[str]]:
     """By (kernel, architecture): how often each opcode stands in the code."""
     code: dict[tuple[str, str], Counter[str]] = {}
     arch, counts = "", Counter[str]()
-    for line in cuda_resources.run_tool("cuobjdump", "-sass", str(LIBRARY)).splitlines():
+    for line in run_tool("cuobjdump", "-sass", str(LIBRARY)).splitlines():
         if found := re.search(r"^arch = (\w+)|code for (sm_\w+)", line):
             arch = found[1] or found[2]
         elif found := re.search(r"Function : (\w+)", line):
@@ -59,13 +61,13 @@ def of_type(name: str, kernel: str) -> bool:
 @needs_library
 @needs_cuobjdump
 def test_the_library_has_code_for_every_architecture_asked_for() -> None:
-    listed = cuda_resources.run_tool("cuobjdump", "-lelf", str(LIBRARY))
+    listed = run_tool("cuobjdump", "-lelf", str(LIBRARY))
     built = set(re.findall(r"\.(sm_\w+)\.cubin", listed))
     asked = os.environ.get("RNNFAST_CUDA_ARCHS")
     if asked:
         assert {f"sm_{arch.replace('.', '')}" for arch in re.split(r"[;,\s]+", asked)} <= built
     assert built
-    assert ".ptx" in cuda_resources.run_tool("cuobjdump", "-lptx", str(LIBRARY)), "later cards need PTX"
+    assert ".ptx" in run_tool("cuobjdump", "-lptx", str(LIBRARY)), "later cards need PTX"
     kernels = {arch: {kernel for kernel, of in machine_code() if of == arch} for arch in built}
     assert len(set(map(frozenset, kernels.values()))) == 1, "an architecture lacks kernels"
 
@@ -77,6 +79,24 @@ def test_kernels_do_not_spill() -> None:
     assert kernels
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert not spilling
+
+
+@needs_objects
+@needs_cuobjdump
+def test_the_main_loop_on_tensor_cores_is_what_its_tiles_ask_for() -> None:
+    """A chunk is two mma for each weight and batch tile, and two 16-byte words a lane of a weight tile, one of a batch
+    tile."""
+    kernels = cuda_resources.resources()
+    of_types = [kernel for kernel in kernels if any(of_type(name, kernel.kernel) for name in TENSOR_CORE_TYPES)]
+    assert of_types
+    for kernel in of_types:
+        name, arguments = kernel.kernel.rstrip(">").split("<")
+        family, tiles = arguments.split(", ")[0], int(arguments.split(", ")[-1])
+        gates = next((cell.gates for mode, cell in CELLS.items() if mode.lower().startswith(family)), 1)
+        weights = gates if name == "step_forward" else 1
+        assert (kernel.hmma, kernel.ldgsts) == (2 * weights * tiles, 2 * weights + tiles), kernel
+        assert kernel.ldg == 0, kernel
+        assert kernel.occupancy > 0, kernel
 
 
 @needs_library

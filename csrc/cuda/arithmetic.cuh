@@ -25,7 +25,9 @@ RNNFAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 RNNFAST_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
 #endif
 
-// kLargeBatchTiles: tiles of 8 batch indices a block takes where the batch is large, as many as registers allow.
+// kTensorCores: for float32 a choice, which Float32 and Tf32 are; else legal is true for 16-bit types and false for
+// float64 (product.cuh). kLargeBatchTiles: tiles of 8 batch indices a block takes where the batch is large. Legal: 1 to
+// 4, one batch index for each lane of a warp; as many as registers allow without spills (tests/test_cuda_build.py).
 struct Float64 {
   using Storage = double;
   using Compute = double;
@@ -61,6 +63,11 @@ struct Float16 {
   static constexpr int kLargeBatchTiles = 4;
   static constexpr const char* kName = "float16";
 };
+
+static_assert(
+    !Float32::kTensorCores && Tf32::kTensorCores,
+    "kTensorCores must be false for Float32 and true for Tf32: nothing else tells them apart, and tensor cores "
+    "round float32 to TF32");
 
 // What cells.h calls, for scalars.
 template <class Compute> struct ScalarMath {

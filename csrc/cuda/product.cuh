@@ -14,16 +14,34 @@
 
 namespace rnnfast::gpu {
 
+// Legal: 16 and 8 alone, what one mma.sync m16n8 multiplies. Lanes find their rows as lane / 4 + 8 i: two groups of
+// eight for the weights, one for the states.
 constexpr int kTileWeights = 16, kTileBatch = 8;
+static_assert(kTileWeights == 16 && kTileBatch == 8, "kTileWeights must be 16 and kTileBatch 8: mma.sync is m16n8");
 
+// Legal: kWeightTiles and kBatchTiles from 1 on, of the latter as many as registers allow (arithmetic.cuh); kWarps 1
+// to 32.
 template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class BlockProduct {
   using Storage = typename Type::Storage;
   using Compute = typename Type::Compute;
+  static_assert(kWeightTiles_ >= 1 && kBatchTiles_ >= 1, "kWeightTiles and kBatchTiles must be at least 1");
+  static_assert(kWarps_ >= 1 && kWarps_ * kWarpSize <= 1024,
+                "kWarps must be 1 to 32: a block has at most 1024 threads");
+  static_assert(Type::kTensorCores ? std::is_same_v<Compute, float> : sizeof(Storage) >= 4,
+                "kTensorCores must be true for 16-bit types, which multiply_scalars() cannot unpack, and false for "
+                "float64, for which mma.h has no product");
   static constexpr int kVector = 16 / static_cast<int>(sizeof(Storage));  // elements in 16 bytes
-  // Along the sum. Four lanes load 16 bytes each of a vector, side by side; eight vectors a warp at once.
+  // Along the sum. Legal: 4 * kVector alone. Four lanes load 16 bytes each of a vector, side by side; eight vectors a
+  // warp at once.
   static constexpr int kChunk = 4 * kVector;
+  static_assert(kChunk == static_cast<int>(kWarpSize) / 8 * kVector,
+                "kChunk must be 4 * kVector: of the 32 lanes, four load 16 bytes each of one of eight vectors");
   static constexpr int kLaneWeights = 2 * kWeightTiles_, kLaneStates = kBatchTiles_;  // 16-byte words a lane loads
   static constexpr int kChunkWords = (kLaneWeights + kLaneStates) * 32;
+  static_assert(8 * kLaneWeights == kWeightTiles_ * kTileWeights && 8 * kLaneStates == kBatchTiles_ * kTileBatch,
+                "kLaneWeights and kLaneStates must be 2 and 1 a tile: each covers eight of its vectors");
+  static_assert(kChunkWords == (kLaneWeights + kLaneStates) * static_cast<int>(kWarpSize) && sizeof(Word16) == 16,
+                "kChunkWords must be a word of 16 bytes for each lane and vector it loads");
 
  public:
   static constexpr int kWeightTiles = kWeightTiles_, kBatchTiles = kBatchTiles_, kWarps = kWarps_;
@@ -31,14 +49,21 @@ template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class Bl
   static constexpr int kThreads = kWarps * static_cast<int>(kWarpSize);
 
  private:
-  // In shared memory a column of kWeights results, plus 4 so that a warp's stores fall into different banks.
+  // In shared memory a column of kWeights results, plus 4 so that a warp's stores fall into different banks. Legal:
+  // from kWeights on; another remainder of 32 costs bank conflicts.
   static constexpr int kColumn = kWeights + 4;
+  static_assert(kColumn >= kWeights, "kColumn must be at least kWeights: a column holds that many results");
   static constexpr int kPartialBytes = static_cast<int>(sizeof(Compute)) * kWarps * kBatch * kColumn;
   // Every card since sm_80 grants a block 99 KB; two such blocks fit on a Hopper SM, one of them of the next step.
+  // Legal: up to that; the less, the fewer chunks are under way.
   static constexpr int kBudget = 96 << 10, kRingBytes = kWarps * kChunkWords * 16;
+  static_assert(kBudget <= 99 << 10, "kBudget must be at most 99 KB: no more is granted on 8.6, 8.9 and 12.0");
+  // Chunks of the ring. Legal: from 2 on, one to multiply while another travels.
+  static constexpr int kMostDepth = 6;
   static constexpr int kAffordable = (kBudget - kPartialBytes) / kRingBytes;
-  static constexpr int kDepth = kAffordable < 6 ? kAffordable : 6;
-  static_assert(kDepth >= 2, "too large a tile for shared memory");
+  static constexpr int kDepth = kAffordable < kMostDepth ? kAffordable : kMostDepth;
+  static_assert(kMostDepth >= 2, "kMostDepth must be at least 2: one chunk is multiplied while another travels");
+  static_assert(kAffordable >= 2, "too large a tile for shared memory: fewer kWarps, kBatchTiles or kWeightTiles");
 
  public:
   static constexpr size_t kSharedBytes = kPartialBytes + kDepth * kRingBytes;

@@ -9,7 +9,7 @@ import gpu_device
 import pytest
 from gpu_device import only_on_card
 
-from cuda_resources import cuda_tool
+from cuda_tools import cuda_tool
 
 SCRIPT = Path(__file__).parent / "sanitized.py"
 

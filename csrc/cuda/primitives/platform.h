@@ -59,5 +59,8 @@ struct Dim3 {
 constexpr unsigned kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 #endif
+// Legal: these alone. Kernels, shuffles and fragments count on them.
+static_assert(kWarpSize == 32 && kAllLanes == 0xffffffffu,
+              "kWarpSize must be 32, kAllLanes a bit for each: the cards'");
 
 }  // namespace rnnfast::gpu

@@ -13,13 +13,18 @@
 
 namespace rnnfast::gpu {
 
-constexpr int kUnits = 16;  // a block
-static_assert(kUnits == kTileWeights, "a unit is a weight row of one tile");
-// The more warps, the more loads are under way.
+// Units a block. Legal: 16 alone, a tile's weights. Row i of a tile is the weight row of unit i, and gate g's results
+// are tile g: two tiles of 16 for a block of 32 units would need another order of rows in weight_row() and at().
+constexpr int kUnits = 16;
+static_assert(kUnits == kTileWeights,
+              "kUnits must be kTileWeights (16): a block's units are the weight rows of one tile");
+// Warps a block. Legal: 1 to 32, of them those whose rings fit shared memory (BlockProduct says so). The more warps,
+// the more loads are under way.
 constexpr int kUsualWarps = 8;
 
 // Of a kernel with one result for each unit.
 template <class Type, int kBatchTiles> using UnitProduct = BlockProduct<Type, 1, kBatchTiles, kUsualWarps>;
+static_assert(UnitProduct<Float32, 1>::kWeights == kUnits, "UnitProduct must have one weight tile: a result a unit");
 
 template <class Type, class Params, int kBatch> struct Block : Elements<Type, Params> {
   using typename Elements<Type, Params>::Storage;
@@ -47,7 +52,8 @@ RNNFAST_DEVICE bool multiply(const Block& block, int64_t length, const WeightRow
   });
   // Everything the earlier launches wrote is there from here on.
   wait_for_previous_grid();
-  static_assert(Product::kBatch <= kWarpSize);
+  static_assert(Product::kBatch <= static_cast<int>(kWarpSize),
+                "kLargeBatchTiles must be 1 to 4: each lane of a warp looks at one batch index of the block here");
   const bool multiplied = any(lane() < Product::kBatch && state(static_cast<int>(lane())) != nullptr);
   if (multiplied) {
     product.run();

@@ -5,7 +5,7 @@
 
 namespace rnnfast::gpu {
 
-// With a large batch there are many partial sums a warp.
+// A tile for each gate. Warps: as kUsualWarps says; with a large batch there are many partial sums a warp.
 template <Family kFamily, class Type, int kBatchTiles>
 using ForwardProduct = BlockProduct<Type, FamilyCell<kFamily>::Constants::kGates, kBatchTiles,
                                     kBatchTiles == 1 && sizeof(typename Type::Compute) == 4 ? kUsualWarps : 4>;
@@ -45,6 +45,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((ForwardProduct<kFamily, Type, kBatchTiles>
   using Constants = typename FamilyCell<kFamily>::Constants;
   using Product = ForwardProduct<kFamily, Type, kBatchTiles>;
   constexpr int kGates = Constants::kGates;
+  static_assert(Product::kWeights == kGates * kUnits, "ForwardProduct must have kGates weight tiles: gate g is tile g");
   allow_next_grid();
   const Block<Type, StepForward, Product::kBatch> block(p);
   const int64_t H = p.hidden_size;

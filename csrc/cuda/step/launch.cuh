@@ -30,6 +30,21 @@ template <Family kFamily, class Type> struct ProjectBackwardKernel {
   template <int kBatchTiles> static auto function() { return step_project_backward<kFamily, Type, kBatchTiles>; }
 };
 
+// Calls visit(kernel, tiles) for every kernel of a unit, with each number of tiles that launch_step chooses from. What
+// goes over all kernels does so here (benchmarks/occupancy/).
+template <Family kFamily, class Type, class Visit> void for_each_kernel(const Visit& visit) {
+  const auto with_tiles = [&](auto kernel) {
+    visit(kernel, std::integral_constant<int, 1>());
+    visit(kernel, std::integral_constant<int, Type::kLargeBatchTiles>());
+  };
+  with_tiles(ForwardKernel<kFamily, Type>());
+  with_tiles(BackwardKernel<kFamily, Type>());
+  if constexpr (FamilyCell<kFamily>::Constants::kMayProject) {
+    with_tiles(ProjectForwardKernel<Type>());
+    with_tiles(ProjectBackwardKernel<kFamily, Type>());
+  }
+}
+
 // For messages: "step_forward<LSTM, float32>".
 template <class Kernel, class Type> const char* name_of(Mode mode) {
   static const std::array<std::string, kModes> names = [] {

@@ -1,0 +1,288 @@
+"""SASS as nvdisasm prints it, taken apart: the kernels of a listing, their instructions with source lines, their loops,
+and how often each kind of instruction stands in them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import networkx as nx
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from setup import CUDA_FAMILIES  # noqa: E402
+
+# The kinds that tell most about a kernel, by mnemonic (what stands before the first dot), in the order of the tables.
+KINDS: dict[str, str] = {
+    "HMMA": "products on tensor cores",
+    "FFMA": "float32 multiply-add",
+    "DFMA": "float64 multiply-add",
+    "MUFU": "exp, reciprocal and their like",
+    "LDGSTS": "cp.async: global to shared memory",
+    "LDG": "loads from global memory",
+    "STG": "stores to it",
+    "LDS": "loads from shared memory",
+    "LDSM": "ldmatrix",
+    "STS": "stores to shared memory",
+    "LDL": "loads from local memory: spills",
+    "STL": "stores to it",
+    "BAR": "block barriers",
+    "SHFL": "shuffles",
+    "branches": "BRA, CALL, RET, EXIT and their like",
+}
+OTHER = "other"  # addresses, integers, predicates, conversions
+# The kinds that a kernel's main loop is there for, and those that an iteration is told by: the way through the loop
+# that has the most of them is the one that is taken while there is work.
+PRODUCTS = ("HMMA", "FFMA", "DFMA")
+WORK = (*PRODUCTS, "LDGSTS")
+_BRANCHES = frozenset("BRA BRX JMP JMX CALL RET EXIT BREAK".split())
+# What ends a basic block. A subroutine comes back, so CALL does not.
+_JUMPS = frozenset("BRA BSYNC EXIT RET BRX JMP JMX BREAK".split())
+
+_SECTION = re.compile(r"^\s*\.section\s+(?:\.text\.([^,\s]+))?")
+_LABEL = re.compile(r"^(\.L_\w+):")
+_LINE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)')
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)\S*.*?)\s*;?\s*$")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Args:
+        address: in bytes, from the kernel's start.
+        text: with predicate and operands; targets as nvdisasm names them.
+        mnemonic: its name without modifiers, as in "HMMA".
+        file: the source file as the compiler was given it, "" without line information; line: in that file.
+    """
+
+    address: int
+    text: str
+    mnemonic: str
+    file: str = ""
+    line: int = 0
+
+    @property
+    def kind(self) -> str:
+        # Never carried out: on some cards the assembler puts three such LDS before each LDGSTS.
+        if self.text.startswith("@!PT "):
+            return OTHER
+        if self.mnemonic in _BRANCHES:
+            return "branches"
+        return self.mnemonic if self.mnemonic in KINDS else OTHER
+
+    @property
+    def conditional(self) -> bool:
+        return self.text.startswith("@")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop: what a backward branch leads back through.
+
+    Args:
+        number: in the order of addresses, from 1.
+        depth: 1 for a loop that lies in no other.
+        innermost: no other loop lies in it.
+        instructions: of its body, all branches of it, in the order of addresses. They need not be contiguous.
+        iteration: of an innermost loop, the shortest of the ways through it with the most of WORK; else empty. What
+            an iteration takes in the usual case: the body also has the ways for what is unaligned or at an end.
+    """
+
+    number: int
+    depth: int
+    innermost: bool
+    instructions: tuple[Instruction, ...]
+    iteration: tuple[Instruction, ...]
+
+    @property
+    def first(self) -> int:
+        return self.instructions[0].address
+
+    @property
+    def last(self) -> int:
+        return self.instructions[-1].address
+
+    def products(self) -> int:
+        found = counts(self.instructions)
+        return sum(found[kind] for kind in PRODUCTS)
+
+
+@dataclass
+class Function:
+    """A kernel's code, as it stands in its section, subroutines of the compiler behind it.
+
+    Args:
+        symbol: the mangled name.
+        labels: address of each label; one may stand behind the last instruction.
+    """
+
+    symbol: str
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        return _loops(self)
+
+    def main_loop(self) -> Loop | None:
+        """The innermost loop with the most products, None where none has any."""
+        innermost = [loop for loop in self.loops if loop.innermost and loop.products()]
+        return max(innermost, key=Loop.products, default=None)
+
+
+def short_name(name: str) -> str:
+    """A demangled name as name<arguments>, without return type, parameters and our namespaces; families by name."""
+    name = re.sub(r"\b(rnnfast|gpu)::|\(anonymous namespace\)::|^void ", "", name)
+    name = re.sub(r"\(Family\)(\d+)", lambda found: CUDA_FAMILIES[int(found[1])], name)
+    depth = 0
+    for end, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:end]
+    return name
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """The short names of mangled kernel names."""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return {symbol: short_name(name) for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True)}
+
+
+def functions(listing: str) -> dict[str, Function]:
+    """The kernels of what `nvdisasm -c` printed (with source lines: `-g`), by mangled name."""
+    found: dict[str, Function] = {}
+    current: Function | None = None
+    waiting: list[str] = []  # labels that the next instruction bears
+    file, line_number = "", 0
+    for line in listing.splitlines():
+        if match := _INSTRUCTION.match(line):
+            if current is None:
+                continue
+            address = int(match[1], 16)
+            for label in waiting:
+                current.labels[label] = address
+            waiting = []
+            current.instructions.append(Instruction(address, match[2], match[3], file, line_number))
+        elif match := _LINE.match(line):
+            file, line_number = match[1], int(match[2])
+        elif match := _LABEL.match(line):
+            waiting.append(match[1])
+        elif match := _SECTION.match(line):
+            current = found.setdefault(match[1], Function(match[1])) if match[1] else None
+            waiting, file, line_number = [], "", 0
+    return found
+
+
+def counts(instructions: Iterable[Instruction]) -> Counter[str]:
+    """How often each of KINDS, and OTHER, stands among them."""
+    return Counter(instruction.kind for instruction in instructions)
+
+
+def _flow(function: Function) -> tuple[nx.DiGraph, dict[int, list[Instruction]]]:
+    """Basic blocks by their first address, and where each leads."""
+    code = function.instructions
+    # Where threads that wait at a BSYNC go on: the label that the last BSSY with its register named.
+    meeting: dict[str, int] = {}
+    targets: dict[int, int] = {}
+    for instruction in code:
+        label = _TARGET.search(instruction.text)
+        target = function.labels.get(label[1]) if label else None
+        register = re.search(r"\b(B\d+)\b", instruction.text)
+        if instruction.mnemonic == "BSSY" and register and target is not None:
+            meeting[register[1]] = target
+        elif instruction.mnemonic == "BSYNC" and register and register[1] in meeting:
+            targets[instruction.address] = meeting[register[1]]
+        # A CALL to a label inside of the kernel, not to a subroutine, does not come back: a way out of a loop on 8.0.
+        elif instruction.mnemonic in ("BRA", "JMP", "CALL") and target is not None:
+            targets[instruction.address] = target
+    starts = {code[0].address, *targets.values()}
+    ends = {instruction.address for instruction in code if instruction.mnemonic in _JUMPS} | set(targets)
+    starts |= {after.address for before, after in pairwise(code) if before.address in ends}
+    blocks: dict[int, list[Instruction]] = {}
+    for instruction in code:
+        if instruction.address in starts:
+            blocks[instruction.address] = current = []
+        current.append(instruction)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(blocks)
+    firsts = list(blocks)
+    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+        last = blocks[first][-1]
+        target = targets.get(last.address)
+        if target in blocks:
+            graph.add_edge(first, target)
+        goes_on = last.address not in ends or last.conditional or (last.mnemonic == "BSYNC" and target is None)
+        if goes_on and following is not None:
+            graph.add_edge(first, following)
+    return graph, blocks
+
+
+def _usual_way(body: nx.DiGraph, blocks: dict[int, list[Instruction]], header: int, latches: list[int]) -> list[int]:
+    """The blocks of Loop.iteration."""
+    acyclic = nx.DiGraph(edge for edge in body.edges if edge[1] != header)
+    acyclic.add_node(header)
+
+    def score(block: int) -> int:
+        found = counts(blocks[block])
+        # Work counts first; of equals the shorter way.
+        return sum(found[kind] for kind in WORK) * 1_000_000 - len(blocks[block])
+
+    best = {header: (score(header), [header])}
+    for block in nx.topological_sort(acyclic):
+        before = [best[other] for other in acyclic.predecessors(block) if other in best]
+        if before:
+            points, way = max(before, key=lambda one: one[0])
+            best[block] = (points + score(block), [*way, block])
+    return max((best[latch] for latch in latches), key=lambda one: one[0])[1]
+
+
+def _loops(function: Function) -> list[Loop]:
+    """The natural loops. A branch back makes one where its target dominates it: code that the compiler has moved behind
+    the kernel's end jumps backwards too, and is no loop."""
+    if not function.instructions:
+        return []
+    graph, blocks = _flow(function)
+    entry = function.instructions[0].address
+    graph = graph.subgraph(nx.descendants(graph, entry) | {entry})
+    above = nx.immediate_dominators(graph, entry)
+
+    def dominated_by(node: int, other: int) -> bool:
+        while node != other and above.get(node, node) not in (None, node):
+            node = above[node]
+        return node == other
+
+    bodies: dict[int, set[int]] = {}
+    latches: dict[int, list[int]] = {}
+    for source, header in graph.edges:
+        if dominated_by(source, header):
+            # Two branches back to one place are one loop.
+            without = graph.subgraph(set(graph) - {header})
+            inside = {source} if source == header else {source} | nx.ancestors(without, source)
+            bodies.setdefault(header, {header}).update(inside)
+            latches.setdefault(header, []).append(source)
+    found = []
+    for number, header in enumerate(sorted(bodies), start=1):
+        body = bodies[header]
+        innermost = not any(other < body for other in bodies.values())
+        way = _usual_way(graph.subgraph(body), blocks, header, latches[header]) if innermost else []
+        found.append(
+            Loop(
+                number,
+                depth=sum(body <= other for other in bodies.values()),
+                innermost=innermost,
+                instructions=tuple(i for first in sorted(body) for i in blocks[first]),
+                iteration=tuple(i for first in way for i in blocks[first]),
+            )
+        )
+    return found
