@@ -16,17 +16,25 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY      := $(VENV)/bin/python
 # One stamp per requirement: asking for another torch makes a new stamp and removes the old one.
 TORCHED := $(VENV)/.torch-$(subst /,_,$(TORCH))
-BUILT   := $(VENV)/.built
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*')
-FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# The CUDA library takes minutes: it is built where it is asked for (make cuda, RNNFAST_CUDA=1) or where there is a card.
+WITH_CUDA := $(or $(RNNFAST_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),,0))
+NO_CUDA := $(filter 0,$(WITH_CUDA))
+# One stamp for each: asking for the CUDA library after a build without it builds it.
+BUILT   := $(VENV)/.built$(if $(NO_CUDA),,-cuda)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*' $(if $(NO_CUDA),-not -path 'csrc/cuda/*'))
+FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench benchmarks/occupancy -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: fuzz torch-versions wheel-check help build cuda card emulated demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
+.PHONY: fuzz torch-versions wheel-check help build libraries cuda sass card emulated kernel-test debug demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo             train two models, each with torch.nn and with rnnfast side by side (4 minutes)'
 	@echo 'make test             the tests; make test-exhaustive: the remaining grids; make test-all: both'
+	@echo 'make kernel-test      one program of tests/cpp in the emulator: K=test_step CASE=lstm-float32 [SEED=7] [SAN=thread|address]'
+	@echo 'make debug            gdb at the beginning of a kernel: K=test_step CASE=lstm-float32 [KERNEL=step_forward] [THREAD=5]'
 	@echo 'make cuda             build the CUDA library (nvcc, no GPU needed); what its kernels take: build/cuda_resources.csv'
+	@echo 'make cuda K=UNIT      compile one unit of it (step_lstm_bfloat16) and print what its kernels take'
+	@echo 'make sass KERNEL=step_forward CELL=lstm TYPE=bfloat16 ARCH=9.0a   machine code, loops, instructions (COUNTS=1: tables, ALL=1)'
 	@echo 'make card             all that a machine with a card needs, for compute capability 9.0 (nvcc, no GPU needed): build/card'
 	@echo 'make test-gpu         the tests that need a CUDA device; make torch-versions: the built libraries with older torches'
 	@echo 'make fuzz             random calls of the ops under ASan + UBSan and under TSan, FUZZ_SECONDS=600 each; it prints the seed'
@@ -36,25 +44,44 @@ help:
 	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python, RNNFAST_CUDA_ARCHS=8.6 what make cuda builds for'
 
 $(PY):
+	@echo 'make: an environment with $(PYTHON) in $(VENV)'
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo '$(PYTHON) is older than 3.10: set PYTHON='; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'No venv could be made. On Debian: apt-get install python3-venv'; exit 1; }
 
 $(TORCHED): | $(PY)
+	@echo 'make: $(TORCH) (a minute, or several where it comes with CUDA)'
 	$(PY) -m pip install -q 'setuptools>=77' wheel ninja '$(TORCH)'
 	@rm -f $(VENV)/.torch-*
 	@touch '$@'
 
 # The extension is built against the torch in .venv, and runs with every other one: a new torch needs no new build.
+# First the libraries by themselves: pip would hide how far the compiler is.
 $(BUILT): $(SOURCES) | $(TORCHED)
-	RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -q --no-build-isolation -e '.[bench,dev]'
+	@echo 'make: the C++ library$(if $(NO_CUDA), (the CUDA library: make cuda), and the CUDA library)'
+	RNNFAST_CUDA='$(WITH_CUDA)' RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py -q build_ext --inplace
+	@echo 'make: rnnfast in editable form, with what its tests and benchmarks need'
+	RNNFAST_CUDA='$(WITH_CUDA)' RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) -m pip install -q --no-build-isolation -e '.[bench,dev]'
 	@touch $@
 
 # The order-only stamp above would not be looked at again once $(BUILT) exists, hence both here.
 build: $(TORCHED) $(BUILT)
 
-cuda: build
+# The CUDA library too where nvcc is found.
+libraries: build
+	RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py -q build_ext --inplace
+
+# What looks at single units must not build the whole library before: `build` does, after any change of a source.
+SET_UP := $(if $(wildcard $(VENV)/.built*),,build)
+cuda: $(if $(K),$(SET_UP),build)
+ifdef K
+	RNNFAST_CUDA=1 RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) benchmarks/cuda_resources.py --unit '$(K)' $(if $(BEFORE),--before '$(BEFORE)') $(if $(KEEP),--out '$(KEEP)')
+else
 	RNNFAST_CUDA=1 RNNFAST_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py -q build_ext --inplace
 	$(PY) benchmarks/cuda_resources.py
+endif
+
+sass: $(SET_UP)
+	@$(PY) benchmarks/sass.py '$(KERNEL)' $(if $(ARCH),--arch '$(ARCH)') $(if $(CELL),--cell '$(CELL)') $(if $(TYPE),--type '$(TYPE)') $(if $(filter-out 0,$(ALL)),--all) $(if $(filter-out 0,$(COUNTS)),--counts)
 
 # What goes to a machine with a card: the libraries, and programs that need neither torch nor Python there.
 card: cuda
@@ -62,18 +89,31 @@ card: cuda
 	$(PY) benchmarks/card_kit.py --archs '$(ARCHS)'
 
 # The CUDA kernels for the host, and the C++ test programs.
-emulated: build
+emulated: $(TORCHED)
 	$(PY) tests/build_emulated.py --quiet
+
+# The shell shall not read names as patterns.
+KERNEL_TEST = $(if $(K),'$(K)') $(foreach case,$(CASE),'$(case)')
+# One program of tests/cpp, and of the kernels those that CASE is about. SITES=1 prints the synchronisations that are
+# reached, SKIP=file:line leaves one out.
+kernel-test: $(TORCHED)
+	@$(PY) tests/kernel_test.py $(KERNEL_TEST) $(if $(SEED),--seed '$(SEED)') $(if $(SAN),--sanitizer '$(SAN)') \
+		$(if $(SKIP),--skip '$(SKIP)') $(if $(filter-out 0,$(SITES)),--sites)
+
+# The same, compiled for gdb, which stops where THREAD of BLOCK begins a kernel in whose name KERNEL is found.
+debug: $(TORCHED)
+	@$(PY) tests/kernel_test.py --debug $(KERNEL_TEST) $(if $(SEED),--seed '$(SEED)') $(if $(KERNEL),--kernel '$(KERNEL)') \
+		$(if $(BLOCK),--block '$(BLOCK)') $(if $(THREAD),--thread '$(THREAD)') $(if $(SKIP),--skip '$(SKIP)')
 
 demo: build
 	$(PY) examples/train_charlm.py --out $(OUT)
 	$(PY) examples/train_digits.py --out $(OUT)
 
 # Two processes, whatever the machine: a test's own threads need room too.
-test: emulated
+test: build emulated
 	$(PY) -m pytest -n 2 --dist worksteal
 
-test-exhaustive: emulated
+test-exhaustive: build emulated
 	$(PY) -m pytest -n 2 --dist worksteal -m 'exhaustive and not gpu'
 
 test-all: test test-exhaustive
@@ -131,8 +171,8 @@ build/torch-%/.made: | $(PY)
 	$(PY) -m pip install -q --no-deps --no-compile --target build/torch-$* 'torch==$*'
 	@touch $@
 
-torch-versions: build $(OLDER:%=build/torch-%/.made)
+torch-versions: libraries $(OLDER:%=build/torch-%/.made)
 	$(PY) tests/torch_versions.py $(OLDER)
 
 clean:
-	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(BUILT)
+	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(VENV)/.built*

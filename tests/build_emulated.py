@@ -1,13 +1,17 @@
 """Builds what runs CUDA kernels without a card: `build/emulated/_C_emulated.so`, whose ops the parity tests call, and
-the programs of tests/cpp in three variants: `build/emulated/plain` (most schedules), `asan` (ASan + UBSan) and
-`tsan` (TSan).
+the programs of tests/cpp in four variants: `build/emulated/plain` (most schedules), `asan` (ASan + UBSan), `tsan`
+(TSan) and, where it is asked for, `debug` (for gdb).
 
     python tests/build_emulated.py [--quiet] [library | asan | tsan | asan/test_step | ...]
+
+A program that runs the library's kernels can be built for one family and arithmetic alone, in a fifth of the time:
+`plain/test_step.lstm-float32`. `make kernel-test` does where a case has such a name.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import subprocess
 import sys
@@ -17,12 +21,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from setup import CSRC, STABLE_ABI, Ninja, cuda_sources, cxx_compiler, torch_includes, torch_root  # noqa: E402
+from setup import (  # noqa: E402
+    CSRC,
+    CUDA_ARITHMETICS,
+    CUDA_FAMILIES,
+    CUDA_UNITS,
+    STABLE_ABI,
+    Ninja,
+    cuda_sources,
+    cxx_compiler,
+    torch_includes,
+    torch_root,
+    write_changed,
+)
 
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "_C_emulated.so"
 
-COMMON_FLAGS = f"-std=c++20 -g1 -fPIC -Wall -Wextra -Werror -DRNNFAST_EMULATED -I{CSRC}".split()
+COMMON_FLAGS = f"-std=c++20 -g1 -fPIC -Wall -Wextra -Werror -DRNNFAST_EMULATED -I{CSRC} -I{ROOT / 'tests/cpp'}".split()
+# Messages and the names of synchronisations begin in the repository.
+COMMON_FLAGS += [f"-fmacro-prefix-map={ROOT}/="]
 # Without two checks that ASan makes as well, or that need virtual functions: they take a third of the compile time.
 UNDEFINED = "-fsanitize=undefined -fno-sanitize=vptr,object-size -fno-sanitize-recover=all".split()
 # Per variant: flags of every file, of the kernels and the tests, of the emulator, of the link. The emulator tells TSan
@@ -42,14 +60,41 @@ VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
         [],
         ["-fsanitize=thread"],
     ),
+    "debug": (["-O0", "-g"], [], [], []),
 }
+# What is built where nothing is named.
+TESTED = ["plain", "asan", "tsan"]
 # The programs that run the kernels of csrc/cuda; the others bring kernels of their own.
 LINK_KERNELS = {"test_step"}
 
 
 def programs() -> list[str]:
-    """The names of the test programs."""
-    return [source.stem for source in sorted((ROOT / "tests/cpp").glob("test_*.cpp"))]
+    """The names of the test programs, and of the one to begin a new one from."""
+    return [*(source.stem for source in sorted((ROOT / "tests/cpp").glob("test_*.cpp"))), "template"]
+
+
+def instance_of(program: str, case: str) -> str | None:
+    """The family and arithmetic that a case's name begins and ends with, as in "rnn-float32" of "rnn-tanh-float32": all
+    that it runs."""
+    words = case.split("-")
+    family, arithmetic = words[0], words[-1]
+    known = family in CUDA_FAMILIES and arithmetic in map(str.lower, CUDA_ARITHMETICS)
+    return f"{family}-{arithmetic}" if known and program in LINK_KERNELS else None
+
+
+def other_instances(family: str, arithmetic: str) -> Path:
+    """The source of what stands for the kernels of all other families and arithmetics."""
+    lines = ['#include "other_instances.h"', "", "namespace rnnfast::gpu {"]
+    lines += [
+        f"template <> StepKernels StepInstance<Family::{other}, {kind}>::kernels() {{ return other_step_kernels(); }}"
+        for other, kind in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS)
+        if (other, kind) != (family, arithmetic)
+    ]
+    folder = BUILD / "others"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"other_than_{family}_{arithmetic.lower()}.cpp"
+    write_changed(source, "\n".join([*lines, "}  // namespace rnnfast::gpu", ""]))
+    return source
 
 
 def ninja_file() -> Ninja:
@@ -58,6 +103,7 @@ def ninja_file() -> Ninja:
     ninja.rule("compile", f"{cxx} $flags -MMD -MF $out.d -c $in -o $out")
     ninja.rule("link", f"{cxx} -o $out $in $flags -pthread", depfile=False)
     emulator = sorted(CSRC.glob("emulator/*.cpp"))
+    sources = cuda_sources()
 
     def units(folder: str, sources: list[Path], flags: list[str]) -> list[Path]:
         return [
@@ -67,11 +113,21 @@ def ninja_file() -> Ninja:
 
     for variant, (common, code, scheduler, link) in VARIANTS.items():
         shared = units(variant, emulator, common + scheduler)
-        kernels = units(variant, cuda_sources(), common + code)
+        kernels = units(variant, sources, common + code)
+        of_all = [unit for source, unit in zip(sources, kernels, strict=True) if source.parent != CUDA_UNITS]
+        of_instance = {}
+        for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS):
+            end = f"_{family}_{arithmetic.lower()}.cu.o"
+            alone = of_all + [unit for unit in kernels if unit.name.endswith(end)]
+            alone += units(variant, [other_instances(family, arithmetic)], common + code)
+            of_instance[f"{family}-{arithmetic.lower()}"] = alone
         built = []
         for name in programs():
             objects = units(variant, [ROOT / "tests/cpp" / f"{name}.cpp"], common + code) + shared
-            objects += kernels if name in LINK_KERNELS else []
+            if name in LINK_KERNELS:
+                for instance, alone in of_instance.items():
+                    ninja.edge("link", BUILD / variant / f"{name}.{instance}", objects + alone, link)
+                objects += kernels
             built.append(ninja.edge("link", BUILD / variant / name, objects, link))
         ninja.phony(variant, built)
         if variant == "plain":
@@ -79,11 +135,12 @@ def ninja_file() -> Ninja:
             libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
             libraries += ["-shared", "-Wl,--no-undefined"]
             ninja.phony("library", [ninja.edge("link", LIBRARY, shared + kernels + ops, libraries)])
+    ninja.default(["library", *TESTED])
     return ninja
 
 
 def build(targets: list[str], quiet: bool = False) -> bool:
-    """Brings the targets (all by default) up to date; False where something does not compile."""
+    """Brings the targets (by default the library and `TESTED`) up to date; False where something does not compile."""
     phony = {"library", *VARIANTS}
     return ninja_file().run([target if target in phony else BUILD / target for target in targets], quiet)
 

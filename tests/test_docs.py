@@ -76,3 +76,34 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = page.parent / place if place else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def quoted_places() -> list[tuple[str, str, int, str]]:
+    """(page, file, line, what stands there) of each source line that a page quotes."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("test_mine.cpp", "template.cpp")
+        # "sync_threads at csrc/a.cuh:60", "tests/cpp/a.cpp:7: output: 3 of", and what the race report quotes below.
+        named = re.findall(r"(\w+) at ([\w/]+\.\w+):(\d+)\b", text)
+        # The emulator's any() is a ballot.
+        quotes = [(file, line, f"{word.replace('ballot', 'any')}(") for word, file, line in named]
+        quotes += [
+            (file, line, f'"{word}"') for file, line, word in re.findall(r"([\w/]+\.cpp):(\d+): (\w+): \d+ of", text)
+        ]
+        quotes += re.findall(r"#\d+ \S+ ([\w/]+\.\w+):(\d+)\n +(.+)$", text, re.MULTILINE)
+        # Left out or stopped at, by the last parts of its path.
+        quotes += [(file, line, "sync") for file, line in re.findall(r"(?:SKIP=|break )([\w/]+\.cuh):(\d+)\b", text)]
+        found += [(name(page), file, int(line), what) for file, line, what in quotes]
+    return found
+
+
+def test_quoted_lines_of_sources_are_there() -> None:
+    places = quoted_places()
+    assert len(places) >= 8
+    wrong = []
+    for page, file, line, what in places:
+        files = [path for folder in ("csrc", "tests/cpp") for path in (ROOT / folder).rglob(Path(file).name)]
+        assert len(files) == 1, f"{page}: {file}"
+        if what not in files[0].read_text(encoding="utf-8").splitlines()[line - 1]:
+            wrong.append(f"{page}: {what} is not at {file}:{line}")
+    assert not wrong

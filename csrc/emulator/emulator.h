@@ -28,13 +28,18 @@ using Site = std::source_location;
 
 struct Options {
   uint64_t seed = 0;        // 0: threads in order and stores at once; else schedules and delays are shuffled by it
+  bool seed_given = false;  // by the environment
   int resident_blocks = 4;  // blocks of an ordinary launch that run at the same time
   size_t stack_bytes = 64 << 10;
   std::string skip;         // "file:line" of a synchronisation to leave out: shows that a test notices
   bool list_sites = false;  // print each synchronisation site once, as it is first reached
 };
-// This process's options. First read from RNNFAST_EMULATOR_SEED, _RESIDENT, _STACK, _SKIP, _LIST_SITES.
+// This process's options. First read from RNNFAST_EMULATOR_SEED, _RESIDENT, _STACK, _SKIP, _LIST_SITES: throws
+// std::invalid_argument where a value makes no sense.
 Options& options();
+// Why the result says nothing of Options::skip: no synchronisation of that place was reached. "" where one was, or none
+// was to be left out.
+std::string skip_problem();
 
 // Copies that one thread has issued with cp.async (or bulk stores), in groups: how many of each group are under way.
 struct CopyGroups {
@@ -118,6 +123,7 @@ void fence();
 
 struct Launch {
   const char* name = "";
+  const void* entry = nullptr;  // the kernel's address: for a debugger
   Dim3 grid;
   unsigned threads = 1;
   size_t shared_bytes = 0;
@@ -133,6 +139,8 @@ void synchronize();
 
 // Prints where every thread is; to be called from a debugger.
 void print_threads();
+// "kernel k, block (0,0,0), thread 3, last at ..." of the CUDA thread that runs now, "" on the host.
+std::string who_runs();
 
 // Used by primitives/dependent_launch.h and cluster.h.
 void wait_for_previous_grid(const Site& site);

@@ -12,7 +12,7 @@ void issue(std::function<void()> effect, std::function<void()> completed, const 
   operation->completed = std::move(completed);
   operation->key = key;
   operation->cluster = me.block->cluster;
-  operation->who = name_of(me) + ", " + me.what + " at " + text_of(me.site) + " (asynchronous)";
+  operation->who = std::string(me.what) + " " + text_of(me.site) + " by " + short_name_of(me);
   if (after_issuer) {
     drain_stores();
     operation->issued = Key::make();

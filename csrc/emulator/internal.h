@@ -219,6 +219,8 @@ void adopt_host_context(Context& context);
 
 // "kernel k, block (0,0,0), thread 3"
 std::string name_of(const Fiber& fiber);
+// "(0,0,0) 3 of k": for TSan, which takes 63 characters. tests/sanitizer_report.py makes the other of it.
+std::string short_name_of(const Fiber& fiber);
 // The heading and, below it, every thread of every block that runs.
 std::string where_all_are(const std::string& heading);
 std::string text_of(const Site& site);

@@ -1,8 +1,16 @@
 // Options, the list of synchronisation sites, and the words of error messages.
+#include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <limits>
 #include <map>
 #include <set>
+#include <stdexcept>
+#include <string_view>
+#include <tuple>
 
 #include "internal.h"
 
@@ -11,25 +19,82 @@ namespace {
 
 constexpr size_t kMaxLines = 40;
 
+const char* value(const char* name) { return std::getenv(name); }
+
+// The variable as a whole number, where it is set.
+template <class Number> bool read(const char* name, Number& number, Number least) {
+  const char* text = value(name);
+  if (!text) return false;
+  const char* end = text + std::strlen(text);
+  const auto [stopped, error] = std::from_chars(text, end, number);
+  if (error != std::errc() || stopped != end || number < least)
+    throw std::invalid_argument(std::string(name) + ": expected a whole number from " + std::to_string(least) + " to " +
+                                std::to_string(std::numeric_limits<Number>::max()) + ", got '" + text + "'");
+  return true;
+}
+
+// The line in "file:line", and where the file ends; 0 where that is not what it says.
+unsigned line_of(const std::string& skip, size_t& file) {
+  file = skip.rfind(':');
+  unsigned line = 0;
+  if (file == std::string::npos || file == 0) return 0;
+  const char* end = skip.data() + skip.size();
+  const auto [stopped, error] = std::from_chars(skip.data() + file + 1, end, line);
+  return error == std::errc() && stopped == end ? line : 0;
+}
+
 Options from_environment() {
   Options options;
-  const auto value = [](const char* name) { return std::getenv(name); };
-  if (const char* text = value("RNNFAST_EMULATOR_SEED")) options.seed = std::strtoull(text, nullptr, 10);
-  if (const char* text = value("RNNFAST_EMULATOR_RESIDENT")) options.resident_blocks = std::atoi(text);
-  if (const char* text = value("RNNFAST_EMULATOR_STACK")) options.stack_bytes = std::strtoull(text, nullptr, 10);
-  if (const char* text = value("RNNFAST_EMULATOR_SKIP")) options.skip = text;
-  if (const char* text = value("RNNFAST_EMULATOR_LIST_SITES")) options.list_sites = *text && *text != '0';
+  options.seed_given = read("RNNFAST_EMULATOR_SEED", options.seed, uint64_t{0});
+  read("RNNFAST_EMULATOR_RESIDENT", options.resident_blocks, 1);
+  constexpr size_t kLeastStack = 16 << 10;
+  read("RNNFAST_EMULATOR_STACK", options.stack_bytes, kLeastStack);
+  if (const char* text = value("RNNFAST_EMULATOR_SKIP"); text && *text) {
+    options.skip = text;
+    size_t file = 0;
+    if (line_of(options.skip, file) == 0)
+      throw std::invalid_argument("RNNFAST_EMULATOR_SKIP: expected file:line of a synchronisation, got '" +
+                                  options.skip + "'");
+  }
+  unsigned list_sites = 0;
+  read("RNNFAST_EMULATOR_LIST_SITES", list_sites, 0u);
+  options.list_sites = list_sites != 0;
   return options;
+}
+
+// Without the detours of #include "../".
+std::string name_of_file(const Site& site) {
+  return std::filesystem::path(site.file_name()).lexically_normal().string();
 }
 
 // Options::skip is "file:line"; the file may leave out leading folders.
 bool named_by(const std::string& skip, const Site& site) {
-  const size_t colon = skip.rfind(':');
-  if (colon == std::string::npos) return false;
-  if (std::strtoul(skip.c_str() + colon + 1, nullptr, 10) != site.line()) return false;
-  const std::string file = skip.substr(0, colon), full = site.file_name();
-  if (full.size() < file.size() || full.compare(full.size() - file.size(), file.size(), file) != 0) return false;
-  return full.size() == file.size() || full[full.size() - file.size() - 1] == '/';
+  size_t file = 0;
+  if (line_of(skip, file) != site.line()) return false;
+  const std::string full = name_of_file(site);
+  const std::string_view end(skip.data(), file);
+  return full.ends_with(end) && (full.size() == end.size() || full[full.size() - end.size() - 1] == '/');
+}
+
+// The synchronisations that this process has reached, where somebody asks for them, in their order.
+struct Sites {
+  // A header's name has an address in each file that includes it.
+  std::set<std::tuple<const char*, unsigned, const char*>> seen;
+  std::vector<std::string> known;
+  std::set<std::string> left_out;  // the values of Options::skip under which one was left out
+
+  // Whether it is a new one.
+  bool add(const Site& site, const char* what) {
+    if (!seen.emplace(site.file_name(), site.line(), what).second) return false;
+    const std::string text = text_of(site) + " " + what;
+    if (std::find(known.begin(), known.end(), text) != known.end()) return false;
+    known.push_back(text);
+    return true;
+  }
+};
+Sites& sites() {
+  static Sites instance;
+  return instance;
 }
 
 // "0-31, 40"
@@ -62,6 +127,14 @@ Options& options() {
   return instance;
 }
 
+std::string skip_problem() {
+  const std::string& skip = options().skip;
+  if (skip.empty() || sites().left_out.count(skip)) return "";
+  std::string text = "no synchronisation at " + skip + " was reached; known sites:";
+  for (const std::string& site : sites().known) text += "\n  " + site;
+  return text + (sites().known.empty() ? " none" : "");
+}
+
 void at(const Site& site, const char* what) {
   Fiber& me = running();
   me.site = site;
@@ -75,15 +148,13 @@ bool skipped(const Site& site, const char* what) {
   me.what = what;
   const Options& current = options();
   Scheduler& s = scheduler();
-  if (current.list_sites) {
+  if (current.list_sites || !current.skip.empty()) {
     Quiet quiet;
-    static std::set<std::string> listed;
-    const std::string line = text_of(site) + " " + what;
-    if (listed.insert(line).second) std::fprintf(stderr, "site %s\n", line.c_str());
-  }
-  if (!current.skip.empty()) {
-    Quiet quiet;
-    if (named_by(current.skip, site)) return true;
+    if (sites().add(site, what) && current.list_sites) std::fprintf(stderr, "site %s\n", sites().known.back().c_str());
+    if (!current.skip.empty() && named_by(current.skip, site)) {
+      sites().left_out.insert(current.skip);
+      return true;
+    }
   }
   // A thread may be overtaken before each synchronisation.
   constexpr uint64_t kOvertaken = 8;
@@ -91,7 +162,7 @@ bool skipped(const Site& site, const char* what) {
   return false;
 }
 
-std::string text_of(const Site& site) { return std::string(site.file_name()) + ":" + std::to_string(site.line()); }
+std::string text_of(const Site& site) { return name_of_file(site) + ":" + std::to_string(site.line()); }
 
 std::string text_of(const Dim3& index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
@@ -100,6 +171,17 @@ std::string text_of(const Dim3& index) {
 std::string name_of(const Fiber& fiber) {
   return "kernel " + fiber.block->grid->name + ", block " + text_of(fiber.block_index) + ", thread " +
          std::to_string(fiber.linear_thread);
+}
+
+std::string short_name_of(const Fiber& fiber) {
+  return text_of(fiber.block_index) + " " + std::to_string(fiber.linear_thread) + " of " + fiber.block->grid->name;
+}
+
+std::string who_runs() {
+  const Fiber* fiber = scheduler().current;
+  if (!fiber || !fiber->block) return "";
+  return name_of(*fiber) +
+         (fiber->site.line() ? std::string(", last at ") + fiber->what + " " + text_of(fiber->site) : "");
 }
 
 void print_threads() { std::fprintf(stderr, "%s\n", where_all_are("threads now").c_str()); }

@@ -146,7 +146,7 @@ void start_cluster(Grid& grid) {
       fiber->floor = s.host_floor;
       fiber->what = "start";
       make_context(fiber->context, options().stack_bytes, fiber_main);
-      if (fiber->context.tsan) __tsan_set_fiber_name(fiber->context.tsan, name_of(*fiber).c_str());
+      if (fiber->context.tsan) __tsan_set_fiber_name(fiber->context.tsan, short_name_of(*fiber).c_str());
       s.ready.push_back(fiber.get());
       block->threads.push_back(std::move(fiber));
     }

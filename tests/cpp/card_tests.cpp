@@ -1,5 +1,5 @@
 // The test programs that make sense on silicon as one program for a card; compiled by tests/build_card.py.
-//   card_tests [--seconds N] [case ... | -case ... | --list]
+//   card_tests [--seconds N] [--seed N] [case ... | -case ... | --list]
 // Runs all cases by default, from the safest to those that could hang; under a slow tool `-step/large` is worth while.
 // Exit codes as in check.h, and 77: there is no CUDA device; 3: a case made no progress for N seconds (30).
 #include <unistd.h>
@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -104,6 +105,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "card_tests: --seconds: a number above 0\n");
     return 2;
   }
+  check::state().again = [program = std::string(argv[0])](const check::Case& c, std::optional<uint64_t> seed) {
+    return program + (seed ? " --seed " + std::to_string(*seed) : "") + " " + c.name;
+  };
   const std::vector<check::Case> cases = all_cases();
   // Never destroyed: its thread runs until the process ends.
   auto* watchdog = new Watchdog(seconds);

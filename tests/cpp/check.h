@@ -1,13 +1,17 @@
 // Checks and named cases for the C++ test programs. Without arguments a program runs every case but those that are
 // meant to fail under a sanitizer; with arguments, the cases named, where `a` names all of a/... and `-a` leaves them
-// out; with --list, it prints all names. Exit code 1: a check failed; 2: no such case.
+// out; with --list, it prints all names; with --seed N first, cases run under that seed alone (run_kernel.h). Exit code
+// 1: a check failed; 2: wrong arguments.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -26,13 +30,48 @@ struct Case {
   Kind kind = Kind::usual;
 };
 
+class Note;
+
 struct State {
   long checks = 0;
   long failures = 0;
+  const Case* running = nullptr;
+  std::optional<uint64_t> only_seed;  // --seed
+  std::optional<uint64_t> seed;       // under which the case runs now
+  std::vector<const Note*> notes;     // what it works on now, from the whole to the part
+  std::string told;                   // what was said of these last
+  // The command that runs the case again, under the seed if there is one.
+  std::function<std::string(const Case&, std::optional<uint64_t>)> again;
 };
 inline State& state() {
   static State instance;
   return instance;
+}
+
+// What is worked on as long as this lives, such as a shape: failures tell it.
+class Note {
+ public:
+  explicit Note(std::string text) : text_(std::move(text)) { state().notes.push_back(this); }
+  ~Note() { state().notes.pop_back(); }
+  Note(const Note&) = delete;
+  Note& operator=(const Note&) = delete;
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string text_;
+};
+
+// Case, notes, seed, and how to have just these again; "" outside a case.
+inline std::string whereabouts() {
+  const State& now = state();
+  if (!now.running) return "";
+  std::string text = "  in " + now.running->name;
+  for (const Note* note : now.notes) text += ", " + note->text();
+  const std::optional<uint64_t> seed = now.seed ? now.seed : now.only_seed;
+  if (seed) text += ", seed " + std::to_string(*seed);
+  text += "\n";
+  if (now.again) text += "  again: " + now.again(*now.running, seed) + "\n";
+  return text;
 }
 
 // Counts whatever shows that a case still moves: for whoever watches over it.
@@ -44,8 +83,16 @@ inline std::atomic<unsigned long>& progress() {
 inline bool verify(bool good, const char* file, int line, const std::string& text) {
   ++state().checks;
   if (good) return true;
-  constexpr long kShown = 20;
-  if (++state().failures <= kShown) std::printf("%s:%d: %s\n", file, line, text.c_str());
+  constexpr long kShown = 8;
+  if (++state().failures > kShown) return false;
+  std::printf("%s:%d: %s\n", file, line, text.c_str());
+  // The next kernel may crash.
+  std::fflush(stdout);
+  // Once for the failures of the same shape and seed.
+  if (const std::string where = whereabouts(); where != state().told) {
+    std::printf("%s", where.c_str());
+    state().told = where;
+  }
   return false;
 }
 
@@ -55,6 +102,10 @@ template <class A, class B> bool verify_equal(const A& a, const B& b, const char
   out.precision(17);
   out << text << ": " << a << " and " << b;
   return verify(false, file, line, out.str());
+}
+
+inline bool verify_no_error(const std::string& error, const char* file, int line) {
+  return verify(error.empty(), file, line, error);
 }
 
 inline bool verify_contains(const std::string& text, const std::string& part, const char* file, int line) {
@@ -75,20 +126,42 @@ inline bool chooses(const std::string& argument, const std::string& name) {
 }
 
 inline bool run(const Case& chosen) {
-  const State before = state();
+  State& now = state();
+  const long checks = now.checks, failures = now.failures;
+  now.running = &chosen;
   try {
     chosen.body();
   } catch (const std::exception& error) {
     verify(false, chosen.name.c_str(), 0, std::string("exception: ") + error.what());
-  }
-  const bool good = state().failures == before.failures;
-  std::printf("%-40s %s, %ld checks\n", chosen.name.c_str(), good ? "ok" : "FAILED", state().checks - before.checks);
+  } catch (...) { verify(false, chosen.name.c_str(), 0, "an exception that is no std::exception"); }
+  now.running = nullptr;
+  const bool good = now.failures == failures;
+  const std::string failed = good ? "" : std::to_string(now.failures - failures) + " of ";
+  std::printf("%-40s %s, %s%ld checks\n", chosen.name.c_str(), good ? "ok" : "FAILED", failed.c_str(),
+              now.checks - checks);
   std::fflush(stdout);
   return good;
 }
 
+// A whole number, or nothing.
+inline std::optional<uint64_t> number(const std::string& text) {
+  uint64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
 inline int main(int argc, char** argv, const std::vector<Case>& cases, const Hooks& hooks = {}) {
-  const std::vector<std::string> names(argv + 1, argv + argc);
+  std::vector<std::string> names(argv + 1, argv + argc);
+  if (!names.empty() && names[0] == "--seed") {
+    const std::string text = names.size() > 1 ? names[1] : "";
+    state().only_seed = number(text);
+    if (!state().only_seed) {
+      std::printf("--seed: expected a whole number from 0 to 2^64 - 1, got '%s'\n", text.c_str());
+      return 2;
+    }
+    names.erase(names.begin(), names.begin() + 2);
+  }
   if (names.size() == 1 && names[0] == "--list") {
     for (const Case& c : cases)
       std::printf("%s%s\n", c.name.c_str(), c.kind == Kind::by_name_only ? " (by name only)" : "");
@@ -132,9 +205,10 @@ inline int main(int argc, char** argv, const std::vector<Case>& cases, const Hoo
 // CHECK_CASES(name) { return {...}; } gives the cases of test_<name>.cpp: to a program of its own in the emulator, to
 // card_tests.cpp on a card.
 #if defined(RNNFAST_EMULATED)
-#define CHECK_CASES(name)                                                                \
-  static std::vector<check::Case> cases_of_##name();                                     \
-  int main(int argc, char** argv) { return check::main(argc, argv, cases_of_##name()); } \
+#include "emulated_main.h"
+#define CHECK_CASES(name)                                                                                   \
+  static std::vector<check::Case> cases_of_##name();                                                        \
+  int main(int argc, char** argv) { return check::emulated_main(__FILE__, argc, argv, cases_of_##name()); } \
   static std::vector<check::Case> cases_of_##name()
 #else
 #define CHECK_CASES(name)                     \
@@ -147,4 +221,6 @@ inline int main(int argc, char** argv, const std::vector<Case>& cases, const Hoo
 #define CHECK_MESSAGE(condition, message) \
   check::verify(static_cast<bool>(condition), __FILE__, __LINE__, std::string(#condition) + ": " + (message))
 #define CHECK_EQUAL(a, b) check::verify_equal((a), (b), __FILE__, __LINE__, #a " == " #b)
+// Of a function that returns what went wrong, or "".
+#define CHECK_NO_ERROR(error) check::verify_no_error((error), __FILE__, __LINE__)
 #define CHECK_CONTAINS(text, part) check::verify_contains((text), (part), __FILE__, __LINE__)

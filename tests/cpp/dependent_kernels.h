@@ -31,14 +31,14 @@ RNNFAST_KERNEL void chain_kernel(const int* in, int* out) {
 // How many values of the first grid the second has not seen, over all seeds.
 template <bool waits> int stale_after_dependent_launch(bool dependent, unsigned seeds) {
   int stale = 0;
-  for_each_seed(seeds, [&] {
+  for_all_seeds(seeds, [&] {
     Array<int> data(4 * 32), out(4 * 32, -1);
     int *on_data = data.device(), *on_out = out.device();
     LaunchConfig config = blocks(4, 32);
-    CHECK_EQUAL(launch(config, first_kernel, on_data), "");
+    CHECK_NO_ERROR(launch(config, first_kernel, on_data));
     config.dependent = dependent;
-    CHECK_EQUAL(launch(config, second_kernel<waits>, on_data, on_out), "");
-    CHECK_EQUAL(finish(), "");
+    CHECK_NO_ERROR(launch(config, second_kernel<waits>, on_data, on_out));
+    CHECK_NO_ERROR(finish());
     for (int value : out) {
       CHECK(value == 0 || value == 1);
       stale += value == 0;

@@ -120,4 +120,17 @@ inline RNNFAST_KERNEL void ended_peer_kernel(int* out) {
   *out = *peer;
 }
 
+// ---- what ends a program, and what does not end ----
+
+inline RNNFAST_KERNEL void crash_kernel(int* nowhere) {
+  if (thread_index() == 3) *static_cast<volatile int*>(nowhere) = 1;
+}
+
+// Waits outside of the primitives, where the emulator cannot see it.
+inline RNNFAST_KERNEL void loop_kernel(const volatile int* flag) {
+  sync_threads();
+  if (thread_index() == 2)
+    while (*flag == 0) {}
+}
+
 }  // namespace rnnfast::test

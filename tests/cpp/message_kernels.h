@@ -38,9 +38,9 @@ template <Order order> RNNFAST_KERNEL void message_kernel(int* data, int* flag, 
 // How many of the runs, one under each seed, lost the message.
 template <Order order> int lost_messages(unsigned seeds) {
   int lost = 0;
-  for_each_seed(seeds, [&] {
+  for_all_seeds(seeds, [&] {
     Array<int> data{0}, flag{0}, out{-1};
-    CHECK_EQUAL(run(cooperative(2, 32), message_kernel<order>, data.device(), flag.device(), out.device()), "");
+    CHECK_NO_ERROR(run(cooperative(2, 32), message_kernel<order>, data.device(), flag.device(), out.device()));
     CHECK(out[0] == 42 || out[0] == 0);
     lost += out[0] != 42;
     if (seed() == 0) CHECK_EQUAL(out[0], 42);
@@ -62,7 +62,7 @@ template <bool releases> RNNFAST_KERNEL void flag_kernel(int* data, int* flag) {
 }
 template <bool releases> void flag_case() {
   Array<int> data{0}, flag{0};
-  CHECK_EQUAL(run(cooperative(2, 1), flag_kernel<releases>, data.device(), flag.device()), "");
+  CHECK_NO_ERROR(run(cooperative(2, 1), flag_kernel<releases>, data.device(), flag.device()));
   CHECK_EQUAL(data[0], 2);
 }
 

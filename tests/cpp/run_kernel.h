@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <string>
 
 #include "check.h"
@@ -70,14 +71,39 @@ constexpr unsigned kUsualSeeds = 10, kManySeeds = 100;
 constexpr unsigned kUsualSeeds = 40, kManySeeds = 200;
 #endif
 
-// Seed 0 is the plain schedule.
-template <class Body> void for_each_seed(unsigned seeds, Body body) {
-  const uint64_t before = seed();
+// While it lives this is the seed.
+class SeedScope {
+ public:
+  explicit SeedScope(uint64_t number) {
+    seed() = number;
+    check::state().seed = number;
+  }
+  ~SeedScope() {
+    seed() = seed_;
+    check::state().seed = told_;
+  }
+  SeedScope(const SeedScope&) = delete;
+  SeedScope& operator=(const SeedScope&) = delete;
+
+ private:
+  const uint64_t seed_ = seed();
+  const std::optional<uint64_t> told_ = check::state().seed;
+};
+
+// Under all of them, whatever was asked for: for what is counted over schedules. Seed 0 is the plain schedule.
+template <class Body> void for_all_seeds(unsigned seeds, Body body) {
   for (unsigned n = 0; n < seeds; ++n) {
-    seed() = n;
+    const SeedScope scope(n);
     body();
   }
-  seed() = before;
+}
+
+// Under all of them, or under the one that was asked for.
+template <class Body> void for_each_seed(unsigned seeds, Body body) {
+  const auto& only = check::state().only_seed;
+  if (!only) return for_all_seeds(seeds, body);
+  const SeedScope scope(*only);
+  body();
 }
 
 }  // namespace rnnfast::test

@@ -1,11 +1,11 @@
 // A layer's time loop in float64, row by row, straight from its definition (docs/design.md): the truth for test_step.
-// It shares the cells' equations (csrc/cells.h, checked against torch.nn from Python) and nothing else with the
-// kernels.
+// It shares the cells' equations (csrc/cells.h, checked by cell_truth.h) and nothing else with the kernels.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cells.h"
@@ -25,6 +25,25 @@ struct Shape {
   int64_t gates() const { return cell().gates; }
 };
 
+// "LSTM T=3 B=3 H=5 D=2 lengths resets".
+inline std::string text_of(const Shape& shape) {
+  std::string text = shape.cell().name;
+  const auto size = [&](const char* name, int64_t value) {
+    text += std::string(" ") + name + "=" + std::to_string(value);
+  };
+  size("T", shape.T);
+  size("B", shape.B);
+  size("H", shape.H);
+  if (shape.P) size("P", shape.P);
+  size("D", shape.D);
+  if (shape.batch_first) text += " batch_first";
+  if (shape.packed) text += " packed";
+  if (shape.lengths) text += " lengths";
+  if (shape.resets) text += " resets";
+  if (!shape.initial) text += " no initial state";
+  return text;
+}
+
 // A random call: what goes in, and room for what comes out, all as float64.
 struct Call {
   Shape shape;
@@ -41,6 +60,13 @@ struct Call {
   int64_t row(int64_t t, int64_t b) const {
     if (shape.packed) return offsets[static_cast<size_t>(t)] + b;
     return shape.batch_first ? b * shape.T + t : t * shape.B + b;
+  }
+  // "step 2, batch 1".
+  std::string name_of_row(int64_t number) const {
+    for (int64_t t = 0; t < shape.T; ++t)
+      for (int64_t b = 0; b < (shape.packed ? batch_sizes[static_cast<size_t>(t)] : shape.B); ++b)
+        if (row(t, b) == number) return "step " + std::to_string(t) + ", batch " + std::to_string(b);
+    return "no row";
   }
   int64_t length(int64_t b) const {
     if (shape.lengths) return lengths[static_cast<size_t>(b)];

@@ -58,7 +58,7 @@ void barriers() {
   for (int seed = 0; seed < 5; ++seed) {
     const Seed scope(static_cast<uint64_t>(seed));
     std::vector<int> out(kThreads * kBlocks, -1);
-    CHECK_EQUAL(run(config(kBlocks, kThreads, kThreads * sizeof(int)), rotate_kernel, out.data(), kRounds), "");
+    CHECK_NO_ERROR(run(config(kBlocks, kThreads, kThreads * sizeof(int)), rotate_kernel, out.data(), kRounds));
     for (int i = 0; i < kThreads * kBlocks; ++i) CHECK_EQUAL(out[i], (i + kRounds) % kThreads);
   }
 }
@@ -69,7 +69,7 @@ RNNFAST_KERNEL void poison_kernel(float* out) { out[thread_index()] = shared_as<
 
 void poison() {
   std::vector<float> out(32, 0);
-  CHECK_EQUAL(run(config(1, 32, 128), poison_kernel, out.data()), "");
+  CHECK_NO_ERROR(run(config(1, 32, 128), poison_kernel, out.data()));
   for (float value : out) CHECK(std::isnan(value));
 }
 
@@ -89,7 +89,7 @@ void asynchronous() {
     const Seed scope(static_cast<uint64_t>(seed));
     const int source = 7;
     int out[2] = {-1, -1};
-    CHECK_EQUAL(run(config(1, 1, 4), asynchronous_kernel, &source, out), "");
+    CHECK_NO_ERROR(run(config(1, 1, 4), asynchronous_kernel, &source, out));
     CHECK_EQUAL(out[0], 0);
     CHECK_EQUAL(out[1], 7);
   }
@@ -111,7 +111,7 @@ void bad_configurations() {
   LaunchConfig c = config(6, 32, 0, "clustered");
   c.cluster = 4;
   CHECK_CONTAINS(run(c, empty_kernel), "kernel clustered: clusters of 4 do not divide the grid (6,1,1)");
-  CHECK_EQUAL(run(config(1, 32), empty_kernel), "");
+  CHECK_NO_ERROR(run(config(1, 32), empty_kernel));
 }
 
 void host_threads() {
@@ -145,7 +145,7 @@ void deadlocks() {
     CHECK_EQUAL(Counted::alive.load(), 0);
     // The emulator is usable afterwards.
     std::vector<int> out(64, -1);
-    CHECK_EQUAL(run(config(1, 64, 256), rotate_kernel, out.data(), 1), "");
+    CHECK_NO_ERROR(run(config(1, 64, 256), rotate_kernel, out.data(), 1));
     CHECK_EQUAL(out[63], 0);
   }
 }
@@ -189,7 +189,7 @@ void skips() {
   }
   emulator::options() = before;
   CHECK(line < 2000);
-  CHECK_EQUAL(run(config(1, 64, 256), rotate_kernel, out.data(), 1), "");
+  CHECK_NO_ERROR(run(config(1, 64, 256), rotate_kernel, out.data(), 1));
   CHECK_EQUAL(out[0], 1);
 }
 
@@ -241,6 +241,16 @@ void overrun_ended_peer() {
   run(c, ended_peer_kernel, &out);
 }
 
+void crash_after_failure() {
+  CHECK_EQUAL(1, 2);
+  run(config(1, 32), crash_kernel, static_cast<int*>(nullptr));
+}
+
+void hang_in_loop() {
+  const int flag = 0;
+  run(config(1, 32), loop_kernel, static_cast<const volatile int*>(&flag));
+}
+
 }  // namespace
 
 CHECK_CASES(emulator) {
@@ -262,6 +272,8 @@ CHECK_CASES(emulator) {
       {"race-asynchronous", race_asynchronous, kByNameOnly},
       {"overrun-shared", overrun_shared, kByNameOnly},
       {"overrun-ended-peer", overrun_ended_peer, kByNameOnly},
+      {"crash-after-failure", crash_after_failure, kByNameOnly},
+      {"hang-in-loop", hang_in_loop, kByNameOnly},
   };
 #if defined(__SANITIZE_THREAD__)
   // Races by design, with a result that the other builds check.

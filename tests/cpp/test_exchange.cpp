@@ -35,7 +35,7 @@ struct Recurrence {
     for (size_t i = 0; i < count; ++i) h_0[i] = mix(uint32_t(i), 17, 0);
   }
   void check(const std::string& error, unsigned units) const {
-    CHECK_EQUAL(error, "");
+    CHECK_NO_ERROR(error);
     CHECK(h_n == expected(h_0, units));
   }
 };

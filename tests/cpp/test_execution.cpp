@@ -29,7 +29,7 @@ void identity() {
     Array<int> out(2 * 3 * 4 * 70, -1);
     LaunchConfig config = blocks(2, 70);
     config.grid = {2, 3, 4};
-    CHECK_EQUAL(run(config, identity_kernel, out.device()), "");
+    CHECK_NO_ERROR(run(config, identity_kernel, out.device()));
     for (size_t i = 0; i < out.size(); ++i) CHECK_EQUAL(out[i], static_cast<int>(i / 70 * 1000 + i % 70));
   });
 }
@@ -53,7 +53,7 @@ RNNFAST_KERNEL void producer_consumer_kernel(int* out, int rounds) {
 void named_barriers() {
   for_each_seed(kUsualSeeds, [] {
     Array<int> out(32 * 5, -1);
-    CHECK_EQUAL(run(blocks(1, 64, 32 * sizeof(int)), producer_consumer_kernel, out.device(), 5), "");
+    CHECK_NO_ERROR(run(blocks(1, 64, 32 * sizeof(int)), producer_consumer_kernel, out.device(), 5));
     for (int i = 0; i < 5 * 32; ++i) CHECK_EQUAL(out[static_cast<size_t>(i)], i / 32 * 100 + 31 - i % 32);
   });
 }
@@ -70,7 +70,7 @@ RNNFAST_KERNEL void half_warp_kernel(int* out) {
 void half_warps() {
   for_each_seed(kFewSeeds, [] {
     Array<int> out(32, -1);
-    CHECK_EQUAL(run(blocks(1, 32, 128), half_warp_kernel, out.device()), "");
+    CHECK_NO_ERROR(run(blocks(1, 32, 128), half_warp_kernel, out.device()));
     for (int i = 0; i < 32; ++i) CHECK_EQUAL(out[static_cast<size_t>(i)], i ^ 15);
   });
 }
@@ -92,7 +92,7 @@ void clusters_of(unsigned size) {
   constexpr unsigned kBlocks = 16, kThreads = 32;
   for_each_seed(kFewSeeds, [size] {
     Array<int> out(kBlocks * kThreads, -1);
-    CHECK_EQUAL(run(blocks(kBlocks, kThreads, kThreads * sizeof(int), size), cluster_kernel, out.device()), "");
+    CHECK_NO_ERROR(run(blocks(kBlocks, kThreads, kThreads * sizeof(int), size), cluster_kernel, out.device()));
     for (unsigned i = 0; i < kBlocks * kThreads; ++i) {
       const unsigned block = i / kThreads, next = block / size * size + (block % size + 1) % size;
       CHECK_EQUAL(out[i], static_cast<int>(next * 1000 + i % kThreads));
@@ -120,7 +120,7 @@ void grids() {
   constexpr unsigned kBlocks = 9;
   for_each_seed(kFewSeeds, [] {
     Array<int> ring(3 * kBlocks, -1);
-    CHECK_EQUAL(run(cooperative(kBlocks, 32), grid_kernel, ring.device(), 5), "");
+    CHECK_NO_ERROR(run(cooperative(kBlocks, 32), grid_kernel, ring.device(), 5));
     for (unsigned i = 0; i < kBlocks; ++i)
       CHECK_EQUAL(ring[2 * kBlocks + i], static_cast<int>(400 + (i + 1) % kBlocks));
   });
@@ -141,8 +141,8 @@ void long_chains() {
     LaunchConfig config = blocks(1, 32);
     config.dependent = true;
     for (int step = 0; step < kSteps; ++step)
-      CHECK_EQUAL(launch(config, chain_kernel, on_rows + step * 32, on_rows + (step + 1) * 32), "");
-    CHECK_EQUAL(finish(), "");
+      CHECK_NO_ERROR(launch(config, chain_kernel, on_rows + step * 32, on_rows + (step + 1) * 32));
+    CHECK_NO_ERROR(finish());
     for (size_t i = 0; i < 32; ++i) CHECK_EQUAL(rows[kSteps * 32 + i], kSteps);
   });
 }

@@ -39,7 +39,7 @@ RNNFAST_KERNEL void chain_kernel(int* data, int* flags, int* out) {
 void chains() {
   for_each_seed(kManySeeds, [] {
     Array<int> data{0}, flags(8), out{-1};
-    CHECK_EQUAL(run(cooperative(3, 32), chain_kernel, data.device(), flags.device(), out.device()), "");
+    CHECK_NO_ERROR(run(cooperative(3, 32), chain_kernel, data.device(), flags.device(), out.device()));
     CHECK_EQUAL(out[0], 7);
   });
 }
@@ -65,7 +65,7 @@ void tagged_words() {
   for_each_seed(kUsualSeeds, [] {
     Array<Word16> words(2);
     Array<int> torn{0};
-    CHECK_EQUAL(run(cooperative(2, 32), tagged_word_kernel, words.device(), torn.device(), 10), "");
+    CHECK_NO_ERROR(run(cooperative(2, 32), tagged_word_kernel, words.device(), torn.device(), 10));
     CHECK_EQUAL(torn[0], 0);
     CHECK_EQUAL(words[0].x[3], 10u);
   });
@@ -92,7 +92,7 @@ RNNFAST_KERNEL void coherence_kernel(int* location, int* errors) {
 void coherence() {
   for_each_seed(kUsualSeeds, [] {
     Array<int> location{0}, errors{0};
-    CHECK_EQUAL(run(cooperative(2, 32), coherence_kernel, location.device(), errors.device()), "");
+    CHECK_NO_ERROR(run(cooperative(2, 32), coherence_kernel, location.device(), errors.device()));
     CHECK_EQUAL(errors[0], 0);
     CHECK_EQUAL(location[0], 50);
   });

@@ -38,7 +38,7 @@ template <class Launch> void check_exchange(Launch launch) {
     const std::vector<Word16> expected = expected_state(count);
     for_each_seed(kSeeds, [&] {
       Array<Word16> last(count);
-      CHECK_EQUAL(launch(last.device(), first.device(), count), "");
+      CHECK_NO_ERROR(launch(last.device(), first.device(), count));
       CHECK(std::memcmp(last.data(), expected.data(), count * sizeof(Word16)) == 0);
     });
   }
@@ -105,9 +105,9 @@ void test_chain() {
     for (unsigned step = 0; step < kSteps; ++step) {
       for (unsigned i = 0; i < expected.size(); ++i) expected[i] = mix(expected[i], i, step);
       config.dependent = step > 0;
-      CHECK_EQUAL(launch(config, chain_link, device, step), "");
+      CHECK_NO_ERROR(launch(config, chain_link, device, step));
     }
-    CHECK_EQUAL(finish(), "");
+    CHECK_NO_ERROR(finish());
     CHECK(values == expected);
   });
 }

@@ -42,7 +42,7 @@ void test_cp_async_left_out_wait_shows() {
   for (const bool skip : {false, true}) {
     unsigned wrong = 0;
     if (skip) rnnfast::emulator::options().skip = file + ":" + std::to_string(kWaitLine);
-    for_each_seed(6, [&] {
+    for_all_seeds(6, [&] {
       std::vector<uint32_t> result(kThreads);
       const std::string error =
           run(blocks(1, kThreads, 4 * kThreads), cp_async_one_wait_kernel, result.data(), input.data());
@@ -87,7 +87,7 @@ void leaves_bulk_store(uint32_t* global) {
 // On some schedule the copy is there before the thread ends, which nobody can tell from a copy that was waited for.
 void check_left_copies(void (*kernel)(uint32_t*), const char* what) {
   unsigned refused = 0;
-  for_each_seed(20, [&] {
+  for_all_seeds(20, [&] {
     alignas(16) uint32_t data[4] = {};
     const std::string error = run(blocks(1, 1, 16), kernel, data);
     if (!error.empty()) CHECK_CONTAINS(error, std::string("issued with ") + what + " and not waited for");

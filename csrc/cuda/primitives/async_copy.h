@@ -22,10 +22,10 @@ namespace rnnfast::gpu {
 
 // Copies 4, 8 or 16 bytes, which both addresses are multiples of, from global to shared memory; writes zeros and does
 // not read if not `valid`.
-template <int bytes> RNNFAST_DEVICE void cp_async(void* shared, const void* global, bool valid = true) {
+template <int bytes> RNNFAST_DEVICE void cp_async(void* shared, const void* global, bool valid = true RNNFAST_SITE) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
 #if defined(RNNFAST_EMULATED)
-  emulator::cp_async<bytes>(shared, global, valid);
+  emulator::cp_async<bytes>(shared, global, valid, site);
 #else
   const uint32_t destination = shared_address(shared);
   const uint64_t source = __cvta_generic_to_global(global);
@@ -62,9 +62,9 @@ template <int N> RNNFAST_DEVICE void cp_async_wait(RNNFAST_SITE_ALONE) {
 }
 
 // Copies a multiple of 16 bytes from global to shared memory; the barrier of the own block counts them.
-RNNFAST_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, mbarrier* bar) {
+RNNFAST_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, mbarrier* bar RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
-  emulator::bulk_copy(shared, global, bytes, bar);
+  emulator::bulk_copy(shared, global, bytes, bar, site);
 #elif RNNFAST_SM90
   cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, shared, global, bytes, bar);
 #else
@@ -73,9 +73,9 @@ RNNFAST_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, 
 }
 
 // Copies a multiple of 16 bytes from shared to global memory.
-RNNFAST_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) {
+RNNFAST_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
-  emulator::bulk_store(global, shared, bytes);
+  emulator::bulk_store(global, shared, bytes, site);
 #elif RNNFAST_SM90
   cuda::ptx::cp_async_bulk(cuda::ptx::space_global, cuda::ptx::space_shared, global, shared, bytes);
 #else
@@ -106,11 +106,12 @@ template <int N> RNNFAST_DEVICE void bulk_wait(RNNFAST_SITE_ALONE) {
 
 // Stores a value of 4, 8 or 16 bytes in the shared memory of a block of the cluster; a barrier there counts the bytes.
 // Both addresses are from map_to_rank, of the same rank.
-template <class T> RNNFAST_DEVICE void st_async(std::type_identity_t<T> value, T* peer_shared, mbarrier* peer_bar) {
+template <class T>
+RNNFAST_DEVICE void st_async(std::type_identity_t<T> value, T* peer_shared, mbarrier* peer_bar RNNFAST_SITE) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   static_assert(std::is_trivially_copyable_v<T>);
 #if defined(RNNFAST_EMULATED)
-  emulator::st_async(value, peer_shared, peer_bar);
+  emulator::st_async(value, peer_shared, peer_bar, site);
 #elif RNNFAST_SM90
   if constexpr (sizeof(T) == 4) {
     uint32_t word;

@@ -29,6 +29,7 @@ template <class... P, class... Args>
 std::string launch(const LaunchConfig& config, void (*kernel)(P...), Args... args) {
   emulator::Launch request;
   request.name = config.name;
+  request.entry = reinterpret_cast<const void*>(kernel);
   request.grid = config.grid;
   request.threads = config.threads;
   request.shared_bytes = config.shared_bytes;

@@ -104,7 +104,8 @@ template <class Issue> void issue_bulk(void* to, const void* from, uint32_t byte
 
 // ---- the primitives -------------------------------------------------------------------------------------------------
 
-template <int bytes> void cp_async(void* shared, const void* global, bool valid) {
+template <int bytes> void cp_async(void* shared, const void* global, bool valid, const Site& site) {
+  at(site, "cp_async");
   require_own_shared(shared, bytes, bytes, "cp_async");
   if (valid) require_global(global, bytes, "cp_async");
   issue_in_group(self().copies, [shared, global, valid] {
@@ -125,14 +126,16 @@ template <int N> void cp_async_wait(const Site& site) {
   wait_for_groups(self().copies, N, "cp_async_wait", site);
 }
 
-inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Mbarrier* bar) {
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Mbarrier* bar, const Site& site) {
+  at(site, "bulk_copy");
   require_bulk(shared, global, bytes, "bulk_copy");
   require_own_shared(bar, sizeof(Mbarrier), 8, "bulk_copy");
   issue_bulk(shared, global, bytes,
              [&](auto effect, bool after_issuer) { issue_to_barrier(bar, bytes, "bulk_copy", effect, after_issuer); });
 }
 
-inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+inline void bulk_store(void* global, const void* shared, uint32_t bytes, const Site& site) {
+  at(site, "bulk_store");
   require_bulk(shared, global, bytes, "bulk_store");
   issue_bulk(global, shared, bytes,
              [](auto effect, bool after_issuer) { issue_in_group(self().bulk_stores, effect, after_issuer); });
@@ -148,7 +151,8 @@ template <int N> void bulk_wait(const Site& site) {
   wait_for_groups(self().bulk_stores, N, "bulk_wait", site);
 }
 
-template <class T> void st_async(const T& value, T* peer_shared, Mbarrier* peer_bar) {
+template <class T> void st_async(const T& value, T* peer_shared, Mbarrier* peer_bar, const Site& site) {
+  at(site, "st_async");
   const unsigned rank = require_cluster_shared(peer_shared, sizeof(T), sizeof(T), "st_async");
   if (require_cluster_shared(peer_bar, sizeof(Mbarrier), 8, "st_async") != rank) {
     fail("st_async: the mbarrier is in another block than the data");

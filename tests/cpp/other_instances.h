@@ -1,0 +1,22 @@
+// A program that is built for one family and arithmetic (tests/build_emulated.py) has these in place of all others:
+// launches that say so.
+#pragma once
+
+#include <string>
+
+#include "cuda/step/step.h"
+
+namespace rnnfast::gpu {
+
+inline std::string other_instance() {
+  return "this program has the kernels of one family and arithmetic, and not these: build it without a case";
+}
+
+inline StepKernels other_step_kernels() {
+  StepKernels kernels{};
+  kernels.forward = kernels.project_forward = [](const StepForward&, const StepLaunch&) { return other_instance(); };
+  kernels.backward = kernels.project_backward = [](const StepBackward&, const StepLaunch&) { return other_instance(); };
+  return kernels;
+}
+
+}  // namespace rnnfast::gpu
