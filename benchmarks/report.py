@@ -7,6 +7,7 @@ plot.py and every row. The page's looks are in report.html.j2; here is what stan
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ class Origin:
 
 
 def origin(records: Sequence[Record]) -> Origin:
-    folders = dict.fromkeys(str(record.path.parent) for record in records)
+    # As short as from here: the page may go to others.
+    folders = dict.fromkeys(os.path.relpath(record.path.parent) for record in records)
     commits = dict.fromkeys(str(record.data.get("commit") or "unknown") for record in records)
     return Origin(", ".join(folders), dates(records), ", ".join(commits))
 

@@ -212,7 +212,9 @@ def interrupted(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupted)
+    # SIGINT too: what a shell starts in the background ignores it.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupted)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -76,7 +77,12 @@ def compile_changed(folder: Path, file: str, old: str, new: str) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+def some(names: Iterable[str], usual: set[str]) -> list[object]:
+    """All names; those that `make test` leaves to the exhaustive run are marked."""
+    return [pytest.param(name, marks=[] if name in usual else [pytest.mark.exhaustive]) for name in names]
+
+
+@pytest.mark.parametrize("name", some(REFUSED, {"kUnits", "kChunk", "kMostDepth", "float32 on tensor cores"}))
 def test_a_value_that_does_not_work_is_a_compile_error(name: str, tmp_path: Path) -> None:
     file, old, new, message = REFUSED[name]
     done = compile_changed(tmp_path, file, old, new)
@@ -85,7 +91,7 @@ def test_a_value_that_does_not_work_is_a_compile_error(name: str, tmp_path: Path
     assert any(message in error for error in errors), done.stderr[:2000]
 
 
-@pytest.mark.parametrize("name", LEGAL)
+@pytest.mark.parametrize("name", some(LEGAL, {"as it is"}))
 def test_a_legal_value_compiles(name: str, tmp_path: Path) -> None:
     done = compile_changed(tmp_path, *LEGAL[name])
     assert done.returncode == 0, done.stderr[:2000]

@@ -1,5 +1,7 @@
 // The emulator itself: what is ordered, what is reported. Small kernels, each for one promise of docs/emulator.md. The
 // cases by name only are wrong on purpose: a sanitizer must say so.
+#include <unistd.h>
+
 #include <atomic>
 #include <cmath>
 #include <thread>
@@ -247,6 +249,8 @@ void crash_after_failure() {
 }
 
 void hang_in_loop() {
+  // Whoever is to end it may have ended before.
+  alarm(60);
   const int flag = 0;
   run(config(1, 32), loop_kernel, static_cast<const volatile int*>(&flag));
 }
