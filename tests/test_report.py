@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -456,11 +457,12 @@ def test_page_of_fields_that_are_null_or_not_there(results: Path, monkeypatch: p
 def test_page_says_what_it_compares(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = tmp_path / "earlier"
     write(before, "grid", [row(GRID[0])], date="2025-12-31T23:00:00Z", commit="abc123")
+    monkeypatch.chdir(tmp_path)
     _, page = written(results, monkeypatch, "--before", before)
     words = " ".join(page.text.split())
-    assert f"before{before}: measured 2025-12-31 23:00:00 UTC, commit of rnnfast abc123" in words
-    now = f"now{results}: measured 2026-01-02 03:04:05 UTC, commit of rnnfast {'0' * 12}, {'1' * 12}-dirty"
-    assert now in words
+    assert "beforeearlier: measured 2025-12-31 23:00:00 UTC, commit of rnnfast abc123" in words
+    commits = f"{'0' * 12}, {'1' * 12}-dirty"
+    assert f"now{os.path.relpath(results)}: measured 2026-01-02 03:04:05 UTC, commit of rnnfast {commits}" in words
 
 
 def test_page_explains_a_contradiction(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
