@@ -1,4 +1,4 @@
-"""Seeds, and the fixtures `backend` and `device`.
+"""Seeds, and the fixtures `backend`, `device` and `one_thread`.
 
 Tests marked `exhaustive` are deselected by default (pyproject.toml): `pytest -m exhaustive` runs them.
 """
@@ -95,3 +95,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
     finally:
         torch.ops.rnnfast.use_cpu_isa(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny shapes beside other tests, and for what sets the number itself: it is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

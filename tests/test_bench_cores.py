@@ -202,6 +202,7 @@ def test_interrupt_while_measuring_again_keeps_all_results(clock):
     assert suite.ratios == [2.0, 1.1]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_suite_on_far_cores_says_so(capsys, monkeypatch, tmp_path):
     """The whole command, the distance being what it never was before: near once, then far."""
     distances = itertools.chain([25.0], itertools.repeat(250.0))
@@ -216,11 +217,7 @@ def test_a_suite_on_far_cores_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "this_machine", lambda *arguments: None)
     arguments = "run.py --suite smoke --seconds 0.01 --workload inference --threads 1 --in-process --patience 0"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "--out", str(tmp_path)])
-    before = torch.get_num_threads()
-    try:
-        assert run.main() == 0
-    finally:
-        torch.set_num_threads(before)
+    assert run.main() == 0
     rows = json.loads((tmp_path / "partial" / "cpu-smoke.json").read_text())["rows"]
     far_rows = len(rows) - 1
     assert far_rows > 0

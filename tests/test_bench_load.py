@@ -256,6 +256,7 @@ def test_far_cores_are_better_than_load(clock):
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_suite_beside_load_says_so(capsys, monkeypatch, tmp_path):
     """The whole command, and what records.py says of its file."""
     real = run.measure_here
@@ -269,11 +270,7 @@ def test_a_suite_beside_load_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "this_machine", lambda *arguments: None)
     arguments = "run.py --suite smoke --seconds 0.01 --threads 1 --in-process --patience 0"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "--out", str(tmp_path)])
-    before = torch.get_num_threads()
-    try:
-        assert run.main() == 0
-    finally:
-        torch.set_num_threads(before)
+    assert run.main() == 0
     printed = capsys.readouterr().out
     assert "WARNING: 2 of 8 cases were timed beside other load, which took up to 1.7 cores" in printed
     assert printed.count("agree beside other load") == 2

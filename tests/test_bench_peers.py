@@ -13,13 +13,7 @@ CPU = torch.device("cpu")
 TINY = Case("LSTM", 2, 8, steps=5)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The shapes are tiny, and other tests may share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("workload", ["inference", "streaming"])
