@@ -64,7 +64,7 @@ def test_a_failure_says_where_what_and_how_to_have_it_again() -> None:
     assert done.returncode == 1, done.stderr
     found = re.search(
         r"^tests/cpp/template\.cpp:(\d+): sums: (\d) of 3 wrong; worst at index (\d) \(row (\d)\): "
-        r"got \S+, expected -?[\d.]+; error \S+, allowed 1e-05\n"
+        r"got \S+, expected -?[\d.]+; error \S+, allowed 1e-06\n"
         r"  in sums, rows 3, count 200, seed (\d+)\n"
         rf"  again: (make kernel-test K=template CASE=sums SEED=\5 SKIP={BARRIER})$",
         done.stdout,

@@ -46,7 +46,7 @@ template <bool kWaits> void check_row_sums(int64_t rows, int64_t count) {
   LaunchConfig config = blocks(static_cast<unsigned>(rows), kThreads, kThreads * sizeof(float));
   config.name = "row_sums";
   if (!CHECK_NO_ERROR(run(config, row_sums<kWaits>, sums.device(), data.device(), count))) return;
-  expect_close("sums", [&](size_t i) { return sums[i]; }, sums.size(), expected, 1e-5, {{"row", rows}});
+  expect_close("sums", [&](size_t i) { return sums[i]; }, sums.size(), expected, 1e-6, {{"row", rows}});
 }
 
 void sums() {
