@@ -53,14 +53,17 @@ DTYPES = ["float32", "float64", "bfloat16", "float16"]
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0"
 # No fast-math: exp, tanh and division keep the precision that the tolerances of the tests count on.
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall,-Wextra,-fPIC,-fvisibility=hidden".split()
-# Compressed machine code: a third of the size.
-NVCC_FLAGS += ["-Xfatbin", "-compress-all", "-I", str(CSRC)]
+NVCC_FLAGS += ["-I", str(CSRC)]
 
-# The kernels' compile units: the template that each kind of kernel instantiates, and its header, for each family of
-# cells (Family in csrc/cells.h) and each arithmetic (csrc/cuda/arithmetic.cuh).
-CUDA_KERNELS = {"step": ("cuda/step/launch.cuh", "StepInstance")}
+# The kernels' compile units: for each family of cells (Family in csrc/cells.h) and each arithmetic
+# (csrc/cuda/arithmetic.cuh) the template that each kind of kernel instantiates: its header, its name, and the
+# arithmetics that it lacks.
 CUDA_FAMILIES = ["lstm", "gru", "rnn", "mgu"]
 CUDA_ARITHMETICS = ["Float64", "Float32", "Tf32", "BFloat16", "Float16"]
+CUDA_KERNELS: dict[str, tuple[str, str, list[str]]] = {
+    "step": ("cuda/step/launch.cuh", "StepInstance", []),
+    "persistent": ("cuda/persistent/launch.cuh", "PersistentInstance", ["Float64"]),
+}
 
 
 def without_cuda(reason: str) -> SystemExit:
@@ -170,6 +173,7 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
     objects = [
         unit("ops.cpp", "ops", torch_includes()),
         unit("cpu/ops_cpu.cpp", "ops_cpu", torch_includes()),
+        unit("cpu/ops_plan.cpp", "ops_plan", torch_includes()),
         unit("cpu/isa.cpp", "isa", []),
     ]
     for isa, flags in ISAS.get(platform.machine(), ISAS["other"]).items():
@@ -219,6 +223,19 @@ def nvcc_answer(nvcc: str, question: str) -> str:
     return done.stdout
 
 
+def nvcc_release(nvcc: str) -> tuple[int, int] | None:
+    """Its version, as (13, 0)."""
+    found = re.search(r"release (\d+)\.(\d+)", nvcc_answer(nvcc, "--version"))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def compression_flags(nvcc: str) -> list[str]:
+    """Compressed machine code: a third of the size. From 13.0 on by the better of two ways, a fifth: the drivers that
+    know that one are those that 13.0 needs anyway."""
+    release = nvcc_release(nvcc)
+    return ["--compress-mode=size"] if release and release >= (13, 0) else ["-Xfatbin", "-compress-all"]
+
+
 def known_archs(nvcc: str) -> list[str]:
     """The compute capabilities that this nvcc compiles for; 9.0a and 10.0f are in its list without their letters."""
     return [f"{major}.{minor}" for major, minor in re.findall(r"sm_(\d+)(\d)\b", nvcc_answer(nvcc, "--list-gpu-code"))]
@@ -238,9 +255,9 @@ def cuda_archs(nvcc: str, listed: str = "", name: str = "RNNFAST_CUDA_ARCHS") ->
             raise SystemExit(f"rnnfast: {name}: {arch!r} is no compute capability, as those in '8.0;9.0a'")
         if float(arch.rstrip("af")) < 8:
             raise SystemExit(f"rnnfast: {name}: {arch}: the kernels need compute capability 8.0 or later")
-    found = re.search(r"release (\d+)\.(\d+)", nvcc_answer(nvcc, "--version"))
-    release = ".".join(found.groups()) if found else "of unknown version"
-    if found and int(found[1]) < 12:
+    found = nvcc_release(nvcc)
+    release = f"{found[0]}.{found[1]}" if found else "of unknown version"
+    if found and found[0] < 12:
         raise without_cuda(f"nvcc {release} ({nvcc}) is too old: C++20 needs 12.0, and the default architectures 12.8")
     known = known_archs(nvcc)
     unknown = [arch for arch in archs if arch.rstrip("af") not in known]
@@ -285,22 +302,33 @@ def cuda_unit(kernels: str, family: str, arithmetic: str) -> str:
     return f"{kernels}_{family}_{arithmetic.lower()}"
 
 
+def cuda_instances() -> list[tuple[str, str, str]]:
+    """(kind of kernel, family, arithmetic) of every compile unit."""
+    return [
+        (kernels, family, arithmetic)
+        for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS)
+        for kernels, (_, _, lacking) in CUDA_KERNELS.items()
+        if arithmetic not in lacking
+    ]
+
+
 def cuda_sources() -> list[Path]:
     """The CUDA library's compile units but the ops; brings those that are made from a list up to date."""
     CUDA_UNITS.mkdir(parents=True, exist_ok=True)
     units = []
-    for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS):
-        for kernels, (header, instance) in CUDA_KERNELS.items():
-            unit = CUDA_UNITS / f"{cuda_unit(kernels, family, arithmetic)}.cu"
-            arguments = f"rnnfast::Family::{family}, rnnfast::gpu::{arithmetic}"
-            write_changed(unit, f'#include "{header}"\n\ntemplate struct rnnfast::gpu::{instance}<{arguments}>;\n')
-            units.append(unit)
-    return sorted(CSRC.glob("cuda/*.cu")) + units
+    for kernels, family, arithmetic in cuda_instances():
+        header, instance, _ = CUDA_KERNELS[kernels]
+        unit = CUDA_UNITS / f"{cuda_unit(kernels, family, arithmetic)}.cu"
+        arguments = f"rnnfast::Family::{family}, rnnfast::gpu::{arithmetic}"
+        write_changed(unit, f'#include "{header}"\n\ntemplate struct rnnfast::gpu::{instance}<{arguments}>;\n')
+        units.append(unit)
+    return sorted(CSRC.glob("cuda/**/*.cu")) + units
 
 
 def cuda_ninja(nvcc: str, archs: list[str], folder: Path) -> tuple[Ninja, Path]:
     """The ninja file of the CUDA library in a build folder, and the library. An object has the name of its unit."""
-    flags = NVCC_FLAGS + host_compiler() + code_flags(archs) + ["--threads", os.environ.get("NVCC_THREADS", "1")]
+    flags = NVCC_FLAGS + compression_flags(nvcc) + host_compiler() + code_flags(archs)
+    flags += ["--threads", os.environ.get("NVCC_THREADS", "1")]
     ninja = Ninja(folder)
     # What ptxas says of registers and spills goes to a file beside the object: benchmarks/cuda_resources.py reads it.
     run = f"{shlex.quote(nvcc)} $flags -c $in -o $out"

@@ -17,11 +17,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from card_kit import FOLDER as BUILD  # noqa: E402
 from card_kit import PROGRAMS  # noqa: E402
-from setup import CUDA_BUILD, NVCC_FLAGS, Ninja, built_archs, code_flags, cuda_sources, find_nvcc, host_compiler  # noqa: E402
+from setup import (  # noqa: E402
+    CUDA_BUILD,
+    NVCC_FLAGS,
+    Ninja,
+    built_archs,
+    code_flags,
+    compression_flags,
+    cuda_sources,
+    find_nvcc,
+    host_compiler,
+)
 
 MICROBENCH = ROOT / "benchmarks/microbench/microbench.cu"
-# Of the emulator alone: the emulator itself, what it refuses, and what new tests begin from.
-EMULATOR_ONLY = {"test_emulator", "test_misuse", "template"}
+# Not for a card: the emulator itself, what it refuses, device functions called by the host, and what new tests begin
+# from.
+EMULATOR_ONLY = {"test_emulator", "test_misuse", "test_rows", "template"}
 
 
 def test_sources() -> list[Path]:
@@ -53,7 +64,7 @@ def ninja_file(nvcc: str, arch: str) -> Ninja:
     run = f"{shlex.quote(nvcc)} -x cu $flags -c $in -o $out"
     ninja.rule("nvcc", f"{run} -MD -MF $out.d -Xptxas -v > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
     ninja.rule("link", f"{shlex.quote(nvcc)} -cudart static -nodlink -o $out $in $flags", depfile=False)
-    flags = NVCC_FLAGS + host_compiler() + code_flags([arch])
+    flags = NVCC_FLAGS + compression_flags(nvcc) + host_compiler() + code_flags([arch])
 
     def units(sources: list[Path]) -> list[Path]:
         return [ninja.edge("nvcc", f"{source.stem}.o", [source], flags) for source in sources]

@@ -4,14 +4,13 @@ the programs of tests/cpp in four variants: `build/emulated/plain` (most schedul
 
     python tests/build_emulated.py [--quiet] [library | asan | tsan | asan/test_step | ...]
 
-A program that runs the library's kernels can be built for one family and arithmetic alone, in a fifth of the time:
-`plain/test_step.lstm-float32`. `make kernel-test` does where a case has such a name.
+A program that runs the library's kernels can be built for one family and arithmetic alone, in a fraction of the
+time: `plain/test_step.lstm-float32`. `make kernel-test` does where a case has such a name.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 from setup import (  # noqa: E402
     CSRC,
-    CUDA_ARITHMETICS,
-    CUDA_FAMILIES,
+    CUDA_KERNELS,
     CUDA_UNITS,
     STABLE_ABI,
     Ninja,
+    cuda_instances,
     cuda_sources,
+    cuda_unit,
     cxx_compiler,
     torch_includes,
     torch_root,
@@ -64,8 +64,11 @@ VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
 }
 # What is built where nothing is named.
 TESTED = ["plain", "asan", "tsan"]
-# The programs that run the kernels of csrc/cuda; the others bring kernels of their own.
-LINK_KERNELS = {"test_step"}
+# The programs that run the kernels of csrc/cuda, and of which kind; the others bring kernels of their own.
+LINK_KERNELS = {"test_step": "step", "test_persistent": "persistent"}
+# Of these the sanitized variants are built one family and arithmetic at a time, as tests ask for them: all at once
+# would take longer than everything else together.
+BY_INSTANCE = {"test_persistent"}
 
 
 def programs() -> list[str]:
@@ -73,26 +76,40 @@ def programs() -> list[str]:
     return [*(source.stem for source in sorted((ROOT / "tests/cpp").glob("test_*.cpp"))), "template"]
 
 
+def instances(program: str) -> list[str]:
+    """The families and arithmetics, as in "rnn-float32", of the kernels that a program runs."""
+    kind = LINK_KERNELS.get(program)
+    return [f"{family}-{arithmetic.lower()}" for of, family, arithmetic in cuda_instances() if of == kind]
+
+
 def instance_of(program: str, case: str) -> str | None:
     """The family and arithmetic that a case's name begins and ends with, as in "rnn-float32" of "rnn-tanh-float32": all
     that it runs."""
     words = case.split("-")
-    family, arithmetic = words[0], words[-1]
-    known = family in CUDA_FAMILIES and arithmetic in map(str.lower, CUDA_ARITHMETICS)
-    return f"{family}-{arithmetic}" if known and program in LINK_KERNELS else None
+    instance = f"{words[0]}-{words[-1]}"
+    return instance if instance in instances(program) else None
 
 
-def other_instances(family: str, arithmetic: str) -> Path:
-    """The source of what stands for the kernels of all other families and arithmetics."""
+def program_of(variant: str, program: str, case: str) -> str:
+    """The build target of the program that runs a case of `program` in a variant: of one instance, where that is how
+    it is built."""
+    instance = instance_of(program, case) if variant != "plain" and program in BY_INSTANCE else None
+    return f"{variant}/{program}.{instance}" if instance else f"{variant}/{program}"
+
+
+def other_instances(kind: str, family: str, arithmetic: str) -> Path:
+    """The source of what stands for the kernels of all other kinds, families and arithmetics."""
     lines = ['#include "other_instances.h"', "", "namespace rnnfast::gpu {"]
-    lines += [
-        f"template <> StepKernels StepInstance<Family::{other}, {kind}>::kernels() {{ return other_step_kernels(); }}"
-        for other, kind in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS)
-        if (other, kind) != (family, arithmetic)
-    ]
+    for of, *other in cuda_instances():
+        if (of, *other) == (kind, family, arithmetic):
+            continue
+        instance = CUDA_KERNELS[of][1]
+        kernels = f"{instance.removesuffix('Instance')}Kernels"
+        specialised = f"{instance}<Family::{', '.join(other)}>::kernels()"
+        lines.append(f"template <> {kernels} {specialised} {{ return other_{of}_kernels(); }}")
     folder = BUILD / "others"
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / f"other_than_{family}_{arithmetic.lower()}.cpp"
+    source = folder / f"other_than_{cuda_unit(kind, family, arithmetic)}.cpp"
     write_changed(source, "\n".join([*lines, "}  // namespace rnnfast::gpu", ""]))
     return source
 
@@ -115,20 +132,24 @@ def ninja_file() -> Ninja:
         shared = units(variant, emulator, common + scheduler)
         kernels = units(variant, sources, common + code)
         of_all = [unit for source, unit in zip(sources, kernels, strict=True) if source.parent != CUDA_UNITS]
-        of_instance = {}
-        for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS):
-            end = f"_{family}_{arithmetic.lower()}.cu.o"
-            alone = of_all + [unit for unit in kernels if unit.name.endswith(end)]
-            alone += units(variant, [other_instances(family, arithmetic)], common + code)
-            of_instance[f"{family}-{arithmetic.lower()}"] = alone
+        alone: dict[str, dict[str, list[Path]]] = {kind: {} for kind in CUDA_KERNELS}
+        for kind, family, arithmetic in cuda_instances():
+            name = f"{cuda_unit(kind, family, arithmetic)}.cu.o"
+            others = units(variant, [other_instances(kind, family, arithmetic)], common + code)
+            of_one = [unit for unit in kernels if unit.name == name]
+            alone[kind][f"{family}-{arithmetic.lower()}"] = of_all + of_one + others
         built = []
         for name in programs():
             objects = units(variant, [ROOT / "tests/cpp" / f"{name}.cpp"], common + code) + shared
             if name in LINK_KERNELS:
-                for instance, alone in of_instance.items():
-                    ninja.edge("link", BUILD / variant / f"{name}.{instance}", objects + alone, link)
-                objects += kernels
-            built.append(ninja.edge("link", BUILD / variant / name, objects, link))
+                for instance, needed in alone[LINK_KERNELS[name]].items():
+                    ninja.edge("link", BUILD / variant / f"{name}.{instance}", objects + needed, link)
+                # Of its own kind: the sanitized variants compile what a program links.
+                of_others = tuple(f"{kind}_" for kind in CUDA_KERNELS if kind != LINK_KERNELS[name])
+                objects += [unit for unit in kernels if not unit.name.startswith(of_others)]
+            program = ninja.edge("link", BUILD / variant / name, objects, link)
+            if variant == "plain" or name not in BY_INSTANCE:
+                built.append(program)
         ninja.phony(variant, built)
         if variant == "plain":
             ops = units(variant, [CSRC / "cuda/ops_cuda.cpp"], common + [STABLE_ABI] + torch_includes())

@@ -25,9 +25,8 @@ from pathlib import Path
 from types import FrameType
 
 import build_emulated
-from build_emulated import BUILD, LINK_KERNELS, ROOT, fixed_addresses, instance_of
+from build_emulated import BUILD, ROOT, fixed_addresses, instance_of, instances
 from sanitizer_report import readable
-from setup import CUDA_ARITHMETICS, CUDA_FAMILIES
 
 VARIANTS = {None: "plain", "thread": "tsan", "address": "asan"}
 # What the sanitizers exit with. One report is enough.
@@ -73,9 +72,9 @@ def built(variant: str, program: str, instance: str | None) -> Path:
 
 def built_for(variant: str, program: str, cases: list[str]) -> Path:
     """The program for these cases, all of which it has, with no more kernels than they run."""
-    small = f"{CUDA_FAMILIES[0]}-{CUDA_ARITHMETICS[0].lower()}" if program in LINK_KERNELS else None
-    instances = {instance_of(program, case) for case in cases}
-    chosen = instances.pop() if len(instances) == 1 else None
+    small = next(iter(instances(program)), None)
+    of_cases = {instance_of(program, case) for case in cases}
+    chosen = of_cases.pop() if len(of_cases) == 1 else None
     path = built(variant, program, chosen or (small if cases else None))
     # Whatever the variables ask for is the run's business.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RNNFAST_EMULATOR")}

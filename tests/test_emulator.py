@@ -26,13 +26,21 @@ ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
 # (program, case): its kernels are run once for each of their synchronisations, with that one left out.
 MUTATED = [pytest.param("test_exchange", case) for case in ["block", "cluster", "grid"]]
 MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for case in ["lstm-float16", "lstm-float32"]]
+MUTATED += [pytest.param("test_persistent", case) for case in ["lstm-block-bfloat16", "lstm-grid-bfloat16"]]
+MUTATED += [
+    pytest.param("test_persistent", case, marks=pytest.mark.exhaustive)
+    for case in ["lstm-cluster-bfloat16", "gru-grid-barrier-float32"]
+]
 # Only an earlier start of the next grid: without it everything is as right, and later.
 HARMLESS = {"allow_next_grid"}
 
 
 def run(variant: str, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    target = build_emulated.program_of(variant, program, arguments[0] if arguments else "")
+    if program in build_emulated.BY_INSTANCE and variant != "plain":
+        assert build_emulated.build([target], quiet=True), f"{target} does not compile"
     return subprocess.run(
-        [*fixed_addresses(), str(build_emulated.BUILD / variant / program), *arguments],
+        [*fixed_addresses(), str(build_emulated.BUILD / target), *arguments],
         env={**os.environ, **SANITIZER_OPTIONS, **environment},
         capture_output=True,
         text=True,
@@ -60,9 +68,12 @@ def programs() -> None:
 
 def sanitized_by_default(program: str, cases: list[str]) -> set[str]:
     """What `make test` runs of a program under a sanitizer: of test_step one cell of each family, in a type multiplied
-    by scalars and in one on tensor cores. The rest, and its mutations, belong to the exhaustive run. The plain program
-    runs every case by default.
+    by scalars and in one on tensor cores; of test_persistent one cell and type of each exchange. The rest, and most of
+    their mutations, belong to the exhaustive run. The plain program runs every case by default.
     """
+    if program == "test_persistent":
+        # Of two instances, which have to be compiled.
+        return {"gru-block-float32", "lstm-cluster-bfloat16", "lstm-grid-bfloat16", "gru-grid-barrier-float32"}
     if program != "test_step" or cases == [""]:
         return set(cases)
     return {
@@ -80,8 +91,10 @@ def listed_cases() -> tuple[list[object], list[object]]:
     for variant in build_emulated.TESTED:
         for program in build_emulated.programs():
             names = [""]
-            if (build_emulated.BUILD / variant / program).exists():
-                names = run(variant, program, "--list").stdout.splitlines() or [""]
+            # Which cases there are is the same in all variants of such a program.
+            listing = "plain" if program in build_emulated.BY_INSTANCE else variant
+            if (build_emulated.BUILD / listing / program).exists():
+                names = run(listing, program, "--list").stdout.splitlines() or [""]
             usual = sanitized_by_default(program, [name.partition(" ")[0] for name in names])
             for name in names:
                 case, _, by_name_only = name.partition(" ")

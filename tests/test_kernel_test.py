@@ -86,7 +86,7 @@ def test_a_failure_of_a_layer_names_shape_and_element() -> None:
     done = bench("step", "lstm-float32", "--skip", wait)
     assert done.returncode == 1, done.stderr
     assert re.search(
-        r"^tests/cpp/test_step\.cpp:\d+: \w+: \d+ of \d+ wrong; worst at index \d+ "
+        r"^tests/cpp/layer_call\.h:\d+: \w+: \d+ of \d+ wrong; worst at index \d+ "
         r"\(step \d, batch \d, direction \d(, \w+ \d+)?, unit \d+\): got \S+, expected \S+; error \S+, allowed 4e-06\n"
         r"  in lstm-float32, LSTM T=\d B=\d H=\d+ D=\d.*, overlapping launches, seed (\d+)\n"
         rf"  again: make kernel-test K=test_step CASE=lstm-float32 SEED=\2 SKIP={wait}$",
@@ -392,6 +392,8 @@ def test_a_case_is_built_with_its_own_kernels_alone() -> None:
     assert instance_of("test_step", "rnn-tanh-bfloat16") == "rnn-bfloat16"
     assert instance_of("test_step", "large") is None
     assert instance_of("test_exchange", "lstm-float32") is None
+    assert instance_of("test_persistent", "rnn-tanh-grid-barrier-tf32") == "rnn-tf32"
+    assert instance_of("test_persistent", "lstm-block-float64") is None
     # The kernels that it lacks say so.
     path = kernel_test.built("plain", "test_step", "rnn-float32")
     done = subprocess.run([str(path), "gru-float32"], capture_output=True, text=True, timeout=SECONDS, check=False)

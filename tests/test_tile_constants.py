@@ -17,6 +17,7 @@ from setup import CSRC, cuda_sources, cxx_compiler
 
 PRODUCT, BLOCK, FORWARD = "cuda/product.cuh", "cuda/step/block.cuh", "cuda/step/forward.cuh"
 ARITHMETIC, EMULATOR = "cuda/arithmetic.cuh", "emulator/emulator.h"
+PERSISTENT = "cuda/persistent/persistent.h"
 TILE = "kTileWeights = 16, kTileBatch = 8;"
 LANES = "kLaneWeights = 2 * kWeightTiles_, kLaneStates = kBatchTiles_;"
 
@@ -46,6 +47,22 @@ REFUSED = {
         "kTensorCores = true;",
         "must be false for Float32",
     ),
+    "kOctet": (PERSISTENT, "kOctet = 8;", "kOctet = 16;", "kOctet and kBatchTile must be 8"),
+    "kBatchTile": (PERSISTENT, "kBatchTile = 8;", "kBatchTile = 16;", "kOctet and kBatchTile must be 8"),
+    "kRowTiles": (PERSISTENT, "kRowTiles = 2;", "kRowTiles = 4;", "kRowTiles must be 2"),
+    "kChunkBytes": (PERSISTENT, "kChunkBytes = 64;", "kChunkBytes = 128;", "kChunkBytes must be 64"),
+    "kChunkFragments": (PERSISTENT, "= 2 * kRowTiles,", "= kRowTiles,", "kChunkFragments must be two a row tile"),
+    "kFragmentBytes": (PERSISTENT, "kFragmentBytes = 512;", "kFragmentBytes = 256;", "kFragmentBytes a word of 16"),
+    "kMostWarps": (PERSISTENT, "kMostWarps = 8;", "kMostWarps = 33;", "kMostWarps must be 6 to 8"),
+    "too few warps": (PERSISTENT, "kMostWarps = 8;", "kMostWarps = 4;", "kMostWarps must be 6 to 8"),
+    "kMostCells": (PERSISTENT, "kMostCells = 4;", "kMostCells = 0;", "kMostCells must be at least 1"),
+    "most_batch_tiles": (PERSISTENT, "? 2 : 4;", "? 2 : 8;", "most_batch_tiles must be 1, 2 or 4"),
+    "kMostCluster": (PERSISTENT, "kMostCluster = 16;", "kMostCluster = 32;", "kMostCluster must be 2 to 16"),
+    "no registers": (PERSISTENT, "? 6 : many ? 7 : 8};", "? 0 : many ? 7 : 8};", "in_registers must be 1 or more"),
+    "all registers": (PERSISTENT, "? 6 : many ? 7 : 8};", "? 6 : many ? 7 : 16};", "at most 255 registers"),
+    "sum_row": (PERSISTENT, "return batch + 4;", "return batch + 1;", "sum_row must be at least the batch"),
+    "kSourceParts": (PERSISTENT, "kSourceParts = 8;", "kSourceParts = 0;", "kSourceParts must be at least 1"),
+    "kWordItems": (PERSISTENT, "kWordItems = 3;", "kWordItems = 4;", "kWordItems must be 3"),
     "kWarpSize": (EMULATOR, "kWarpSize = 32;", "kWarpSize = 16;", "kWarpSize must be 32"),
 }
 LEGAL = {
@@ -54,14 +71,20 @@ LEGAL = {
     "a chunk less": (PRODUCT, "kMostDepth = 6;", "kMostDepth = 2;"),
     "all that is granted": (PRODUCT, "kBudget = 96 << 10,", "kBudget = 99 << 10,"),
     "other banks": (PRODUCT, "kColumn = kWeights + 4;", "kColumn = kWeights;"),
+    "six warps": (PERSISTENT, "kMostWarps = 8;", "kMostWarps = 6;"),
+    "more cells": (PERSISTENT, "kMostCells = 4;", "kMostCells = 8;"),
+    "small clusters": (PERSISTENT, "kMostCluster = 16;", "kMostCluster = 8;"),
+    "two batch tiles": (PERSISTENT, "? 2 : 4;", "? 2 : 2;"),
+    "fewer registers": (PERSISTENT, "? 6 : many ? 7 : 8};", "? 6 : many ? 7 : 4};"),
     "one tile": (ARITHMETIC, "kLargeBatchTiles = 4;", "kLargeBatchTiles = 1;"),
 }
 
 
 @cache
-def unit() -> Path:
-    """The smallest with tensor cores."""
-    return next(source for source in cuda_sources() if source.stem == "step_rnn_bfloat16")
+def unit(file: str) -> Path:
+    """The smallest with tensor cores, of the kernels that the header is of."""
+    kernels = "persistent" if file == PERSISTENT else "step"
+    return next(source for source in cuda_sources() if source.stem == f"{kernels}_rnn_bfloat16")
 
 
 def compile_changed(folder: Path, file: str, old: str, new: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +96,7 @@ def compile_changed(folder: Path, file: str, old: str, new: str) -> subprocess.C
     header.write_text(text.replace(old, new))
     # The copy comes first; headers find each other from where they are.
     flags = ["-I", str(folder / "csrc"), *COMMON_FLAGS, "-fsyntax-only", "-x", "c++"]
-    command = [*cxx_compiler().split(), *flags, str(unit())]
+    command = [*cxx_compiler().split(), *flags, str(unit(file))]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -82,7 +105,9 @@ def some(names: Iterable[str], usual: set[str]) -> list[object]:
     return [pytest.param(name, marks=[] if name in usual else [pytest.mark.exhaustive]) for name in names]
 
 
-@pytest.mark.parametrize("name", some(REFUSED, {"kUnits", "kChunk", "kMostDepth", "float32 on tensor cores"}))
+@pytest.mark.parametrize(
+    "name", some(REFUSED, {"kUnits", "kChunk", "kMostDepth", "float32 on tensor cores", "kMostWarps"})
+)
 def test_a_value_that_does_not_work_is_a_compile_error(name: str, tmp_path: Path) -> None:
     file, old, new, message = REFUSED[name]
     done = compile_changed(tmp_path, file, old, new)

@@ -13,17 +13,19 @@ template <Family kFamily, int kIndex = next_of_family(kFamily)> struct FamilyCel
   // What all cells of the family agree in.
   using Constants = CellConstants<kMode>;
 
-  template <class Compute, class... Args> RNNFAST_DEVICE static UnitState<Compute> forward(Mode mode, Args&&... args) {
+  // Math: what cells.h calls (arithmetic.cuh).
+  template <class Math, class... Args>
+  RNNFAST_DEVICE static UnitState<typename Math::Value> forward(Mode mode, Args&&... args) {
     if constexpr (kNext < kModes) {
-      if (mode != kMode) return FamilyCell<kFamily, kNext>::template forward<Compute>(mode, args...);
+      if (mode != kMode) return FamilyCell<kFamily, kNext>::template forward<Math>(mode, args...);
     }
-    return Cell<ScalarMath<Compute>, kMode>::forward(args...);
+    return Cell<Math, kMode>::forward(args...);
   }
-  template <class Compute, class... Args> RNNFAST_DEVICE static void backward(Mode mode, Args&&... args) {
+  template <class Math, class... Args> RNNFAST_DEVICE static void backward(Mode mode, Args&&... args) {
     if constexpr (kNext < kModes) {
-      if (mode != kMode) return FamilyCell<kFamily, kNext>::template backward<Compute>(mode, args...);
+      if (mode != kMode) return FamilyCell<kFamily, kNext>::template backward<Math>(mode, args...);
     }
-    Cell<ScalarMath<Compute>, kMode>::backward(args...);
+    Cell<Math, kMode>::backward(args...);
   }
 };
 

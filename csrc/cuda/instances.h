@@ -58,6 +58,11 @@ inline Arithmetic arithmetic_of(DType dtype, bool allow_tf32) {
   }
 }
 
+constexpr int element_bytes(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::float64                                         ? 8
+         : arithmetic == Arithmetic::bfloat16 || arithmetic == Arithmetic::float16 ? 2
+                                                                                   : 4;
+}
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // ---- the table ------------------------------------------------------------------------------------------------------

@@ -63,4 +63,67 @@ RNNFAST_DEVICE bool is_last_turn(const TurnRows& rows, unsigned d) {
   return rows.turn[d].time == (d == 1 ? rows.layout.steps : -1);
 }
 
+// ---- the same for kernels that take all turns themselves ------------------------------------------------------------
+// There a row is its length and its distance from batch index 0, and what all rows of a turn share is found once a
+// turn. Numbers of rows and steps are below 2^31 there.
+
+// What a direction's turn is for every row.
+struct TurnStep {
+  int time;         // of the step; of backward's last turn outside [0, T)
+  bool reversed;    // of the direction
+  uint32_t row;     // of batch index 0 at the step, where there is one
+  uint32_t before;  // and at the steps before and after it, in the direction's order
+  uint32_t after;
+};
+
+struct RowSteps {
+  int length;    // steps; -1: no such row
+  uint32_t row;  // behind that of batch index 0
+
+  RNNFAST_DEVICE bool active(const TurnStep& at) const { return at.time >= 0 && at.time < length; }
+  RNNFAST_DEVICE bool before(const TurnStep& at) const {
+    return at.reversed ? at.time + 1 < length : at.time > 0 && at.time - 1 < length;
+  }
+  RNNFAST_DEVICE bool after(const TurnStep& at) const {
+    return at.reversed ? at.time > 0 && at.time - 1 < length : at.time + 1 < length;
+  }
+  RNNFAST_DEVICE bool cut_before(const RowLayout& layout, const TurnStep& at) const {
+    if (!layout.has_segments()) return false;
+    return at.reversed ? before(at) && layout.starts_segment(at.before + row)
+                       : active(at) && layout.starts_segment(at.row + row);
+  }
+  RNNFAST_DEVICE bool cut_after(const RowLayout& layout, const TurnStep& at) const {
+    if (!layout.has_segments()) return false;
+    return at.reversed ? active(at) && layout.starts_segment(at.row + row)
+                       : after(at) && layout.starts_segment(at.after + row);
+  }
+};
+
+RNNFAST_DEVICE TurnStep turn_step(const Steps& rows, int time, bool reversed) {
+  const int before = reversed ? time + 1 : time - 1, after = reversed ? time - 1 : time + 1;
+  return {time, reversed, static_cast<uint32_t>(rows.row(time)), static_cast<uint32_t>(rows.row(before)),
+          static_cast<uint32_t>(rows.row(after))};
+}
+
+RNNFAST_DEVICE RowSteps row_steps(const Steps& rows, int64_t b) {
+  const RowLayout& layout = rows.layout;
+  if (b >= layout.batch) return {-1, 0};
+  int64_t length = layout.steps;
+  if (layout.lengths) {
+    length = layout.lengths[b] < length ? layout.lengths[b] : length;
+    if (length < 0) length = 0;
+  } else if (rows.offsets) {
+    // Packed rows get fewer from step to step: the first step that has none for b.
+    int64_t has = 0;
+    while (has < length) {
+      const int64_t middle = (has + length) / 2;
+      if (rows.active(middle) > b)
+        has = middle + 1;
+      else
+        length = middle;
+    }
+  }
+  return {static_cast<int>(length), static_cast<uint32_t>(b * layout.batch_stride)};
+}
+
 }  // namespace rnnfast::gpu

@@ -22,37 +22,45 @@ struct TurnRows {
   Turn turn[kMaxDirections];
 };
 
+// Where a direction's steps lie. offsets: of packed rows (T + 1), the first row of each step and their number; else
+// null. For kernels too, which go through the steps by themselves.
+struct Steps {
+  RowLayout layout;
+  const int64_t* offsets = nullptr;
+
+  RNNFAST_HOST_DEVICE int64_t row(int64_t t) const {
+    if (!exists(t)) return 0;
+    return offsets ? offsets[t] : t * layout.step_stride;
+  }
+  RNNFAST_HOST_DEVICE int64_t active(int64_t t) const {
+    if (!exists(t)) return 0;
+    return offsets ? offsets[t + 1] - offsets[t] : layout.batch;
+  }
+  RNNFAST_HOST_DEVICE Turn turn(int64_t time, bool reversed) const {
+    const int64_t before = reversed ? time + 1 : time - 1, after = reversed ? time - 1 : time + 1;
+    return {time, row(time), row(before), row(after), active(time), active(before), active(after)};
+  }
+
+ private:
+  RNNFAST_HOST_DEVICE bool exists(int64_t t) const { return t >= 0 && t < layout.steps; }
+};
+
 // The turns of a call.
 class Turns {
  public:
   explicit Turns(const RowLayout& layout) : layout_(layout) {
     if (!layout.batch_sizes) return;
     layout_.batch_stride = 1;
-    offsets_.reserve(static_cast<size_t>(layout.steps));
-    int64_t sum = 0;
-    for (int64_t t = 0; t < layout.steps; ++t) {
-      offsets_.push_back(sum);
-      sum += layout.batch_sizes[t];
-    }
+    offsets_.reserve(static_cast<size_t>(layout.steps) + 1);
+    offsets_.push_back(0);
+    for (int64_t t = 0; t < layout.steps; ++t) offsets_.push_back(offsets_.back() + layout.batch_sizes[t]);
   }
-
   const RowLayout& layout() const { return layout_; }
   Turn turn(int64_t time, bool reversed) const {
-    const int64_t before = reversed ? time + 1 : time - 1, after = reversed ? time - 1 : time + 1;
-    return {time, row(time), row(before), row(after), active(time), active(before), active(after)};
+    return Steps{layout_, offsets_.empty() ? nullptr : offsets_.data()}.turn(time, reversed);
   }
 
  private:
-  bool exists(int64_t t) const { return t >= 0 && t < layout_.steps; }
-  int64_t row(int64_t t) const {
-    if (!exists(t)) return 0;
-    return layout_.batch_sizes ? offsets_[static_cast<size_t>(t)] : t * layout_.step_stride;
-  }
-  int64_t active(int64_t t) const {
-    if (!exists(t)) return 0;
-    return layout_.batch_sizes ? layout_.batch_sizes[t] : layout_.batch;
-  }
-
   RowLayout layout_;
   std::vector<int64_t> offsets_;
 };

@@ -27,15 +27,16 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 using Site = std::source_location;
 
 struct Options {
-  uint64_t seed = 0;        // 0: threads in order and stores at once; else schedules and delays are shuffled by it
-  bool seed_given = false;  // by the environment
-  int resident_blocks = 4;  // blocks of an ordinary launch that run at the same time
+  uint64_t seed = 0;            // 0: threads in order and stores at once; else schedules and delays are shuffled by it
+  bool seed_given = false;      // by the environment
+  int resident_blocks = 4;      // blocks of an ordinary launch that run at the same time
+  int device_blocks = 1 << 20;  // that the device says it could hold at the same time
   size_t stack_bytes = 64 << 10;
   std::string skip;         // "file:line" of a synchronisation to leave out: shows that a test notices
   bool list_sites = false;  // print each synchronisation site once, as it is first reached
 };
-// This process's options. First read from RNNFAST_EMULATOR_SEED, _RESIDENT, _STACK, _SKIP, _LIST_SITES: throws
-// std::invalid_argument where a value makes no sense.
+// This process's options. First read from RNNFAST_EMULATOR_SEED, _RESIDENT, _DEVICE_BLOCKS, _STACK, _SKIP, _LIST_SITES:
+// throws std::invalid_argument where a value makes no sense.
 Options& options();
 // Why the result says nothing of Options::skip: no synchronisation of that place was reached. "" where one was, or none
 // was to be left out.

@@ -47,6 +47,7 @@ Options from_environment() {
   Options options;
   options.seed_given = read("RNNFAST_EMULATOR_SEED", options.seed, uint64_t{0});
   read("RNNFAST_EMULATOR_RESIDENT", options.resident_blocks, 1);
+  read("RNNFAST_EMULATOR_DEVICE_BLOCKS", options.device_blocks, 0);
   constexpr size_t kLeastStack = 16 << 10;
   read("RNNFAST_EMULATOR_STACK", options.stack_bytes, kLeastStack);
   if (const char* text = value("RNNFAST_EMULATOR_SKIP"); text && *text) {

@@ -1,8 +1,10 @@
 // The queue of launches, the order in which blocks start and threads run, and how a launch ends or fails.
 #include "internal.h"
+#include "launched.h"
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 
@@ -29,6 +31,11 @@ struct Unwound {};  // thrown in a thread whose launch has been given up
 std::recursive_mutex& host_mutex() {
   static std::recursive_mutex mutex;
   return mutex;
+}
+
+std::map<std::string, int64_t>& launch_counts() {
+  static std::map<std::string, int64_t> instance;
+  return instance;
 }
 
 Fiber* pop_ready() {
@@ -464,7 +471,16 @@ void launch(const Launch& launch, std::function<void()> body) {
     random.seed(options().seed);
     for (size_t i = clusters; i > 1; --i) std::swap(grid->cluster_order[i - 1], grid->cluster_order[random.below(i)]);
   }
+  ++launch_counts()[grid->name];
   s.grids.push_back(std::move(grid));
+}
+
+std::string launched() {
+  const std::lock_guard lock(host_mutex());
+  std::string lines;
+  for (const auto& [name, count] : launch_counts()) lines += std::to_string(count) + " " + name + "\n";
+  launch_counts().clear();
+  return lines;
 }
 
 void synchronize() {

@@ -1,9 +1,10 @@
-// A program that is built for one family and arithmetic (tests/build_emulated.py) has these in place of all others:
-// launches that say so.
+// A program that is built for one kind of kernel, family and arithmetic (tests/build_emulated.py) has these in place of
+// all others: launches that say so.
 #pragma once
 
 #include <string>
 
+#include "cuda/persistent/persistent.h"
 #include "cuda/step/step.h"
 
 namespace rnnfast::gpu {
@@ -16,6 +17,13 @@ inline StepKernels other_step_kernels() {
   StepKernels kernels{};
   kernels.forward = kernels.project_forward = [](const StepForward&, const StepLaunch&) { return other_instance(); };
   kernels.backward = kernels.project_backward = [](const StepBackward&, const StepLaunch&) { return other_instance(); };
+  return kernels;
+}
+
+inline PersistentKernels other_persistent_kernels() {
+  PersistentKernels kernels{};
+  kernels.forward = [](const PersistentForward&, void*) { return other_instance(); };
+  kernels.backward = [](const PersistentBackward&, void*) { return other_instance(); };
   return kernels;
 }
 

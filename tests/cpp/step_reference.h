@@ -1,5 +1,6 @@
-// A layer's time loop in float64, row by row, straight from its definition (docs/design.md): the truth for test_step.
-// It shares the cells' equations (csrc/cells.h, checked by cell_truth.h) and nothing else with the kernels.
+// A layer's time loop in float64, row by row, straight from its definition (docs/design.md): the truth for test_step
+// and test_persistent. It shares the cells' equations (csrc/cells.h, checked by cell_truth.h) and nothing else with the
+// kernels.
 #pragma once
 
 #include <cmath>
@@ -19,6 +20,7 @@ struct Shape {
   Mode mode = Mode::lstm;
   int64_t T = 4, B = 3, H = 5, P = 0, D = 1;
   bool batch_first = false, packed = false, lengths = false, resets = false, initial = true;
+  bool state_gradients = true;  // of h_n, c_n and the cell states, beside the output's
 
   const CellTraits& cell() const { return traits(mode); }
   int64_t state() const { return P ? P : H; }
@@ -41,6 +43,7 @@ inline std::string text_of(const Shape& shape) {
   if (shape.lengths) text += " lengths";
   if (shape.resets) text += " resets";
   if (!shape.initial) text += " no initial state";
+  if (!shape.state_gradients) text += " no gradients of states";
   return text;
 }
 
@@ -115,17 +118,15 @@ inline Call random_call(const Shape& shape, uint64_t seed) {
   if (shape.initial) call.hx = random_values(random, D * B * S, 1);
   if (shape.initial && shape.cell().has_cell_state) call.cx = random_values(random, D * B * H, 1);
   call.grad_output = random_values(random, rows * D * S, 0.5);
-  call.grad_h_n = random_values(random, D * B * S, 0.5);
-  if (shape.cell().has_cell_state) {
+  if (shape.state_gradients) call.grad_h_n = random_values(random, D * B * S, 0.5);
+  if (shape.state_gradients && shape.cell().has_cell_state) {
     call.grad_c_n = random_values(random, D * B * H, 0.5);
     call.grad_cell_states = random_values(random, rows * D * H, 0.5);
   }
   return call;
 }
 
-inline double at_or_zero(const Values& values, int64_t index) {
-  return values.empty() ? 0 : values[static_cast<size_t>(index)];
-}
+inline double at_or_zero(const Values& values, size_t index) { return values.empty() ? 0 : values[index]; }
 
 // One batch row of one direction: its steps in order, and the indices of its elements.
 struct RowWalk {
@@ -153,10 +154,8 @@ template <class Cell> void reference_row_forward(Call& call, const RowWalk& walk
   const Shape& s = call.shape;
   const int64_t H = s.H, S = s.state();
   Values h(static_cast<size_t>(S)), c(static_cast<size_t>(H)), hidden(static_cast<size_t>(H));
-  for (int64_t u = 0; u < S; ++u)
-    h[static_cast<size_t>(u)] = at_or_zero(call.hx, static_cast<int64_t>(walk.in_state(S, u)));
-  for (int64_t u = 0; u < H; ++u)
-    c[static_cast<size_t>(u)] = at_or_zero(call.cx, static_cast<int64_t>(walk.in_state(H, u)));
+  for (int64_t u = 0; u < S; ++u) h[static_cast<size_t>(u)] = at_or_zero(call.hx, walk.in_state(S, u));
+  for (int64_t u = 0; u < H; ++u) c[static_cast<size_t>(u)] = at_or_zero(call.cx, walk.in_state(H, u));
   for (int64_t step = 0; step < walk.steps(); ++step) {
     if (walk.cut_before(step)) {
       h.assign(h.size(), 0);
@@ -173,7 +172,7 @@ template <class Cell> void reference_row_forward(Call& call, const RowWalk& walk
       }
       if constexpr (Cell::kSplitGradient) {
         constexpr int kGate = Cell::kSplitGate;
-        rec[kGate] += at_or_zero(call.bias_hh, (walk.d * s.gates() + kGate) * H + u);
+        rec[kGate] += at_or_zero(call.bias_hh, static_cast<size_t>((walk.d * s.gates() + kGate) * H + u));
       }
       const auto unit = static_cast<size_t>(u);
       const double previous_h = s.P ? 0 : h[unit];
@@ -202,8 +201,9 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
   const Shape& s = call.shape;
   const int64_t H = s.H, S = s.state(), G = s.gates();
   Values dh(static_cast<size_t>(S)), carry(static_cast<size_t>(H));
-  for (int64_t u = 0; u < S; ++u) dh[static_cast<size_t>(u)] = call.grad_h_n[walk.in_state(S, u)];
-  for (int64_t u = 0; u < H && Cell::kHasCell; ++u) carry[static_cast<size_t>(u)] = call.grad_c_n[walk.in_state(H, u)];
+  for (int64_t u = 0; u < S; ++u) dh[static_cast<size_t>(u)] = at_or_zero(call.grad_h_n, walk.in_state(S, u));
+  for (int64_t u = 0; u < H && Cell::kHasCell; ++u)
+    carry[static_cast<size_t>(u)] = at_or_zero(call.grad_c_n, walk.in_state(H, u));
   for (int64_t step = walk.steps() - 1; step >= 0; --step) {
     const bool cut = walk.cut_before(step);
     for (int64_t u = 0; u < S; ++u) {
@@ -218,7 +218,7 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
         hidden_gradient += call.weight_hr[static_cast<size_t>((walk.d * S + k) * H + u)] * dh[static_cast<size_t>(k)];
       const auto before = [&](const Values& rows, const Values& initial) {
         if (cut) return 0.0;
-        if (step == 0) return at_or_zero(initial, static_cast<int64_t>(walk.in_state(H, u)));
+        if (step == 0) return at_or_zero(initial, walk.in_state(H, u));
         return rows[walk.in_rows(step - 1, H, u)];
       };
       UnitState<double> previous{0, 0}, now{0, 0};
@@ -229,7 +229,7 @@ template <class Cell> void reference_row_backward(Call& call, const RowWalk& wal
       if (Cell::kHasCell) {
         previous.c = before(call.cell_states, call.cx);
         now.c = call.cell_states[walk.in_rows(step, H, u)];
-        carry[unit] += call.grad_cell_states[walk.in_rows(step, H, u)];
+        carry[unit] += at_or_zero(call.grad_cell_states, walk.in_rows(step, H, u));
       }
       double reserve[kReserveRoom<Cell>], dgates[Cell::kGates], d_rec_split = 0;
       for (int i = 0; i < Cell::kReserve; ++i)

@@ -19,6 +19,16 @@ RNNFAST_DEVICE unsigned cluster_rank() {
 #endif
 }
 
+// Whether this code has clusters; where it has not, a kernel that needs them ends the launch with an error.
+RNNFAST_DEVICE bool require_clusters() {
+#if defined(RNNFAST_EMULATED) || RNNFAST_SM90
+  return true;
+#else
+  __trap();
+  return false;
+#endif
+}
+
 RNNFAST_DEVICE unsigned cluster_size() {
 #if defined(RNNFAST_EMULATED)
   return emulator::self().cluster_size;

@@ -104,6 +104,12 @@ template <class T> RNNFAST_DEVICE T shuffle_xor(T value, unsigned mask RNNFAST_S
 #endif
 }
 
+// A value that all lanes of the warp agree on anyway: so the compiler knows it too, and branches without guarding what
+// lanes do together.
+template <class T> RNNFAST_DEVICE T uniform(T value RNNFAST_SITE) {
+  return gpu::shuffle(value, 0 RNNFAST_PASS_SITE);  // qualified: std::shuffle would be found by the site's type
+}
+
 // From `delta` lanes further up; the last `delta` lanes keep their own value.
 template <class T> RNNFAST_DEVICE T shuffle_down(T value, unsigned delta RNNFAST_SITE) {
   static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));

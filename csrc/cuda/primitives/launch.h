@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -80,24 +81,35 @@ inline std::string error_text(cudaError_t error, const char* name) {
   return text;
 }
 
-// More than 48 KB of shared memory and clusters of more than 8 blocks must be asked for, once a kernel and device.
+// More than 48 KB of shared memory and clusters of more than 8 blocks must be asked for, once a kernel and device. The
+// limits are the process's, and so is what is known of them: a thread that knew only what it had raised by itself would
+// lower what another has raised.
 inline cudaError_t raise_limits(const void* kernel, const LaunchConfig& config) {
   constexpr size_t kDefaultShared = 48 << 10;
   constexpr unsigned kPortableCluster = 8;
-  if (config.shared_bytes > kDefaultShared) {
-    thread_local std::map<std::pair<const void*, int>, size_t> raised;
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    size_t& bytes = raised[{kernel, device}];
-    if (bytes < config.shared_bytes) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(config.shared_bytes));
-      if (error != cudaSuccess) return error;
-      bytes = config.shared_bytes;
-    }
+  const bool large = config.cluster > kPortableCluster;
+  if (config.shared_bytes <= kDefaultShared && !large) return cudaSuccess;
+  struct Raised {
+    size_t bytes = kDefaultShared;
+    bool large_clusters = false;
+  };
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, Raised> known;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  Raised& raised = known[{kernel, device}];
+  if (raised.bytes < config.shared_bytes) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) return error;
+    raised.bytes = config.shared_bytes;
   }
-  if (config.cluster > kPortableCluster)
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (large && !raised.large_clusters) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    raised.large_clusters = true;
+  }
   return cudaSuccess;
 }
 

@@ -125,26 +125,69 @@ RNNFAST_DEVICE void fence_gpu(RNNFAST_SITE_ALONE) {
 #endif
 }
 
-// Loads, relaxed, until predicate(value) holds; returns that value.
-template <class T, class Predicate> RNNFAST_DEVICE T poll(const T* address, Predicate predicate RNNFAST_SITE) {
+#if defined(__CUDACC__) && !defined(RNNFAST_EMULATED)
+// As <cassert> has it, which a build with NDEBUG would leave out.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
+                                        size_t char_bytes) __attribute__((noreturn));
+#endif
+
+// How often a poll looks before it gives up: several seconds of a way to L2 and back. Only looks count, so that neither
+// another program's share of the card nor a debugger's break ends a kernel.
+constexpr unsigned kMostPolls = 1u << 24;
+
+// Ends the launch with an error; what it was, and in which kernel, is printed.
+RNNFAST_DEVICE void lose_block([[maybe_unused]] const char* kernel) {
+#if defined(__CUDACC__) && !defined(RNNFAST_EMULATED)
+  __assertfail("a block waited for seconds for what another has not sent: it is not running", "rnnfast", 0, kernel, 1);
+#endif
+}
+
+// Loads, relaxed, until predicate(value) holds; returns that value. kernel: its name, for the error where nothing
+// comes.
+template <class T, class Predicate>
+RNNFAST_DEVICE T poll(const T* address, Predicate predicate,
+                      [[maybe_unused]] const char* kernel = "a kernel" RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
   return emulator::poll(address, predicate, site);
 #else
-  for (;;) {
+  for (unsigned polls = 0;; ++polls) {
     const T value = load_relaxed(address);
     if (predicate(value)) return value;
+    if (polls == kMostPolls) lose_block(kernel);
+  }
+#endif
+}
+
+// As poll, of several addresses, each time all at once: they share the way to L2 and back.
+template <class T, int kCount, class Predicate>
+RNNFAST_DEVICE void poll_all(const T* const (&addresses)[kCount], Predicate predicate, T (&values)[kCount],
+                             [[maybe_unused]] const char* kernel = "a kernel" RNNFAST_SITE) {
+#if defined(RNNFAST_EMULATED)
+  for (int i = 0; i < kCount; ++i) values[i] = emulator::poll(addresses[i], predicate, site);
+#else
+  for (unsigned polls = 0;; ++polls) {
+    RNNFAST_UNROLL
+    for (int i = 0; i < kCount; ++i) values[i] = load_relaxed(addresses[i]);
+    bool all = true;
+    RNNFAST_UNROLL
+    for (int i = 0; i < kCount; ++i) all = predicate(values[i]) && all;
+    if (all) return;
+    if (polls == kMostPolls) lose_block(kernel);
   }
 #endif
 }
 
 // As poll, and acquires.
-template <class T, class Predicate> RNNFAST_DEVICE T poll_acquire(const T* address, Predicate predicate RNNFAST_SITE) {
+template <class T, class Predicate>
+RNNFAST_DEVICE T poll_acquire(const T* address, Predicate predicate,
+                              [[maybe_unused]] const char* kernel = "a kernel" RNNFAST_SITE) {
 #if defined(RNNFAST_EMULATED)
   return emulator::poll_acquire(address, predicate, site);
 #else
-  for (;;) {
+  for (unsigned polls = 0;; ++polls) {
     const T value = load_acquire(address);
     if (predicate(value)) return value;
+    if (polls == kMostPolls) lose_block(kernel);
   }
 #endif
 }

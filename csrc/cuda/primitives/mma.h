@@ -52,12 +52,13 @@ RNNFAST_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], cons
 }
 
 // Nearest TF32 number (10 bits of fraction), ties away from zero, in the upper 19 bits of a float32; a NaN stays one.
+// volatile: where a loop does not change the value, the compiler would keep both in registers.
 RNNFAST_DEVICE uint32_t to_tf32(float value) {
 #if defined(RNNFAST_EMULATED)
   return emulator::to_tf32(value);
 #else
   uint32_t result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
   return result;
 #endif
 }

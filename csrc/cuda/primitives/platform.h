@@ -14,6 +14,7 @@
 #define RNNFAST_LAUNCH_BOUNDS(threads, blocks)
 #define RNNFAST_GRID_CONSTANT
 #define RNNFAST_UNROLL
+#define RNNFAST_UNROLL_BY(times)
 // The last parameter of a synchronising function: the line that calls it, known to the emulator only. _ALONE where it
 // is the only one; RNNFAST_PASS_SITE hands it on. Functions of a kernel that wrap a synchronisation may take it too.
 #define RNNFAST_SITE_ALONE [[maybe_unused]] ::rnnfast::emulator::Site site = ::rnnfast::emulator::Site::current()
@@ -32,6 +33,9 @@
 #define RNNFAST_GRID_CONSTANT __grid_constant__
 #endif
 #define RNNFAST_UNROLL _Pragma("unroll")
+// By so many; 1: not at all.
+#define RNNFAST_PRAGMA(words) _Pragma(#words)
+#define RNNFAST_UNROLL_BY(times) RNNFAST_PRAGMA(unroll times)
 #define RNNFAST_SITE_ALONE
 #define RNNFAST_SITE
 #define RNNFAST_PASS_SITE_ALONE

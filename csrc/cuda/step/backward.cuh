@@ -105,7 +105,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((UnitProduct<Type, kBatchTiles>::kThreads),
     Compute dgates[kGates], d_rec_split = 0;
     if constexpr (Constants::kHasCell) carry += given[slot].dc;
     const UnitGradients<Compute> at_step{given[slot].reserve, given[slot].previous, given[slot].now, dh};
-    FamilyCell<kFamily>::template backward<Compute>(p.mode, at_step, carry, dgates, d_rec_split);
+    FamilyCell<kFamily>::template backward<ScalarMath<Compute>>(p.mode, at_step, carry, dgates, d_rec_split);
     RNNFAST_UNROLL
     for (int g = 0; g < kGates; ++g) {
       const int64_t gate_at = block.in_rows(r.row, kGates * H, g * H + unit);

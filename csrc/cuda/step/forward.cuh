@@ -90,8 +90,8 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS((ForwardProduct<kFamily, Type, kBatchTiles>
       if (!r.cut_before) previous.c = r.before ? *at<Compute>(p.carry, state_at) : block.read(p.cx, state_at);
     }
     Compute reserve[Constants::kReserve ? Constants::kReserve : 1];
-    const UnitState<Compute> now =
-        FamilyCell<kFamily>::template forward<Compute>(p.mode, UnitInputs<Compute>{x[slot], rec}, previous, reserve);
+    const UnitState<Compute> now = FamilyCell<kFamily>::template forward<ScalarMath<Compute>>(
+        p.mode, UnitInputs<Compute>{x[slot], rec}, previous, reserve);
     if (p.projected) {
       block.write(p.hidden, state_at, now.h);
     } else {
