@@ -21,7 +21,7 @@ WITH_CUDA := $(or $(RNNFAST_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),,0))
 NO_CUDA := $(filter 0,$(WITH_CUDA))
 # One stamp for each: asking for the CUDA library after a build without it builds it.
 BUILT   := $(VENV)/.built$(if $(NO_CUDA),,-cuda)
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*' $(if $(NO_CUDA),-not -path 'csrc/cuda/*'))
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*' $(if $(NO_CUDA),-not '(' -path 'csrc/cuda/*' -not -path 'csrc/cuda/plan*' -not -name persistent.h ')'))
 FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench benchmarks/occupancy -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: fuzz torch-versions wheel-check help build libraries cuda sass card emulated kernel-test debug demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean

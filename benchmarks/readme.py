@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import plan_table
 import step_model
 from plot import Figure, described, figures_of
 from records import (
@@ -354,6 +355,8 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "gpu worst": lambda: worst_cases(cards),
         "gpu constants": lambda: microbenchmarks(results),
         "step model": step_model.table,
+        "plan": plan_table.table,
+        "plan constants": plan_table.constants,
     }
 
 

@@ -1,37 +1,20 @@
-"""What a step of the step kernels (csrc/cuda/step/) should cost at least on a Hopper card. A prediction: its machine
-constants are from data sheets and others' measurements, not from this project's own; benchmarks/microbench measures
-them. Here they are what a kernel may hope for; those of limits.py are what nothing can beat.
+"""What a step of the step kernels (csrc/cuda/step/) should take on a Hopper card: a prediction of the cost model in
+csrc/cuda/plan/, where its constants stand with their sources. Those of limits.py are what nothing can beat.
 
     python benchmarks/step_model.py            # the table of docs/performance.md
 
-A step costs at least its launch, and then the longest of three: what all blocks read from L2 over L2's bandwidth, what
-the busiest SM reads over its own path to L2, and its products. What is left out makes it longer: latencies (the product
-begins when the step before has ended), the exchange of partial sums, gates read and reserve written in memory.
+A step takes its launch (here inside a CUDA graph), then the longest of: what all blocks read from L2 over L2's
+bandwidth, what the busiest SM reads over its own path to L2, its products, and weights from memory where L2 does not
+hold them; before that h from L2, after it the cells.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from rnnfast.benchmark.case import GATES
+from rnnfast import cuda_plan
 
-SMS, CLOCK = 132, 1.755e9
-# Seconds from one launch to the next, dependent launches inside a CUDA graph.
-LAUNCH = 1.3e-6
-# Bytes a second: all of L2, and what one SM can take (64 bytes a clock).
-L2, L2_TO_SM = 5.5e12, 64 * CLOCK
-# Operations a second of one SM: mma.sync on 16-bit types, on TF32, and FFMA.
-SM_FLOPS = {
-    "bfloat16": 4 * 4096 / 6 * CLOCK,
-    "float16": 4 * 4096 / 6 * CLOCK,
-    "tf32": 4 * 2048 / 6 * CLOCK,
-    "float32": 256 * CLOCK,
-}
-SIZES = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
-# From step/block.cuh, product.cuh and arithmetic.cuh: hidden units a block, and its states for small and large batches.
-UNITS, SMALL_BATCH = 16, 8
-LARGE_BATCH = {"bfloat16": 32, "float16": 32, "tf32": 32, "float32": 16}
+MODES = {"LSTM": "LSTM", "GRU": "GRU", "RNN": "RNN_TANH"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +24,9 @@ class Step:
     Args:
         blocks: of the launch.
         l2_bytes: all that they read from L2 for their product.
-        seconds: the least it takes, launch included.
-        bound: what decides: "L2", "path to the SM" or "product".
+        seconds: what it should take, launch included.
+        bound: what takes longest beside the launch: "L2" (with the path from there to an SM), "mma", "issue"
+            (instructions: of cells, and of products without tensor cores) or "HBM".
     """
 
     blocks: int
@@ -57,20 +41,10 @@ def step(cell: str, dtype: str, batch: int, hidden: int, backward: bool = False)
     A block multiplies 16 units' rows of the weights (all gates forward; backward their columns, G times as long) with
     the states of its batch rows, absent ones included.
     """
-    size, gates = SIZES[dtype], GATES[cell]
-    rows = SMALL_BATCH if batch <= SMALL_BATCH else LARGE_BATCH[dtype]
-    blocks = math.ceil(batch / rows) * math.ceil(hidden / UNITS)
-    weight_rows, length = (UNITS, gates * hidden) if backward else (gates * UNITS, hidden)
-    block_bytes = (weight_rows + rows) * length * size
-    block_flops = 2 * weight_rows * rows * length
-    on_busiest = math.ceil(blocks / SMS)
-    times = {
-        "L2": blocks * block_bytes / L2,
-        "path to the SM": on_busiest * block_bytes / L2_TO_SM,
-        "product": on_busiest * block_flops / SM_FLOPS[dtype],
-    }
+    plan = cuda_plan.plan(MODES[cell], dtype, hidden, batch, backward=backward, in_graph=True, sm=90, name="step")
+    times = {name: plan.limits_us[name] for name in ("L2", "mma", "issue", "HBM")}
     bound = max(times, key=lambda name: times[name])
-    return Step(blocks, blocks * block_bytes, LAUNCH + times[bound], bound)
+    return Step(plan.layout["blocks"], plan.layout["l2_bytes"], 1e-6 * plan.predicted_us, bound)
 
 
 def table(cell: str = "LSTM", dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> str:

@@ -62,6 +62,7 @@ inline TypeTraits traits_of(ScalarType type) {
     case ScalarType::Half: return {"float16", 2};
     case ScalarType::Long: return {"int64", 8};
     case ScalarType::Bool: return {"bool", 1};
+    case ScalarType::Byte: return {"uint8", 1};
     default: fail("rnnfast: a tensor of a type that no op has");
   }
 }

@@ -36,7 +36,8 @@ class Backend:
             kernels of tracing.
         problem: why it cannot run here, None where it can. Dynamo must not look into it.
         describe: what it is where it runs, in words.
-        kernel: (mode, module, input): which of its kernels run a module's call, in words.
+        kernel: (mode, module, input): which of its kernels run a module's call, in words; of CUDA kernels their plan
+            says more (`explanation.py`).
         kernels: its functions; an op that is not loaded raises.
         differentiable: its ops for programs that run without rnnfast's Python: with their derivatives.
         automatic: whether `auto` may take it.
@@ -95,8 +96,8 @@ _CPU = _of_library(
 )  # fmt: skip
 _CUDA = _of_library(
     "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
-    describe=lambda: f"CUDA kernels, one launch a step, for {torch.ops.rnnfast.cuda_archs()}",
-    kernel=lambda *_: "one launch a step (CUDA)",
+    describe=lambda: f"CUDA kernels, one launch a layer or one a step, for {torch.ops.rnnfast.cuda_archs()}",
+    kernel=lambda *_: "CUDA",
 )  # fmt: skip
 if libraries.cuda_error is None:
     _CUDA.kernels = ops.on_cuda(_CUDA.kernels)
@@ -112,7 +113,7 @@ _EMULATED = _of_library(
     "emulated", "rnnfast_emulated", libraries.emulated_problem, libraries.emulated_problem() is None,
     devices=("cpu", "meta"),
     describe=lambda: "the CUDA kernels compiled for the processor, for tests: very slow",
-    kernel=lambda *_: "one launch a step (CUDA, emulated on the processor)", automatic=False, for_developers=True,
+    kernel=lambda *_: "CUDA, emulated on the processor", automatic=False, for_developers=True,
 )  # fmt: skip
 _FUNCTIONS = ops.Kernels(*(taking_flat(OPS[name].record, getattr(reference, name)) for name in ops.Kernels._fields))
 _REFERENCE = Backend(

@@ -1,5 +1,5 @@
 """`python -m rnnfast`: `info` says what is installed here, which backends run, and why the others do not; `bench` times
-a layer against torch.nn's."""
+a layer against torch.nn's; `explain` predicts what a layer takes on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, libraries, ops
+from . import __version__, explain_command, libraries, ops
 from .backends import backends
 from .benchmark import command
 from .benchmark.timing import processor
@@ -63,8 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, instruction set, backends and why each can run or not")
     timing = commands.add_parser("bench", help="check a layer against torch.nn's, then time both in turn")
     command.add_options(timing)
+    plans = commands.add_parser(
+        "explain", help="which CUDA kernels, and what a step should take: predicted, no GPU needed"
+    )
+    explain_command.add_options(plans)
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return command.run(options)
+    if options.command == "explain":
+        return explain_command.run(options, plans)
     print(info())
     return 0

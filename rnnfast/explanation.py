@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cuda_plan, ops
 from .backends import BACKENDS, asked_for, select, torch_runs_cell, torch_runs_layers, why_reference
 from .cells import Cell
 from .modules import Recurrent
@@ -22,14 +23,34 @@ class Explanation:
         backend: name of the backend that runs the call, `torch.nn` where torch's own does.
         kernel: what runs inside that backend.
         reason: why this backend.
+        plan: for the CUDA kernels: what csrc/cuda/plan.h chooses for a call's forward pass, in words: on the input's
+            own device and with the plan that is preferred (`cuda_plan.prefer`). On the meta device: what it would
+            choose on an H100. Else None.
+        why: why that plan.
+        predicted_us: microseconds a step of that plan. A prediction, not measured; so the rest.
+        limited_by: what decides there: "launch", "exchange", "mma", "issue", "shared memory", "L2", "HBM" or "latency".
+        backward_plan, backward_why, predicted_backward_us: the same of the backward pass, where there is one.
     """
 
     backend: str
     kernel: str
     reason: str
+    plan: str | None = None
+    predicted_us: float | None = None
+    limited_by: str | None = None
+    backward_plan: str | None = None
+    predicted_backward_us: float | None = None
+    why: str | None = None
+    backward_why: str | None = None
 
     def __str__(self) -> str:
-        return f"backend {self.backend}: {self.kernel}; {self.reason}"
+        text = f"backend {self.backend}: {self.kernel}; {self.reason}"
+        if self.plan is not None:
+            text += f"; plan: {self.plan}; predicted, not measured: {self.predicted_us:.2f} us a step forward"
+            if self.predicted_backward_us is not None:
+                text += f", {self.predicted_backward_us:.2f} us backward"
+            text += f", limited by {self.limited_by}; this plan: {self.why}"
+        return text
 
 
 def explain(module: Any, input: Any) -> Explanation:
@@ -41,7 +62,7 @@ def explain(module: Any, input: Any) -> Explanation:
             or (I,).
 
     Returns:
-        Explanation: backend, kernel, and the reason.
+        Explanation: backend, kernel, and the reason; of CUDA kernels also the plan and its predicted time.
 
     Raises:
         TypeError: `module` is not a recurrent module, or `input` is neither a tensor nor a PackedSequence.
@@ -76,15 +97,67 @@ def explain(module: Any, input: Any) -> Explanation:
 
     name, asked = select(data), asked_for()
     reason = f"asked for by name ({asked!r})" if asked != "auto" else f"the fastest available for {data.device.type!r}"
-    kernel = BACKENDS[name].kernel(mode, module, data)
+    found = Explanation(name, BACKENDS[name].kernel(mode, module, data), reason)
+    on_meta = data.device.type == "meta"
+    if name in ("cuda", "emulated") or (on_meta and name == "cpu"):
+        found = _with_plan(found, module, input, mode, training)
+    about = []
     if name != "reference":
-        kernel += ", with reserve for backward" if training else ", inference"
+        about.append("with reserve for backward" if training else "inference")
     elif asked == "auto":
-        reason = f"fallback: {why_reference(data.device.type)}"
+        found = replace(found, reason=f"fallback: {why_reference(data.device.type)}")
     if isinstance(module, Cell):
-        kernel += ", one step"
+        about.append("one step")
     else:
-        kernel += f", {2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)"
+        about.append(f"{2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)")
     if packed:
-        kernel += ", packed rows as they are"
-    return Explanation(name, kernel, reason)
+        about.append("packed rows as they are")
+    return replace(found, kernel=", ".join([found.kernel, *about]))
+
+
+def _with_plan(found: Explanation, module: Any, input: Any, mode: str, training: bool) -> Explanation:
+    """With the plan of one call of the CUDA kernels: a layer with all its directions, and of a module's layers the
+    first. (The others differ in their input alone, which the plan does not depend on.)"""
+    packed = isinstance(input, torch.nn.utils.rnn.PackedSequence)
+    data = input.data if packed else input
+    if ops.library_error is not None:
+        return found
+    if packed:
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif isinstance(module, Cell):
+        steps, batch = 1, data.shape[0] if data.dim() == 2 else 1
+    else:
+        steps, batch = data.shape[0], data.shape[1] if data.dim() == 3 else 1
+        if module.batch_first and data.dim() == 3:
+            steps, batch = batch, steps
+    directions, projection = (2 if getattr(module, "bidirectional", False) else 1), getattr(module, "proj_size", 0)
+
+    shape = (module.hidden_size, batch, steps, directions, projection)
+    on_device = data.device.type != "meta"
+
+    def planned(backward: bool) -> cuda_plan.Plan:
+        if not on_device:
+            arithmetic = cuda_plan.arithmetic_of(data.dtype)
+            return cuda_plan.plan(mode, arithmetic, *shape, training=training, backward=backward)
+        return cuda_plan.here(
+            data.device, mode, data.dtype, *shape, training=training, backward=backward,
+            emulated=found.backend == "emulated",
+        )  # fmt: skip
+
+    forward, back = planned(False), planned(True) if training else None
+    kernel = found.kernel
+    if found.backend != "cpu":
+        kernel = f"{forward.kernels} ({found.kernel})"
+        if back is not None and back.kernels != forward.kernels:
+            kernel = f"forward {forward.kernels}, backward {back.kernels} ({found.kernel})"
+    return replace(
+        found,
+        kernel=kernel,
+        plan=str(forward),
+        why=forward.why,
+        predicted_us=forward.predicted_us,
+        limited_by=forward.limited_by,
+        backward_plan=None if back is None else str(back),
+        backward_why=None if back is None else back.why,
+        predicted_backward_us=None if back is None else back.predicted_us,
+    )

@@ -248,7 +248,10 @@ def test_the_driver_is_left_alone_until_somebody_needs_it(library: Library) -> N
 def test_explain_and_info_name_the_cuda_kernels(library: Library) -> None:
     module, input = rnnfast.LSTM(3, 5, device="meta"), torch.empty(4, 2, 3, device="meta")
     with rnnfast.backend("cuda"):
-        assert "one launch a step (CUDA), with reserve" in rnnfast.explain(module, input).kernel
+        kernel = rnnfast.explain(module, input).kernel
+        assert kernel.startswith("persistent, one block alone: one launch for all steps (CUDA), with reserve")
+        kernel = rnnfast.explain(module.double(), input.double()).kernel
+        assert kernel.startswith("one launch a step (CUDA), with reserve")
     assert "8.0;9.0a" in rnnfast.backends()["cuda"].reason
     assert re.search(r"CUDA kernels +for 8.0;9.0a; 2 CUDA devices seen", cli.info())
 

@@ -38,7 +38,7 @@ def test_it_is_listed_once_loaded() -> None:
     assert rnnfast.backends()["emulated"].available
     found = rnnfast.explain(rnnfast.GRU(3, 5), torch.randn(4, 2, 3))
     assert found.backend == "emulated"
-    assert "one launch a step (CUDA, emulated" in found.kernel
+    assert "one launch a step (CUDA, emulated on the processor)" in found.kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,8 @@ namespace rnnfast::gpu {
 int device_count();  // 0 where there is no card or no usable driver
 // "" where kernels can run on the current device, else why not, in words a user can act upon.
 std::string device_problem();
-// Whether launches on the current device may overlap with their predecessor's end.
+// Whether launches on the current device may overlap with their predecessor's end: whether it is a Hopper card or a
+// later one, and the kernels are built for such a one.
 bool has_dependent_launch();
 
 // The bytes of a device's memory; "", or the error of a kernel or copy that no call on this device gets past any more.

@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: the input projection through ATen, then the step kernels. The same file makes the
-// emulated library, whose ops of the same schemas take CPU tensors and run the kernels in csrc/emulator.
+// The ops on CUDA tensors: the input projection through ATen, then the kernels that plan.h chooses. The same file makes
+// the emulated library, whose ops of the same schemas take CPU tensors and run the kernels in csrc/emulator.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -8,10 +8,14 @@
 
 #include "../layer_ops.h"
 #include "device.h"
+#include "persistent/persistent_call.h"
+#include "plan/plan_json.h"
+#include "planned.h"
 #include "step/step_loop.h"
 
 #if defined(RNNFAST_EMULATED)
 #include "../emulator/emulator.h"
+#include "../emulator/launched.h"
 #include "../schemas.h"
 #include "primitives/launch.h"
 #endif
@@ -112,17 +116,28 @@ struct CudaBackend {
     const Tensor gates = input_projection(p, context, places);
     p.gates = data_of(gates);
     hold_parameters(traits(Kind::bias_hh), context, p, places);
+    const bool allow_tf32 = tf32_allowed.load(std::memory_order_relaxed);
+    if (const auto layout = planned_layout(p, allow_tf32, p.reserve || p.cell_states, false)) {
+      const Scratch scratch(context, *layout, p, false);
+      return finish(context.op,
+                    run_persistent_forward(p, *layout, scratch.workspace, allow_tf32, current.device.stream));
+    }
     StepWorkspace workspace;
     const Tensor carry = carried(traits(p.mode).has_cell_state, p, context, workspace);
     const Tensor hidden = p.projected ? Ops::empty(context, "workspace", {p.directions, p.rows.batch, p.hidden_size})
                                       : Ops::none(context);
     workspace.hidden = mutable_data_of(hidden);
-    finish(context.op, run_steps_forward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
+    finish(context.op, run_steps_forward(p, workspace, allow_tf32, current.device));
   }
 
   static void backward(const BackwardParams& p, const Context& context, const Places& places) {
     const char* const op = context.op;
     const CurrentDevice current(context.like);
+    const bool allow_tf32 = tf32_allowed.load(std::memory_order_relaxed);
+    if (const auto layout = planned_layout(p, allow_tf32, true, true)) {
+      const Scratch scratch(context, *layout, p, true);
+      return finish(op, run_persistent_backward(p, *layout, scratch.workspace, allow_tf32, current.device.stream));
+    }
     StepWorkspace workspace;
     const Tensor carry = carried(carries(traits(p.mode)), p, context, workspace);
     Tensors keep;
@@ -137,10 +152,31 @@ struct CudaBackend {
         transposed.stride[d] = weight->size(0);
       }
     }
-    finish(op, run_steps_backward(p, workspace, tf32_allowed.load(std::memory_order_relaxed), current.device));
+    finish(op, run_steps_backward(p, workspace, allow_tf32, current.device));
   }
 
  private:
+  // What a persistent kernel wants of memory.
+  struct Scratch {
+    Scratch(const Context& context, const PersistentLayout& layout, const Recurrence& r, bool backward)
+        : words(zeros(context, exchange_bytes(layout, r, backward))), offsets(row_offsets(context, r)) {
+      workspace = {mutable_data_of(words), static_cast<int64_t*>(mutable_data_of(offsets))};
+    }
+    Tensor words, offsets;
+    PersistentWorkspace workspace;
+  };
+  static Tensor zeros(const Context& context, int64_t bytes) {
+    const int64_t sizes[1] = {bytes};
+    Tensor words = rnnfast::empty({context.op, "workspace", Sizes(sizes, 1), ScalarType::Byte, context.like});
+    // By a memset on the current stream.
+    if (bytes) torch::stable::zero_(words);
+    return words;
+  }
+  static Tensor row_offsets(const Context& context, const Recurrence& r) {
+    const int64_t sizes[1] = {r.rows.batch_sizes ? r.rows.steps + 1 : 0};
+    return rnnfast::empty({context.op, "workspace", Sizes(sizes, 1), ScalarType::Long, context.like});
+  }
+
   // W_ih x + b, (rows, D*G*H): one product for all steps and directions.
   static Tensor input_projection(const Recurrence& r, const Context& context, const Places& places) {
     const char* const op = context.op;
@@ -189,13 +225,48 @@ struct CudaBackend {
 };
 
 bool allow_tf32(bool allowed) { return tf32_allowed.exchange(allowed); }
+// Of every call from now on, where it is legal; the one before.
+std::string prefer_plan(std::string name) {
+  std::string known;
+  for (const char* each : kPlanNames) known += (known.empty() ? "" : ", ") + std::string(each);
+  RNNFAST_CHECK(PreferredPlan::is_known(name), "rnnfast: prefer_plan: expected one of ", known, ", got ", name);
+  return PreferredPlan::set(name);
+}
+DType dtype_of_name(const char* op, const std::string& name) {
+  constexpr std::array<std::pair<const char*, DType>, 4> kNames = {{{"float64", DType::float64},
+                                                                    {"float32", DType::float32},
+                                                                    {"bfloat16", DType::bfloat16},
+                                                                    {"float16", DType::float16}}};
+  for (const auto& [known, dtype] : kNames)
+    if (name == known) return dtype;
+  fail(op, ": dtype: expected one of float64, float32, bfloat16, float16, got ", name);
+}
+// What a call would run on here and now: on the current device, with the plan that is preferred and TF32 as it is
+// allowed. JSON, as that of rnnfast::cuda_plan.
+std::string plan_here(std::string mode, std::string dtype, int64_t hidden, int64_t batch, int64_t steps,
+                      int64_t directions, int64_t projection, bool training, bool backward) {
+  const char* const op = "rnnfast::cuda_plan_here";
+  Request request = checked_request(op, mode, hidden, batch, steps, directions, projection, training, backward);
+  request.arithmetic = arithmetic_of(dtype_of_name(op, dtype), tf32_allowed.load(std::memory_order_relaxed));
+  // Of a cell without them, training writes no more than inference.
+  const CellTraits& cell = traits(request.mode);
+  request.training = backward || (training && (cell.reserve || cell.has_cell_state));
+  DeviceProperties device;
+  if (const std::string error = current_properties(device); !error.empty()) return Json().add("error", error).str();
+  return json_of(plan_for(request, device, PreferredPlan::get()), request, device);
+}
 #if defined(RNNFAST_EMULATED)
+std::string launched() { return emulator::launched(); }
 void set_seed(int64_t seed) { emulator::options().seed = static_cast<uint64_t>(seed); }
 #else
 int64_t count_devices() { return device_count(); }
 std::string problem() { return device_problem(); }
 std::string archs() { return RNNFAST_CUDA_ARCH_LIST; }
 #endif
+
+constexpr const char* kPlanHere =
+    "(str mode, str dtype, int hidden, int batch, int steps, int directions, int projection, bool training, "
+    "bool backward) -> str";
 
 }  // namespace
 }  // namespace rnnfast::gpu
@@ -205,6 +276,9 @@ STABLE_TORCH_LIBRARY(rnnfast_emulated, library) {
   rnnfast::define_layer_ops(library);
   library.def("allow_tf32(bool allowed) -> bool");
   library.def("set_seed(int seed) -> ()");
+  library.def("prefer_plan(str name) -> str");
+  library.def(std::string("plan_here").append(rnnfast::gpu::kPlanHere).c_str());
+  library.def("launched() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CPU, library) {
   rnnfast::register_layer_ops<rnnfast::gpu::CudaBackend>(library);
@@ -212,10 +286,15 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CompositeExplicitAutograd, library) {
   library.impl("allow_tf32", TORCH_BOX(&rnnfast::gpu::allow_tf32));
   library.impl("set_seed", TORCH_BOX(&rnnfast::gpu::set_seed));
+  library.impl("prefer_plan", TORCH_BOX(&rnnfast::gpu::prefer_plan));
+  library.impl("plan_here", TORCH_BOX(&rnnfast::gpu::plan_here));
+  library.impl("launched", TORCH_BOX(&rnnfast::gpu::launched));
 }
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, library) {
   library.def("cuda_allow_tf32(bool allowed) -> bool");
+  library.def("cuda_prefer_plan(str name) -> str");
+  library.def(std::string("cuda_plan_here").append(rnnfast::gpu::kPlanHere).c_str());
   library.def("cuda_device_count() -> int");
   library.def("cuda_problem() -> str");
   library.def("cuda_archs() -> str");
@@ -223,6 +302,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, library) {
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, library) { rnnfast::register_layer_ops<rnnfast::gpu::CudaBackend>(library); }
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("cuda_allow_tf32", TORCH_BOX(&rnnfast::gpu::allow_tf32));
+  library.impl("cuda_prefer_plan", TORCH_BOX(&rnnfast::gpu::prefer_plan));
+  library.impl("cuda_plan_here", TORCH_BOX(&rnnfast::gpu::plan_here));
   library.impl("cuda_device_count", TORCH_BOX(&rnnfast::gpu::count_devices));
   library.impl("cuda_problem", TORCH_BOX(&rnnfast::gpu::problem));
   library.impl("cuda_archs", TORCH_BOX(&rnnfast::gpu::archs));
