@@ -8,8 +8,11 @@ say.
 Columns: kernel, arch, registers (a thread), spills (bytes stored and loaded), stack (bytes a thread), shared (static,
 bytes a block), dynamic (shared memory, bytes a block), threads (a block), blocks (that an SM holds), occupancy (percent
 of an SM's warps), limited_by (what keeps it from holding more), bytes (of machine code), seconds (to compile its unit,
-all architectures, beside whatever else the build ran at that time). Then the main loop, the innermost one with the most
-products: instructions of its body, of one iteration (machine_code.Loop.iteration), and how many of each kind those are.
+all architectures, beside whatever else the build ran at that time). Threads and shared memory of the persistent kernels
+are chosen when they are launched: the table has the most of both, for which the architecture has room.
+Then the main loop, which is the time loop of a persistent kernel, and of others the innermost one with the most
+products: instructions of its body, of one iteration (machine_code.Loop.iteration), and how many of each kind those are;
+matrix (the opcodes of its products on tensor cores).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from rich.table import Table
 
 import machine_code
 from cuda_tools import run_tool
-from launches import launches, occupancies
+from launches import launches, most_dynamic, occupancies
 from machine_code import readable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +75,13 @@ class Kernel(NamedTuple):
     lds: int = 0
     sts: int = 0
     branches: int = 0
+    ldsm: int = 0
+    stg: int = 0
+    stas: int = 0
+    shfl: int = 0
+    mufu: int = 0
+    bar: int = 0
+    matrix: str = ""
 
 
 def code_sizes(cubin: bytes) -> dict[str, int]:
@@ -105,25 +115,29 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
-def loop_counts(cubin: Path) -> dict[str, list[int]]:
-    """Of each kernel in a cubin, by mangled name: the columns of its main loop."""
+def loop_counts(cubin: Path) -> dict[str, dict[str, int | str]]:
+    """Of each kernel in a cubin that has a main loop, by mangled name: the columns of that loop."""
     found = {}
     for symbol, function in machine_code.functions(run_tool("nvdisasm", "-c", str(cubin))).items():
-        loop = function.main_loop()
-        counts = machine_code.counts(loop.iteration) if loop else {}
-        kinds = [counts.get(column.upper(), counts.get(column, 0)) for column in LOOP_COLUMNS[2:]]
-        found[symbol] = [len(loop.instructions), len(loop.iteration), *kinds] if loop else [0] * len(LOOP_COLUMNS)
+        if loop := function.main_loop():
+            counts = machine_code.counts(loop.iteration)
+            columns: dict[str, int | str] = {name: counts.get(name.upper(), counts.get(name, 0)) for name in KINDS}
+            opcodes = sorted({one.opcode for one in loop.iteration if one.kind == "HMMA"})
+            sizes = {"loop": len(loop.instructions), "iteration": len(loop.iteration)}
+            found[symbol] = {**sizes, **columns, "matrix": " ".join(opcodes)}
     return found
 
 
 LOOP_COLUMNS = Kernel._fields[Kernel._fields.index("loop") :]
+# Those that count instructions of a kind.
+KINDS = LOOP_COLUMNS[2:-1]
 
 
 class UnitCode(NamedTuple):
     """What the cubins of an object say, by (architecture, mangled name)."""
 
     sizes: dict[tuple[str, str], int]
-    loops: dict[tuple[str, str], list[int]]
+    loops: dict[tuple[str, str], dict[str, Any]]
 
 
 def unit_code(binary: Path) -> UnitCode:
@@ -131,7 +145,7 @@ def unit_code(binary: Path) -> UnitCode:
     said = [binary.read_bytes(), Path(machine_code.__file__).read_bytes(), " ".join(LOOP_COLUMNS).encode()]
     digest = hashlib.sha256(b"".join(said)).hexdigest()
     kept = Path(f"{binary}.loops.json")
-    loops: dict[str, dict[str, list[int]]] = {}
+    loops: dict[str, dict[str, dict[str, Any]]] = {}
     if kept.exists():
         known = json.loads(kept.read_text())
         loops = known["loops"] if known["digest"] == digest else {}
@@ -171,7 +185,7 @@ def unit_resources(log: Path, seconds: float) -> list[Kernel]:
                 limited_by="never launched",
                 bytes=sizes.get((arch, symbol), 0),
                 seconds=seconds,
-                **dict(zip(LOOP_COLUMNS, loops.get((arch, symbol), [0] * len(LOOP_COLUMNS)), strict=True)),
+                **loops.get((arch, symbol), {}),
             )
         )
     if not kernels or any(kernel.bytes == 0 for kernel in kernels):
@@ -190,15 +204,14 @@ def launched(kernels: list[Kernel]) -> list[Kernel]:
             f"{unknown[0]}: benchmarks/occupancy/occupancy.cpp does not print this kernel, so its shared memory is not "
             "known: add it to the for_each_kernel of its kind, which is called there, or build again if it was removed"
         )
-    with_launch = [kernel for kernel in named if kernel.kernel in known]
-    asked = []
-    for kernel in with_launch:
-        launch = known[kernel.kernel]
-        asked.append((kernel.arch, launch.threads, kernel.registers, kernel.shared, launch.dynamic))
+    with_launch = []
+    for kernel in named:
+        if launch := known.get(kernel.kernel):
+            dynamic = most_dynamic(kernel.arch) if launch.dynamic is None else launch.dynamic
+            with_launch.append(kernel._replace(threads=launch.threads, dynamic=dynamic))
+    asked = [(kernel.arch, kernel.threads, kernel.registers, kernel.shared, kernel.dynamic) for kernel in with_launch]
     done = [
         kernel._replace(
-            dynamic=known[kernel.kernel].dynamic,
-            threads=known[kernel.kernel].threads,
             blocks=occupancy.blocks,
             occupancy=occupancy.percent,
             limited_by=occupancy.limited_by,

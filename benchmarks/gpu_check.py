@@ -32,8 +32,9 @@ from typing import Any
 
 import card_kit
 from cuda_tools import cuda_tool
-from records import INTERRUPTED, PARTIAL, Record, load, short_table, whole_lines, worst_of
-from stages import Job, Missing, Run, Stage, plain
+from outcomes import failures, kernels_of
+from records import INTERRUPTED, PARTIAL, Record, load, short_table, worst_of
+from stages import Job, Missing, Run, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"first": 200.0, "measure": 400.0}
@@ -46,15 +47,17 @@ SHARES: dict[str, dict[str, tuple[float, float]]] = {
         "about": (45, 60),
         "microbench": (25, 45),
         "programs": (20, 40),
-        "kernels": (50, 80),
-        "tests": (55, 130),
+        "kernels": (40, 70),
+        "plans": (30, 60),
+        "tests": (35, 130),
     },
     "measure": {
         "about": (45, 60),
         "tests": (40, 60),
-        "flashrnn": (50, 60),
-        "grid": (110, 150),
-        "models": (50, 70),
+        "flashrnn": (45, 60),
+        "grid": (90, 150),
+        "models": (40, 70),
+        "compare": (35, 60),
         "ncu": (35, 45),
         "triton": (40, 60),
         "alone": (25, 60),
@@ -74,10 +77,17 @@ MICROBENCHMARKS = ("device", "launch", "residency", "mma", "cluster", "grid")
 # Beside a dozen other processes the program may take long to begin.
 SANITIZED = ("--launch-timeout", "0", "--error-exitcode", "99")
 # How card_tests is called there: with more patience, without the large shapes.
-UNDER_SANITIZERS = ("--seconds", "120", "-step/large")
+UNDER_SANITIZERS = ("--seconds", "120", "-step/large", "-persistent/large")
 # The tests of the card that are run: where they are, and which.
 PLACES = ("tests/gpu", "tests/test_bench.py")
 CHOSEN = "gpu and not exhaustive and not alone"
+# Plans of the CUDA kernels, those that are most likely to be wrong first, and the tests that are run on each: where the
+# kernels are tested in full, and in graphs.
+PLANS = ("cluster", "grid", "block", "grid-barrier", "step")
+OF_PLANS = ("tests/gpu/test_gpu_ops.py", "tests/gpu/test_gpu_parity.py", "tests/gpu/test_gpu_execution.py")
+OF_PLANS_NAMES = "(test_against_float64 or test_parity or test_graph_of or test_cells) and not triton"
+# Of card_tests those that come first.
+FIRST_CASES = "persistent"
 # The last line of a run of tests in which none was run.
 ALL_SKIPPED = r"^(?!.* passed).* skipped"
 # Tools of compute-sanitizer, and what else they are told. A question that the driver refuses is no error. initcheck
@@ -144,11 +154,6 @@ def cores() -> int:
 def kernel_names(case: str) -> str:
     """A regular expression for our kernels of a case (options of `python -m rnnfast bench`), and for no others."""
     return "^(project_)?(forward|backward)$" if "--backends triton" in case else "^(step|persistent)"
-
-
-def kernels_of(outcomes: Path) -> str:
-    """Of which kernels a file of outcomes is, as its first line has it."""
-    return next((str(row["kernels"]) for row in whole_lines(outcomes) if "kernels" in row), "unknown")
 
 
 class Check:
@@ -285,13 +290,20 @@ class Check:
         return [Job([program, part], name=part, most=limit / 2, output=output) for part in MICROBENCHMARKS]
 
     def programs(self, limit: float) -> list[Job] | str:
-        # Its own watchdog says which case hangs, before the stage's time is up.
-        return self.no_program("card_tests") or [Job([self.program("card_tests"), "--seconds", "10"])]
+        """The persistent kernels first. The program's own watchdog says which case hangs, before the time is up."""
+        if why := self.no_program("card_tests"):
+            return why
+        program = [self.program("card_tests"), "--seconds", "10"]
+        return [
+            Job([*program, FIRST_CASES], name=FIRST_CASES, most=limit * 2 / 3),
+            Job([*program, f"-{FIRST_CASES}"], name="others"),
+        ]
 
-    def pytest(self, limit: float, *arguments: str, processes: int = 1, name: str = "") -> Job:
-        """Tests of the card. The outcomes go into a file; what has passed by its account is not run again."""
+    def pytest(self, limit: float, *arguments: str, processes: int = 1, name: str = "", plan: str = "") -> Job:
+        """Tests of the card. The outcomes go into a file; what has passed by its account is not run again. (On a plan
+        that is asked for by name all is run again: it has a file of its own.)"""
         options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", "--durations=5"]
-        environment = {"RNNFAST_GPU_TESTS_DEVICE": self.device}
+        environment = {"RNNFAST_GPU_TESTS_DEVICE": self.device, **({"RNNFAST_CUDA_PLAN": plan} if plan else {})}
         if "xdist" in self.facts["modules"]:
             # One, too: another can take its place.
             options += ["-n", str(processes), "--dist", "worksteal"]
@@ -300,6 +312,11 @@ class Check:
         if "pytest_timeout" in self.facts["modules"]:
             # A kernel that hangs does not listen: the process is ended.
             options += ["--timeout", f"{limit / 2:.0f}", "--timeout-method", "thread"]
+        if plan:
+            outcomes = self.out / f"plan-{plan}.jsonl"
+            outcomes.write_text(json.dumps({"kernels": card_kit.kernels(), "plan": plan}) + "\n", encoding="utf-8")
+            command = ["-m", "pytest", *arguments, *options, "--outcomes", str(outcomes)]
+            return self.python(*command, environment=environment, name=name, nothing=ALL_SKIPPED)
         outcomes = self.out / "tests.jsonl"
         options += ["--outcomes", str(outcomes)]
         # What has passed in this run, too.
@@ -347,6 +364,14 @@ class Check:
     def tests(self, limit: float) -> list[Job | Missing] | str:
         return self.problem("pytest", on_card=True) or self.both(limit, *PLACES)
 
+    def plans(self, limit: float) -> list[Job] | str:
+        """What shows most about a kernel, on every plan of the CUDA kernels in turn, side by side."""
+        if why := self.problem("pytest", on_card=True):
+            return why
+        processes = min(3, max(1, cores() // len(PLANS)))
+        options = ("-m", CHOSEN, "-k", OF_PLANS_NAMES)
+        return [self.pytest(limit, *OF_PLANS, *options, processes=processes, name=plan, plan=plan) for plan in PLANS]
+
     def alone(self, limit: float) -> list[Job] | str:
         """What takes most of the card's memory, last: nothing runs beside it, and nothing after it can suffer."""
         if why := self.problem("pytest", on_card=True):
@@ -381,6 +406,13 @@ class Check:
 
     def models(self, limit: float) -> list[Job] | str:
         return self.suites(limit, "corners,models", "bfloat16,float32", "", "cuda,cuda-graph", self.out)
+
+    def compare(self, limit: float) -> list[Job] | str:
+        """Every plan beside the one that is chosen, with what the model predicts; ends by itself before the limit."""
+        if why := self.problem(on_card=True):
+            return why
+        end = limit - min(12.0, limit / 2)
+        return [self.python(str(ROOT / "benchmarks/plan_check.py"), str(self.out), "--limit", f"{end:.1f}")]
 
     def triton(self, limit: float) -> list[Job] | str:
         """Last of the timings: Triton compiles on first use. Its results have a folder of their own."""
@@ -425,7 +457,7 @@ class Check:
 
     def stages(self, run: str, wanted: Sequence[str] = ()) -> list[Stage]:
         """The run's stages in their order; `wanted`: about and those of them, in the order given."""
-        together = ("kernels", "tests")
+        together = ("kernels", "plans", "tests")
         names = ["about", *(name for name in wanted if name != "about")] if wanted else SHARES[run]
         return [Stage(name, *STAGES[run][name], jobs=getattr(self, name), together=name in together) for name in names]
 
@@ -456,23 +488,10 @@ class Check:
         """The tests that failed, and a table of the suites' results."""
         records = self.records()
         ratios = ["", "ratio = torch.nn's time / the row's time", short_table(records)] if records else []
-        return "\n".join([*failures(self.out / "tests.jsonl"), *ratios])
-
-
-def failures(outcomes: Path, most: int = 12) -> list[str]:
-    """How many tests passed and failed, by the file that the tests write, and the last words of those that failed."""
-    if not outcomes.exists():
-        return []
-    last = {row["test"]: row for row in whole_lines(outcomes) if "test" in row}
-    if not last:
-        return []
-    wrong = [row for row in last.values() if row["outcome"] == "failed"]
-    counts = Counter(row["outcome"] for row in last.values())
-    lines = [", ".join(f"{count} tests {outcome}" for outcome, count in counts.items())]
-    for row in wrong[:most]:
-        words = [line for line in row.get("text", "").splitlines() if line.strip()]
-        lines.append(plain(f"FAILED {row['test']}: {(words or ['?'])[-1].strip()}", 300))
-    return lines + [f"and {len(wrong) - most} more"] * (len(wrong) > most)
+        lines = failures(self.out / "tests.jsonl")
+        for plan in PLANS:
+            lines += [f"plan {plan}: {line}" for line in failures(self.out / f"plan-{plan}.jsonl", 6)]
+        return "\n".join([*lines, *ratios])
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -25,6 +25,11 @@ BUILD = ROOT / "build" / "occupancy"
 FLAGS = f"-std=c++20 -Wall -Wextra -Werror -DRNNFAST_EMULATED -I{CSRC}".split()
 
 
+def arch_number(arch: str) -> int:
+    """90 of "sm_90a"."""
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
 class Launch(NamedTuple):
     """How a kernel is launched.
 
@@ -32,8 +37,12 @@ class Launch(NamedTuple):
         kernel: its name, as in "step_forward<lstm, BFloat16, 4>".
         unit: the compile unit that has it.
         family: as in "lstm". arithmetic: as in "BFloat16".
-        threads: a block.
-        dynamic: bytes of dynamic shared memory a block.
+        threads: a block; where that is chosen when it is launched (by csrc/cuda/plan.h), the most.
+        dynamic: bytes of dynamic shared memory a block; None where that is chosen when it is launched.
+        exchange: of a persistent kernel, as in "grid", else "".
+        tiles: of batch indices, a block's.
+        held: passes and chunks of a persistent kernel's product whose weights stay in registers (in_registers() of
+            csrc/cuda/persistent/persistent.h).
     """
 
     kernel: str
@@ -41,7 +50,18 @@ class Launch(NamedTuple):
     family: str
     arithmetic: str
     threads: int
-    dynamic: int
+    dynamic: int | None
+    exchange: str = ""
+    tiles: int = 1
+    held: tuple[int, int] = (0, 0)
+
+    @property
+    def is_persistent(self) -> bool:
+        return self.exchange != ""
+
+    def has_body(self, arch: str) -> bool:
+        """Whether there is more than a trap for an architecture as in "sm_90a": clusters came with 9.0."""
+        return self.exchange != "cluster" or arch_number(arch) >= 90
 
 
 class Occupancy(NamedTuple):
@@ -87,12 +107,31 @@ def _ask(task: str, text: str = "") -> list[list[str]]:
 def launches() -> dict[str, Launch]:
     """Every kernel of the units that setup.py writes, by name, in the order of the units."""
     found = {}
-    for kind, family, arithmetic, kernel, tiles, threads, dynamic in _ask("launches"):
-        name = f"{short_name(kernel).removesuffix('>')}, {tiles}>"
+    for kind, family, arithmetic, kernel, exchange, *numbers in _ask("launches"):
+        tiles, threads, dynamic, *held = map(int, numbers)
+        of_exchange = f"{exchange}, " if exchange else ""
+        name = f"{short_name(kernel).removesuffix('>')}, {of_exchange}{tiles}>"
         of_family, of_type = CUDA_FAMILIES[int(family)], CUDA_ARITHMETICS[int(arithmetic)]
         unit = cuda_unit(kind, of_family, of_type)
-        found[name] = Launch(name, unit, of_family, of_type, int(threads), int(dynamic))
+        shared = None if dynamic < 0 else dynamic
+        found[name] = Launch(name, unit, of_family, of_type, threads, shared, exchange, tiles, held=(held[0], held[1]))
     return found
+
+
+@cache
+def _most_dynamic() -> dict[int, int]:
+    return {int(sm): int(most) for sm, most in _ask("most")}
+
+
+def most_dynamic(arch: str) -> int:
+    """The most shared memory that a plan asks for a block, on an architecture as in "sm_90a".
+
+    Raises:
+        SystemExit: the architecture is not in the table of csrc/cuda/plan/costs.h.
+    """
+    if (most := _most_dynamic().get(arch_number(arch))) is None:
+        raise SystemExit(f"{arch}: csrc/cuda/plan/costs.h has no card of this architecture: add one to cards()")
+    return most
 
 
 def occupancies(kernels: Iterable[tuple[str, int, int, int, int]]) -> list[Occupancy]:
@@ -108,7 +147,7 @@ def occupancies(kernels: Iterable[tuple[str, int, int, int, int]]) -> list[Occup
     asked = list(kernels)
     lines = []
     for arch, *numbers in asked:
-        number = arch.removeprefix("sm_").rstrip("af")
+        number = str(arch_number(arch))
         lines.append(" ".join(map(str, (number[:-1], number[-1], *numbers))))
     found = []
     for (arch, *_), fields in zip(asked, _ask("occupancy", "\n".join(lines)), strict=True):

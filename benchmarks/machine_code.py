@@ -21,6 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from setup import CUDA_FAMILIES  # noqa: E402
 
+# Those of csrc/cuda/persistent/persistent.h, in its order.
+EXCHANGES = ["block", "cluster", "grid"]
+
 # The kinds that tell most about a kernel, by mnemonic (what stands before the first dot), in the order of the tables.
 KINDS: dict[str, str] = {
     "HMMA": "products on tensor cores",
@@ -33,6 +36,8 @@ KINDS: dict[str, str] = {
     "LDS": "loads from shared memory",
     "LDSM": "ldmatrix",
     "STS": "stores to shared memory",
+    "STAS": "st.async: stores to another SM's shared memory",
+    "SYNCS": "mbarriers",
     "LDL": "loads from local memory: spills",
     "STL": "stores to it",
     "BAR": "block barriers",
@@ -50,8 +55,9 @@ _JUMPS = frozenset("BRA BSYNC EXIT RET BRX JMP JMX BREAK".split())
 
 _SECTION = re.compile(r"^\s*\.section\s+(?:\.text\.([^,\s]+))?")
 _LABEL = re.compile(r"^(\.L_\w+):")
-_LINE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)')
+_LINE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)( inlined at)?')
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)\S*.*?)\s*;?\s*$")
+_OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?(\S+)")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
@@ -64,6 +70,7 @@ class Instruction:
         text: with predicate and operands; targets as nvdisasm names them.
         mnemonic: its name without modifiers, as in "HMMA".
         file: the source file as the compiler was given it, "" without line information; line: in that file.
+        place: file and line in the kernel itself, of the call that was inlined there; with `nvdisasm -gi` alone.
     """
 
     address: int
@@ -71,6 +78,13 @@ class Instruction:
     mnemonic: str
     file: str = ""
     line: int = 0
+    place: tuple[str, int] = ("", 0)
+
+    @property
+    def opcode(self) -> str:
+        """With modifiers, as in "HMMA.16816.F32"."""
+        found = _OPCODE.match(self.text)
+        return found[1] if found else self.mnemonic
 
     @property
     def kind(self) -> str:
@@ -95,8 +109,12 @@ class Loop:
         depth: 1 for a loop that lies in no other.
         innermost: no other loop lies in it.
         instructions: of its body, all branches of it, in the order of addresses. They need not be contiguous.
-        iteration: of an innermost loop, the shortest of the ways through it with the most of WORK; else empty. What
-            an iteration takes in the usual case: the body also has the ways for what is unaligned or at an end.
+        iteration: of an innermost loop, the shortest of the ways through it with the most of WORK. What an iteration
+            takes in the usual case: the body also has the ways for what is unaligned or at an end. Of a time loop, each
+            loop in it gone through once, of the ways with the most products and functions the longest: of a thread
+            that has all its cells. Of other loops empty.
+        is_time: a time loop, as persistent kernels have one: the outermost loop with products on tensor cores and a
+            block barrier, in which other loops lie.
     """
 
     number: int
@@ -104,6 +122,7 @@ class Loop:
     innermost: bool
     instructions: tuple[Instruction, ...]
     iteration: tuple[Instruction, ...]
+    is_time: bool = False
 
     @property
     def first(self) -> int:
@@ -112,6 +131,10 @@ class Loop:
     @property
     def last(self) -> int:
         return self.instructions[-1].address
+
+    def has(self, other: Loop) -> bool:
+        """Whether the other one lies in it."""
+        return self is not other and set(other.instructions) <= set(self.instructions)
 
     def products(self) -> int:
         found = counts(self.instructions)
@@ -135,16 +158,23 @@ class Function:
     def loops(self) -> list[Loop]:
         return _loops(self)
 
+    def time_loop(self) -> Loop | None:
+        return next((loop for loop in self.loops if loop.is_time), None)
+
     def main_loop(self) -> Loop | None:
-        """The innermost loop with the most products, None where none has any."""
+        """The time loop, else the innermost loop with the most products, None where none has any."""
+        if time_loop := self.time_loop():
+            return time_loop
         innermost = [loop for loop in self.loops if loop.innermost and loop.products()]
         return max(innermost, key=Loop.products, default=None)
 
 
 def short_name(name: str) -> str:
-    """A demangled name as name<arguments>, without return type, parameters and our namespaces; families by name."""
+    """A demangled name as name<arguments>, without return type, parameters and our namespaces; families and exchanges
+    by name."""
     name = re.sub(r"\b(rnnfast|gpu)::|\(anonymous namespace\)::|^void ", "", name)
     name = re.sub(r"\(Family\)(\d+)", lambda found: CUDA_FAMILIES[int(found[1])], name)
+    name = re.sub(r"\(Exchange\)(\d+)", lambda found: EXCHANGES[int(found[1])], name)
     depth = 0
     for end, character in enumerate(name):
         depth += (character == "<") - (character == ">")
@@ -160,11 +190,12 @@ def readable(symbols: list[str]) -> dict[str, str]:
 
 
 def functions(listing: str) -> dict[str, Function]:
-    """The kernels of what `nvdisasm -c` printed (with source lines: `-g`), by mangled name."""
+    """The kernels of what `nvdisasm -c` printed (with source lines: `-g`, with places too: `-gi`), by mangled name."""
     found: dict[str, Function] = {}
     current: Function | None = None
     waiting: list[str] = []  # labels that the next instruction bears
-    file, line_number = "", 0
+    file, line_number, place = "", 0, ("", 0)
+    inlined = False  # the next line information is of where that before was inlined
     for line in listing.splitlines():
         if match := _INSTRUCTION.match(line):
             if current is None:
@@ -173,14 +204,18 @@ def functions(listing: str) -> dict[str, Function]:
             for label in waiting:
                 current.labels[label] = address
             waiting = []
-            current.instructions.append(Instruction(address, match[2], match[3], file, line_number))
+            current.instructions.append(Instruction(address, match[2], match[3], file, line_number, place))
+            inlined = False
         elif match := _LINE.match(line):
-            file, line_number = match[1], int(match[2])
+            place = (match[1], int(match[2]))
+            if not inlined:
+                file, line_number = place
+            inlined = match[3] is not None
         elif match := _LABEL.match(line):
             waiting.append(match[1])
         elif match := _SECTION.match(line):
             current = found.setdefault(match[1], Function(match[1])) if match[1] else None
-            waiting, file, line_number = [], "", 0
+            waiting, file, line_number, place, inlined = [], "", 0, ("", 0), False
     return found
 
 
@@ -247,6 +282,35 @@ def _usual_way(body: nx.DiGraph, blocks: dict[int, list[Instruction]], header: i
     return max((best[latch] for latch in latches), key=lambda one: one[0])[1]
 
 
+def _longest_way(
+    graph: nx.DiGraph, blocks: dict[int, list[Instruction]], header: int, bodies: dict[int, set[int]]
+) -> list[int]:
+    """The blocks of a time loop's iteration: of each loop inside, the branch back leads to where the loop is left."""
+
+    def score(block: int) -> int:
+        found = counts(blocks[block])
+        return sum(found[kind] for kind in (*PRODUCTS, "MUFU")) * 1_000_000 + len(blocks[block])
+
+    forward = nx.DiGraph(graph.subgraph(bodies[header]))
+    inside = [other for other, body in bodies.items() if body < bodies[header]]
+    for other in sorted(inside, key=lambda one: len(bodies[one])):
+        body = bodies[other]
+        left = {end for block in body for end in graph.successors(block) if end in bodies[header] - body}
+        for latch in [block for block in forward.predecessors(other) if block in body]:
+            forward.remove_edge(latch, other)
+            forward.add_edges_from((latch, end) for end in left)
+    latches = list(forward.predecessors(header))
+    forward.remove_edges_from([(latch, header) for latch in latches])
+    best = {header: (score(header), [header])}
+    for block in nx.topological_sort(forward):
+        before = [best[other] for other in forward.predecessors(block) if other in best]
+        if before:
+            # Of equals always the same one, whatever the order in which the graph has them.
+            points, way = max(before)
+            best[block] = (points + score(block), [*way, block])
+    return max(best[latch] for latch in latches if latch in best)[1]
+
+
 def _loops(function: Function) -> list[Loop]:
     """The natural loops. A branch back makes one where its target dominates it: code that the compiler has moved behind
     the kernel's end jumps backwards too, and is no loop."""
@@ -254,7 +318,7 @@ def _loops(function: Function) -> list[Loop]:
         return []
     graph, blocks = _flow(function)
     entry = function.instructions[0].address
-    graph = graph.subgraph(nx.descendants(graph, entry) | {entry})
+    graph = nx.DiGraph(graph.subgraph(nx.descendants(graph, entry) | {entry}))
     above = nx.immediate_dominators(graph, entry)
 
     def dominated_by(node: int, other: int) -> bool:
@@ -267,22 +331,34 @@ def _loops(function: Function) -> list[Loop]:
     for source, header in graph.edges:
         if dominated_by(source, header):
             # Two branches back to one place are one loop.
-            without = graph.subgraph(set(graph) - {header})
-            inside = {source} if source == header else {source} | nx.ancestors(without, source)
-            bodies.setdefault(header, {header}).update(inside)
+            inside = bodies.setdefault(header, {header})
+            waiting = [source]
+            while waiting:
+                if (block := waiting.pop()) not in inside:
+                    inside.add(block)
+                    waiting += graph.pred[block]
             latches.setdefault(header, []).append(source)
-    found = []
-    for number, header in enumerate(sorted(bodies), start=1):
-        body = bodies[header]
-        innermost = not any(other < body for other in bodies.values())
-        way = _usual_way(graph.subgraph(body), blocks, header, latches[header]) if innermost else []
-        found.append(
-            Loop(
-                number,
-                depth=sum(body <= other for other in bodies.values()),
-                innermost=innermost,
-                instructions=tuple(i for first in sorted(body) for i in blocks[first]),
-                iteration=tuple(i for first in way for i in blocks[first]),
-            )
+    code = {header: tuple(i for first in sorted(body) for i in blocks[first]) for header, body in bodies.items()}
+    innermost = {header: not any(other < body for other in bodies.values()) for header, body in bodies.items()}
+    depth = {header: sum(body <= other for other in bodies.values()) for header, body in bodies.items()}
+    found = {header: counts(instructions) for header, instructions in code.items()}
+    timed = [header for header in bodies if not innermost[header] and found[header]["HMMA"] and found[header]["BAR"]]
+    time_loop = min(timed, key=lambda header: depth[header], default=None)
+
+    def iteration(header: int) -> list[int]:
+        if header == time_loop:
+            return _longest_way(graph, blocks, header, bodies)
+        body = graph.subgraph(bodies[header])
+        return _usual_way(body, blocks, header, latches[header]) if innermost[header] else []
+
+    return [
+        Loop(
+            number,
+            depth=depth[header],
+            innermost=innermost[header],
+            instructions=code[header],
+            iteration=tuple(i for first in iteration(header) for i in blocks[first]),
+            is_time=header == time_loop,
         )
-    return found
+        for number, header in enumerate(sorted(bodies), start=1)
+    ]

@@ -8,6 +8,9 @@ Compiles the one unit that has the kernel, for the one architecture, where the b
 it. The output is the same for the same code, so that two of them can be compared with diff. Of each loop the table has
 the instructions of its body and, if no other loop lies in it, those of one iteration: the shortest way through with the
 most products and asynchronous copies. The body also has the ways that are taken at an end or for what is unaligned.
+Of a persistent kernel the table is of the time loop: the longest way through it of a thread that has all its cells,
+each loop inside gone through once, by the sections that headings in the kernel's source make ("// ---- product ----"),
+and an iteration of each loop inside.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +50,8 @@ from setup import (  # noqa: E402
     known_archs,
 )
 
-# So many kernels of one unit are printed without --all: one kernel for small and for large batches.
+# So many kernels of one unit are printed without --all, one kernel for small and for large batches; their tables alone
+# of all kernels of a unit.
 MOST = 2
 
 
@@ -129,7 +135,7 @@ class Objects:
         with tempfile.TemporaryDirectory() as folder:
             for arch, cubin in cubins(self.path(unit), Path(folder)):
                 if arch == self.sm:
-                    found = functions(run_tool("nvdisasm", "-c", "-g", str(cubin)))
+                    found = functions(run_tool("nvdisasm", "-c", "-gi", str(cubin)))
                     names = readable(list(found))
                     return {names[symbol]: function for symbol, function in found.items()}
         raise SystemExit(f"sass.py: {self.path(unit)} has no code for {self.sm}: remove it, and it is compiled again")
@@ -177,6 +183,48 @@ def listing(function: Function) -> Iterator[str]:
         yield f"{instruction.address:6x} {f'loop {inside.number}' if inside else '':7} {text}"
 
 
+@cache
+def headings(file: str) -> list[tuple[int, str]]:
+    """Line and words of the headings in a source."""
+    if not Path(file).is_file():
+        return []
+    lines = enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1)
+    found = ((number, re.match(r"\s*// ---- (.+?) -*$", line)) for number, line in lines)
+    return [(number, heading[1]) for number, heading in found if heading]
+
+
+def section(instruction: Instruction) -> str:
+    """The heading that it stands under in the kernel's source."""
+    file, line = instruction.place
+    return next((words for number, words in reversed(headings(file)) if number <= line), "elsewhere")
+
+
+def short(heading: str) -> str:
+    return heading.partition(":")[0]
+
+
+def time_table(function: Function, time_loop: Loop) -> Table:
+    """Columns: the kinds that occur. Rows: the whole kernel, the time loop, an iteration of it in all and by section,
+    and an iteration of each loop in it."""
+    rows: list[tuple[str, Counter[str]]] = [("kernel", counts(function.instructions))]
+    rows.append((f"loop {time_loop.number} body", counts(time_loop.instructions)))
+    rows.append((f"iteration {time_loop.number}", counts(time_loop.iteration)))
+    sections: dict[str, list[Instruction]] = {}
+    for instruction in sorted(time_loop.iteration, key=lambda one: one.place):
+        sections.setdefault(section(instruction), []).append(instruction)
+    rows += [(f"  {short(words)}", counts(inside)) for words, inside in sections.items()]
+    for loop in function.loops:
+        if loop.innermost and time_loop.has(loop):
+            rows.append((f"iteration {loop.number}, {short(section(loop.iteration[0]))}", counts(loop.iteration)))
+    table = Table(box=None, pad_edge=False)
+    kinds = [kind for kind in (*KINDS, OTHER) if rows[1][1][kind]]
+    for title in ("", *kinds, "all"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for name, of in rows:
+        table.add_row(name, *(str(of[kind]) for kind in kinds), str(sum(of.values())))
+    return table
+
+
 def counts_table(function: Function) -> Table:
     """A row for each kind that occurs; columns: the whole kernel, and of each loop its body and iteration."""
     columns: list[tuple[str, Iterable[Instruction]]] = [("kernel", function.instructions)]
@@ -198,22 +246,27 @@ def counts_table(function: Function) -> Table:
 
 def loop_text(loop: Loop) -> str:
     """A loop in a line."""
+    name = f"loop {loop.number}" + ", the time loop" * loop.is_time
     where = f"{loop.first:#x} to {loop.last:#x}"
     inside = f", in {loop.depth - 1} other{'s' * (loop.depth > 2)}" if loop.depth > 1 else ""
-    size = f"{len(loop.instructions)} instructions" + f", {len(loop.iteration)} an iteration" * loop.innermost
-    return f"loop {loop.number}{inside}: {where}, {size}; {source_lines(loop.instructions)}"
+    size = f"{len(loop.instructions)} instructions" + f", {len(loop.iteration)} an iteration" * bool(loop.iteration)
+    return f"{name}{inside}: {where}, {size}; {source_lines(loop.instructions)}"
 
 
 def print_kernel(console: Console, kernel: Kernel, function: Function, only_counts: bool) -> None:
+    time_loop = function.time_loop()
+    at_most = "at most " * (time_loop is not None)
     console.print(
         f"{kernel.kernel} for {kernel.arch}: {kernel.registers} registers, {kernel.spills} bytes of spills, "
-        f"{kernel.threads} threads and {kernel.shared + kernel.dynamic} bytes of shared memory a block, "
+        f"{at_most}{kernel.threads} threads and {kernel.shared + kernel.dynamic} bytes of shared memory a block, "
         f"{kernel.blocks} blocks an SM ({kernel.occupancy}% of its warps, limited by {kernel.limited_by})"
     )
     for loop in function.loops:
-        console.print(loop_text(loop))
+        # Those before a time loop fill registers and shared memory once.
+        if not (only_counts and time_loop) or loop is time_loop or time_loop.has(loop):
+            console.print(loop_text(loop))
     console.print()
-    console.print(counts_table(function))
+    console.print(time_table(function, time_loop) if time_loop else counts_table(function))
     console.print()
     if not only_counts:
         for line in listing(function):
@@ -232,7 +285,8 @@ def print_list(console: Console, kernels: list[Launch], objects: Objects) -> Non
             if not code:
                 table.add_row(name, unit, "", "not built")
                 continue
-            loops = ", ".join(str(len(loop.iteration)) for loop in code[name].loops if loop.innermost)
+            found = [time_loop] if (time_loop := code[name].time_loop()) else code[name].loops
+            loops = ", ".join(str(len(loop.iteration)) for loop in found if loop.iteration)
             table.add_row(name, unit, str(known[name].registers), loops or "none")
     with console.capture() as text:
         console.print(table)
@@ -258,7 +312,7 @@ def main() -> None:
     units = list(dict.fromkeys(launch.unit for launch in found))
     # Plain text of any width: it goes to less and diff.
     console = Console(width=1000, highlight=False, markup=False, emoji=False, soft_wrap=True, no_color=True)
-    if not options.all and (len(units) > 1 or len(found) > MOST):
+    if not options.all and (len(units) > 1 or (len(found) > MOST and not options.counts)):
         if len(units) == 1:
             objects.build(units)
         print_list(console, found, objects)

@@ -19,6 +19,7 @@ import torch
 import cuda_resources
 import setup as build
 from cuda_tools import cuda_tool, run_tool
+from launches import Launch, launches
 from rnnfast.cell_types import CELLS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "rnnfast" / "_C_cuda.so"
@@ -33,9 +34,16 @@ needs_objects = pytest.mark.skipif(
     reason="no object files of a whole CUDA build in this tree: make cuda",
 )
 
-# The step kernels with a matrix product, by the type named in their template arguments.
+# A minute and a half of cuobjdump, in each process that asks: not for every run, as what ptxas and the loops say is.
+disassembles_it_all = pytest.mark.exhaustive
+
+# How the kernels multiply, by the type named in their template arguments. Float32 of the persistent kernels is apart.
 TENSOR_CORE_TYPES = {"Float16": "HMMA.16816.F32", "BFloat16": "HMMA.16816.F32.BF16", "Tf32": "HMMA.1688.F32.TF32"}
 SCALAR_TYPES = {"Float32": "FFMA", "Float64": "DFMA"}
+# Strict float32 of the persistent kernels is three TF32 products of numbers that were split in two.
+PERSISTENT_TYPES = {**TENSOR_CORE_TYPES, "Float32": TENSOR_CORE_TYPES["Tf32"]}
+# What csrc/cuda/persistent/persistent.h calls kChunkFragments and kRowTiles, and the registers of a fragment.
+FRAGMENTS, ROW_TILES, FRAGMENT_REGISTERS = 4, 2, 4
 
 
 @cache
@@ -58,6 +66,14 @@ def of_type(name: str, kernel: str) -> bool:
     return re.search(rf"\b{name}\b", kernel) is not None
 
 
+def persistent_kernels() -> list[tuple[cuda_resources.Kernel, Launch]]:
+    """All but those that are a trap on that architecture."""
+    known = launches()
+    found = [(kernel, known[kernel.kernel]) for kernel in cuda_resources.resources() if kernel.kernel in known]
+    return [(kernel, launch) for kernel, launch in found if launch.exchange and launch.has_body(kernel.arch)]
+
+
+@disassembles_it_all
 @needs_library
 @needs_cuobjdump
 def test_the_library_has_code_for_every_architecture_asked_for() -> None:
@@ -87,7 +103,11 @@ def test_the_main_loop_on_tensor_cores_is_what_its_tiles_ask_for() -> None:
     """A chunk is two mma for each weight and batch tile, and two 16-byte words a lane of a weight tile, one of a batch
     tile."""
     kernels = cuda_resources.resources()
-    of_types = [kernel for kernel in kernels if any(of_type(name, kernel.kernel) for name in TENSOR_CORE_TYPES)]
+    of_types = [
+        kernel
+        for kernel in kernels
+        if kernel.kernel.startswith("step_") and any(of_type(name, kernel.kernel) for name in TENSOR_CORE_TYPES)
+    ]
     assert of_types
     for kernel in of_types:
         name, arguments = kernel.kernel.rstrip(">").split("<")
@@ -99,6 +119,80 @@ def test_the_main_loop_on_tensor_cores_is_what_its_tiles_ask_for() -> None:
         assert kernel.occupancy > 0, kernel
 
 
+@needs_objects
+@needs_cuobjdump
+def test_persistent_kernels_are_all_there_and_named_so() -> None:
+    built = {(kernel.kernel, kernel.arch) for kernel in cuda_resources.resources()}
+    archs = {arch for _, arch in built}
+    wanted = {launch.kernel for launch in launches().values() if launch.exchange}
+    assert len(wanted) == 16 * len(build.CUDA_FAMILIES) * (len(build.CUDA_ARITHMETICS) - 1)
+    assert {(name, arch) for name in wanted for arch in archs} <= built
+    assert all("persistent" in name for name in wanted)
+    assert {name for name, _ in built if "persistent" in name} - wanted == {"persistent_offsets"}
+
+
+@needs_objects
+@needs_cuobjdump
+def test_the_time_loop_multiplies_what_its_layout_asks_for() -> None:
+    """A chunk is an mma for each fragment of weights and batch tile, and an ldmatrix for each batch tile. Unrolled are
+    the chunks held in registers; a loop of a chunk follows in each of these passes, and another is for the passes
+    beyond."""
+    assert persistent_kernels()
+    for kernel, launch in persistent_kernels():
+        passes, chunks = launch.held
+        in_loop = passes * chunks + passes + 1
+        products = 3 if launch.arithmetic == "Float32" else 1
+        assert kernel.matrix == PERSISTENT_TYPES[launch.arithmetic], kernel
+        assert (kernel.hmma, kernel.ldsm) == (
+            in_loop * FRAGMENTS * launch.tiles * products,
+            in_loop * launch.tiles,
+        ), kernel
+        # What the block keeps on chip is read again in every step, and nothing is copied from elsewhere.
+        assert (kernel.bar > 0, kernel.ldgsts) == (True, 0), kernel
+
+
+@needs_objects
+@needs_cuobjdump
+def test_persistent_kernels_take_what_the_plan_assumes() -> None:
+    """An SM holds one block with all its warps and all the shared memory that a plan may ask for; the held weights and
+    the sums that they are added to leave registers for the rest."""
+    for kernel, launch in persistent_kernels():
+        passes, chunks = launch.held
+        held = passes * chunks * FRAGMENTS * FRAGMENT_REGISTERS
+        sums = (2 if launch.tiles == 1 else 1) * ROW_TILES * launch.tiles * 4
+        assert held >= 64, kernel
+        assert held + sums < kernel.registers <= 255, kernel
+        # Registers are given out to a warp in pieces of 256, eight a thread.
+        assert -(-kernel.registers // 8) * 8 * kernel.threads <= 64 << 10, kernel
+        assert (kernel.blocks, kernel.threads) == (1, 256), kernel
+        assert (kernel.spills, kernel.stack, kernel.shared) == (0, 0, 0), kernel
+
+
+@needs_objects
+@needs_cuobjdump
+def test_a_cluster_kernel_has_no_time_loop_where_there_are_no_clusters() -> None:
+    known = launches()
+    traps = [
+        kernel
+        for kernel in cuda_resources.resources()
+        if kernel.kernel in known and not known[kernel.kernel].has_body(kernel.arch)
+    ]
+    assert all((kernel.loop, kernel.hmma, kernel.matrix) == (0, 0, "") for kernel in traps)
+    assert all("cluster" in kernel.kernel and kernel.arch < "sm_90" for kernel in traps)
+
+
+@needs_library
+@needs_objects
+def test_the_library_is_small_enough() -> None:
+    """For two architectures, compressed as from nvcc 13.0 on."""
+    if build.built_archs() != ["8.0", "9.0a"]:
+        pytest.skip(f"the library is built for {', '.join(build.built_archs())}")
+    if "--compress-mode=size" not in (cuda_resources.BUILD / "build.ninja").read_text():
+        pytest.skip("its machine code is compressed less well: by an nvcc before 13.0, or in an earlier build")
+    assert (cuda_resources.BUILD / "_C_cuda.so").stat().st_size <= 40 * 10**6
+
+
+@disassembles_it_all
 @needs_library
 @needs_cuobjdump
 def test_kernels_use_no_local_memory() -> None:
@@ -109,21 +203,38 @@ def test_kernels_use_no_local_memory() -> None:
     assert not {where: opcodes for where, opcodes in local.items() if opcodes}
 
 
+@disassembles_it_all
 @needs_library
 @needs_cuobjdump
 @pytest.mark.parametrize("name", [*TENSOR_CORE_TYPES, *SCALAR_TYPES])
 def test_products_run_where_they_should(name: str) -> None:
-    """16-bit and TF32 kernels on tensor cores; float32 and float64 kernels nowhere near them: they round."""
+    """16-bit and TF32 kernels on tensor cores; float32 and float64 kernels nowhere near them, because they round, but
+    for persistent kernels of float32, which multiply in parts."""
+    known = launches()
     kernels = {where: counts for where, counts in machine_code().items() if of_type(name, where[0])}
     assert kernels
     for where, counts in kernels.items():
         matrix = {opcode for opcode in counts if re.match(r"(UTC)?[A-Z]G?MMA\b", opcode)}
-        if name in TENSOR_CORE_TYPES:
+        if known[where[0]].exchange:
+            if known[where[0]].has_body(where[1]):
+                assert matrix == {PERSISTENT_TYPES[name]}, (where, matrix)
+        elif name in TENSOR_CORE_TYPES:
             assert any(opcode.startswith(TENSOR_CORE_TYPES[name]) for opcode in matrix), (where, matrix)
             assert name != "Float16" or not any("BF16" in opcode for opcode in matrix), (where, matrix)
         else:
             assert not matrix, where
             assert any(opcode.startswith(SCALAR_TYPES[name]) for opcode in counts), where
+
+
+@disassembles_it_all
+@needs_library
+@needs_cuobjdump
+def test_kernels_that_wait_for_other_blocks_give_up_in_the_end() -> None:
+    """A block that is not running must not hang the card: both polls, for tags and for flags, end in an assertion, the
+    one call of a function that these kernels have."""
+    kernels = {where: counts for where, counts in machine_code().items() if re.search(r"persistent_.*grid", where[0])}
+    assert kernels
+    assert {where: counts["CALL.ABS.NOINC"] for where, counts in kernels.items() if counts["CALL.ABS.NOINC"] != 2} == {}
 
 
 @needs_library
@@ -250,7 +361,9 @@ def test_a_unit_for_every_family_and_arithmetic(tmp_path: Path, environment: pyt
     types = re.findall(r"^struct (\w+) \{", (build.CSRC / "cuda/arithmetic.cuh").read_text(), re.MULTILINE)
     assert types == build.CUDA_ARITHMETICS
     texts = {unit: unit.read_text() for unit in units if unit.parent == tmp_path}
-    assert len(set(texts.values())) == len(texts) == len(families[1].split(", ")) * len(types)
+    # Of the persistent kernels none for float64.
+    assert len(set(texts.values())) == len(texts) == len(build.CUDA_FAMILIES) * (2 * len(types) - 1)
+    assert not any("PersistentInstance" in text and "Float64" in text for text in texts.values())
 
 
 def test_units_are_written_where_they_change(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:

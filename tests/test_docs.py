@@ -88,7 +88,8 @@ def quoted_places() -> list[tuple[str, str, int, str]]:
         # The emulator's any() is a ballot.
         quotes = [(file, line, f"{word.replace('ballot', 'any')}(") for word, file, line in named]
         quotes += [
-            (file, line, f'"{word}"') for file, line, word in re.findall(r"([\w/]+\.cpp):(\d+): (\w+): \d+ of", text)
+            (file, line, f'"{word}"')
+            for file, line, word in re.findall(r"([\w/]+\.(?:cpp|h)):(\d+): (\w+): \d+ of", text)
         ]
         quotes += re.findall(r"#\d+ \S+ ([\w/]+\.\w+):(\d+)\n +(.+)$", text, re.MULTILINE)
         # Left out or stopped at, by the last parts of its path.
@@ -102,7 +103,12 @@ def test_quoted_lines_of_sources_are_there() -> None:
     assert len(places) >= 8
     wrong = []
     for page, file, line, what in places:
-        files = [path for folder in ("csrc", "tests/cpp") for path in (ROOT / folder).rglob(Path(file).name)]
+        files = [
+            path
+            for folder in ("csrc", "tests/cpp")
+            for path in (ROOT / folder).rglob(Path(file).name)
+            if path.as_posix().endswith(f"/{file}")
+        ]
         assert len(files) == 1, f"{page}: {file}"
         if what not in files[0].read_text(encoding="utf-8").splitlines()[line - 1]:
             wrong.append(f"{page}: {what} is not at {file}:{line}")

@@ -69,7 +69,8 @@ def programs() -> None:
 def sanitized_by_default(program: str, cases: list[str]) -> set[str]:
     """What `make test` runs of a program under a sanitizer: of test_step one cell of each family, in a type multiplied
     by scalars and in one on tensor cores; of test_persistent one cell and type of each exchange. The rest, and most of
-    their mutations, belong to the exhaustive run. The plain program runs every case by default.
+    their mutations, belong to the exhaustive run. The plain programs run every case by default, test_persistent one
+    type of each cell and exchange.
     """
     if program == "test_persistent":
         # Of two instances, which have to be compiled.
@@ -81,6 +82,12 @@ def sanitized_by_default(program: str, cases: list[str]) -> set[str]:
         for family in CUDA_FAMILIES
         for dtype in ("float32", "bfloat16")
     }
+
+
+def one_type_of_each(cases: list[str]) -> set[str]:
+    """Of cases that are listed type by type: of each cell and exchange one type, each in turn."""
+    types = len({case.rpartition("-")[2] for case in cases})
+    return {case for i, case in enumerate(cases) if i % types == i // types % types}
 
 
 def listed_cases() -> tuple[list[object], list[object]]:
@@ -95,10 +102,14 @@ def listed_cases() -> tuple[list[object], list[object]]:
             listing = "plain" if program in build_emulated.BY_INSTANCE else variant
             if (build_emulated.BUILD / listing / program).exists():
                 names = run(listing, program, "--list").stdout.splitlines() or [""]
-            usual = sanitized_by_default(program, [name.partition(" ")[0] for name in names])
+            cases = [name.partition(" ")[0] for name in names]
+            usual = sanitized_by_default(program, cases)
+            if variant == "plain" and program in build_emulated.BY_INSTANCE:
+                usual = one_type_of_each(cases)
             for name in names:
                 case, _, by_name_only = name.partition(" ")
-                marks = [] if variant == "plain" or case in usual else [pytest.mark.exhaustive]
+                every = variant == "plain" and program not in build_emulated.BY_INSTANCE
+                marks = [] if every or case in usual else [pytest.mark.exhaustive]
                 entry = pytest.param(variant, program, case, id=f"{variant}-{program}-{case or 'all'}", marks=marks)
                 if not by_name_only:
                     passing.append(entry)

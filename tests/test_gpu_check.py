@@ -21,11 +21,12 @@ import card_kit
 import gpu_check
 import shapes
 from card_machine import FACTS, FIRE, HANG, ROOT, ROW, SCRIPT, Machine, describe
+from rnnfast import cuda_plan
 from stages import Missing
 
 STAGES = {
-    "first": ["about", "microbench", "programs", "kernels", "tests"],
-    "measure": ["about", "tests", "flashrnn", "grid", "models", "ncu", "triton", "alone"],
+    "first": ["about", "microbench", "programs", "kernels", "plans", "tests"],
+    "measure": ["about", "tests", "flashrnn", "grid", "models", "compare", "ncu", "triton", "alone"],
 }
 BACKENDS = ("cuda", "triton")
 # A file of outcomes; half a line, of a process that was killed, is passed over.
@@ -60,8 +61,9 @@ def test_first_run(tmp_path: Path) -> None:
     assert {row[2] for row in rows} == {"ok"}, rows
     calls = machine.calls()
     parts = [f"microbench-90a {part}" for part in gpu_check.MICROBENCHMARKS]
-    tests = ["test_gpu_ops.py", "pytest gpu test_bench.py -m"]
-    assert in_order(["gpu_check.py facts", *parts, "card_tests-90a", *tests], calls)
+    programs = ["card_tests-90a --seconds 10 persistent", "card_tests-90a --seconds 10 -persistent"]
+    tests = ["test_gpu_ops.py -m", "test_gpu_ops.py test_gpu_parity.py", "pytest gpu test_bench.py -m"]
+    assert in_order(["gpu_check.py facts", *parts, *programs, *tests], calls)
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         assert any(call.startswith(f"compute-sanitizer --tool {tool}") for call in calls)
     assert any("memcheck --report-api-errors no" in call for call in calls)
@@ -69,6 +71,11 @@ def test_first_run(tmp_path: Path) -> None:
     # The outcomes of the first tests keep the second from running them again; nothing is exhaustive, nothing alone.
     tests = [call for call in calls if "-m pytest" in call]
     assert all("-m gpu and not exhaustive and not alone" in call and "--maxfail=30" in call for call in tests)
+    # On a plan that is asked for by name all are run again, each into a file of its own.
+    on_plans = [call for call in tests if "--outcomes plan-" in call]
+    assert sorted(re.findall(r"--outcomes plan-(\S+).jsonl", " ".join(on_plans))) == sorted(gpu_check.PLANS)
+    assert not any("--except-passed" in call for call in on_plans)
+    tests = [call for call in tests if call not in on_plans]
     assert all("--except-passed now-" in call for call in tests)
     # Where one backend fails in everything, the other has its say.
     assert [call.count("-k triton") for call in tests] in ([0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0])
@@ -76,10 +83,11 @@ def test_first_run(tmp_path: Path) -> None:
     # Nothing is compiled, and torch is imported once to find out what is here.
     assert not any("nvcc" in call or "setup.py" in call for call in calls)
     assert sum("facts" in call for call in calls) == 1
-    assert done.stdout.rstrip().endswith("NVIDIA H100 80GB HBM3: 15 ok, 0 failed, 0 skipped")
+    assert done.stdout.rstrip().endswith("NVIDIA H100 80GB HBM3: 21 ok, 0 failed, 0 skipped")
     assert "rnnfast: abc123" in (machine.out / "table.txt").read_text()
     assert "1 tests passed" in done.stdout
     files = {"logs.txt", "table.txt", "tests.jsonl", "h100-microbench.jsonl"}
+    files |= {f"plan-{plan}.jsonl" for plan in gpu_check.PLANS}
     assert {path.name for path in machine.out.iterdir()} == files
 
 
@@ -93,7 +101,7 @@ def test_second_run(tmp_path: Path) -> None:
     assert list(dict.fromkeys(row[0] for row in rows)) == STAGES["measure"]
     assert {row[2] for row in rows} == {"ok"}, rows
     order = ["pytest gpu test_bench.py -m", "--suite flashrnn", "--suite grid", "--suite corners,models"]
-    order += ["ncu ", "--suite grid", "gpu and not exhaustive and alone"]
+    order += ["plan_check.py out --limit", "ncu ", "--suite grid", "gpu and not exhaustive and alone"]
     calls = machine.calls()
     assert in_order(order, calls)
     assert "-n 1 " in calls[-1]
@@ -111,7 +119,7 @@ def test_second_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", STAGES)
 def test_whoever_hangs_takes_no_time_from_the_next(tmp_path: Path, run: str) -> None:
     """All of them do, and do not listen: still each is begun, has at least its own seconds, and is gone at the end."""
-    programs = ("microbench", "card_tests", "-m pytest", "--suite", "ncu ", "compute-sanitizer")
+    programs = ("microbench", "card_tests", "-m pytest", "--suite", "plan_check", "ncu ", "compute-sanitizer")
     seconds = {"first": 12, "measure": 14}[run]
     machine = Machine(tmp_path, **dict.fromkeys(programs, HANG))
     (machine.out).mkdir()
@@ -136,7 +144,8 @@ def test_whoever_hangs_takes_no_time_from_the_next(tmp_path: Path, run: str) -> 
 
 @pytest.mark.parametrize("run", STAGES)
 def test_whoever_fails_does_not_stop_the_next(tmp_path: Path, run: str) -> None:
-    machine = Machine(tmp_path, **dict.fromkeys(("microbench", "card_tests", "-m pytest", "--suite", "--tool"), FIRE))
+    programs = ("microbench", "card_tests", "-m pytest", "--suite", "plan_check", "--tool")
+    machine = Machine(tmp_path, **dict.fromkeys(programs, FIRE))
     done = machine.check(run)
     assert done.returncode == 1
     rows = machine.table()
@@ -176,15 +185,15 @@ def test_a_look_around_that_fails_leaves_nothing_to_run(tmp_path: Path) -> None:
     (tmp_path / "bin/nvidia-smi").symlink_to(tmp_path / "bin/ncu")
     assert machine.check("first").returncode == 1
     outcomes = {stage: outcome for stage, _, outcome, _ in machine.table() if stage != "about"}
-    assert outcomes == {"microbench": "ok", "programs": "ok", "kernels": "skipped", "tests": "skipped"}
+    assert outcomes == {"microbench": "ok", "programs": "ok", **dict.fromkeys(("kernels", "plans", "tests"), "skipped")}
 
 
 @pytest.mark.parametrize("words", ["yes yes", "tr '\\\\0' x < /dev/zero"], ids=["lines", "one line"])
 def test_a_program_that_writes_without_end_does_not_fill_the_log(tmp_path: Path, words: str) -> None:
     machine = Machine(tmp_path, card_tests=words)
     assert machine.check("first", "--stages", "programs", "--seconds", "4").returncode == 1
-    assert ("programs", "", "TIMEOUT") in [row[:3] for row in machine.table()]
-    assert (machine.out / "logs.txt").stat().st_size < 4 << 20
+    assert ("programs", "persistent", "TIMEOUT") in [row[:3] for row in machine.table()]
+    assert (machine.out / "logs.txt").stat().st_size < 5 << 20
 
 
 def test_nothing_is_left_running_after_a_kill(tmp_path: Path) -> None:
@@ -224,16 +233,19 @@ def test_what_was_known_is_there_however_it_ends(tmp_path: Path, number: signal.
     )
     log = machine.out / "logs.txt"
     deadline = time.monotonic() + 30
-    while "programs| half way" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+    while (
+        "programs:persistent| half way" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
-    assert "programs| half way" in log.read_text()
+    assert "programs:persistent| half way" in log.read_text()
     rows = machine.table()
     assert [row[:3] for row in rows][:2] == [("about", "", "ok"), ("microbench", "device", "ok")]
     # Who can still say so says what has not been run.
-    ended = [(stage, outcome) for stage, _, outcome, _ in rows if stage in ("programs", "kernels", "tests")]
-    assert ended == [] if number == signal.SIGKILL else [(stage, "ended") for stage in ("programs", "kernels", "tests")]
+    last = ("programs", "kernels", "plans", "tests")
+    ended = [(stage, outcome) for stage, _, outcome, _ in rows if stage in last]
+    assert ended == [] if number == signal.SIGKILL else [(stage, "ended") for stage in last]
 
 
 # ---- what is brought along ------------------------------------------------------------------------------------------
@@ -388,6 +400,26 @@ def test_the_tests_of_the_card_are_all_run_on_each_backend(check: gpu_check.Chec
         on = {backend: {re.sub(r"\[.*", "", test) for test in part if f"[{backend}" in test} for backend in BACKENDS}
         assert on["cuda"] == on["triton"] != set(), part
     assert sum("[triton" in test for test in everything) > 1500
+
+
+def test_every_plan_is_forced_in_turn(check: gpu_check.Check) -> None:
+    """On tests of the CUDA kernels alone, in full and in graphs, and as many at once as there are cores for."""
+    jobs = check.plans(50.0)
+    assert [job.environment["RNNFAST_CUDA_PLAN"] for job in jobs] == [job.name for job in jobs] == list(gpu_check.PLANS)
+    assert {*gpu_check.PLANS, "auto"} == set(cuda_plan.NAMES)
+    command = list(jobs[0].command)
+    found = collected(*command[3 : command.index("-q")])
+    assert not any("[triton" in test for test in found)
+    names = {re.sub(r".*::|\[.*", "", test) for test in found}
+    assert names == {"test_against_float64", "test_parity", "test_cells", "test_graph_of_forward_and_backward"}
+    assert 500 < len(found) < 1200
+    assert "RNNFAST_CUDA_PLAN" not in check.tests(50.0)[0].environment
+
+
+def test_the_seconds_of_the_stages_are_those_of_the_run() -> None:
+    for run, stages in gpu_check.SHARES.items():
+        assert sum(own for own, _ in stages.values()) <= gpu_check.SECONDS[run] - gpu_check.RESERVE
+        assert all(own <= most for own, most in stages.values())
 
 
 LOST = """

@@ -22,7 +22,7 @@ import machine_code
 import sass
 import setup as build
 from cuda_tools import cuda_tool
-from launches import Occupancy, launches, occupancies
+from launches import Occupancy, launches, most_dynamic, occupancies
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -114,6 +114,54 @@ def test_an_iteration_is_the_way_with_the_copies(kernel: machine_code.Function) 
     assert (counts["HMMA"], counts["LDGSTS"], counts["LDG"]) == (2, 1, 0)
 
 
+def test_a_time_loop_is_found_with_its_longest_way() -> None:
+    """The outermost with products and a barrier: each loop inside once, here by the longer of its two ways."""
+    barrier = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    kernel = machine_code.functions(LISTING.replace("IMAD.MOV.U32 R4, RZ, RZ, R1", barrier))["_Z6kernelv"]
+    outer, inner, last = kernel.loops
+    assert kernel.main_loop() is kernel.time_loop() is outer
+    assert (outer.is_time, inner.is_time, last.is_time) == (True, False, False)
+    assert [i.address for i in outer.iteration] == [0x10, *COPYING, 0xB0, 0xB8]
+    assert (outer.has(inner), outer.has(last), outer.has(outer)) == (True, False, False)
+    # Without a barrier there is none, nor where no loop is inside.
+    assert machine_code.functions(LISTING)["_Z6kernelv"].time_loop() is None
+    alone = LISTING.replace("BRA `(.L_x_40)", "IMAD").replace("IADD3 R84, P1, R84, 0x10, RZ", barrier)
+    assert machine_code.functions(alone)["_Z6kernelv"].time_loop() is None
+
+
+def test_the_table_of_a_time_loop_goes_by_sections(tmp_path: Path) -> None:
+    """By the headings above the kernel's own line, where the rest was inlined."""
+    source = tmp_path / "kernel.cuh"
+    source.write_text(
+        "\nfor (;;) {\n  // ---- while others travel: the gates ----\n  a();\n  // ---- product ----\n  b();\n"
+    )
+    chain = f'''	//## File "/src/other.h", line 9 inlined at "/src/more.h", line 4
+	//## File "/src/more.h", line 4 inlined at "{source}", line 6
+	//## File "{source}", line 6
+'''
+    text = LISTING.replace("IMAD.MOV.U32 R4, RZ, RZ, R1", "BAR.SYNC.DEFER_BLOCKING 0x0")
+    text = text.replace('	//## File "/src/other.h", line 9\n', chain).replace(
+        '/src/kernel.cuh", line 7', f'{source}", line 4'
+    )
+    kernel = machine_code.functions(text)["_Z6kernelv"]
+    product = next(i for i in kernel.instructions if i.mnemonic == "HMMA")
+    assert (product.file, product.line, product.place) == ("/src/other.h", 9, (str(source), 6))
+    assert product.opcode == "HMMA.16816.F32.BF16"
+    time_loop = kernel.time_loop()
+    assert time_loop is not None
+    table = sass.time_table(kernel, time_loop)
+    assert list(table.columns[0].cells) == [
+        "kernel",
+        "loop 1 body",
+        "iteration 1",
+        "  elsewhere",
+        "  while others travel",
+        "  product",
+        "iteration 2, while others travel",
+    ]
+    assert list(table.columns[-1].cells) == ["21", "15", "13", "1", "6", "6", "10"]
+
+
 def test_a_kernel_without_loop_or_code() -> None:
     text = LISTING.replace("@P0 BRA", "@P0 IMAD").replace("@P3 BRA", "@P3 IMAD").replace("BRA `(.L_x_40)", "IMAD")
     straight = machine_code.functions(text)["_Z6kernelv"]
@@ -127,6 +175,13 @@ def test_names_are_short() -> None:
     name = "void rnnfast::gpu::step_forward<(rnnfast::Family)1, rnnfast::gpu::Tf32, 4>(rnnfast::gpu::StepForward)"
     assert machine_code.short_name(name) == "step_forward<gru, Tf32, 4>"
     assert machine_code.short_name("rnnfast::gpu::(anonymous namespace)::probe()") == "probe"
+    name = (
+        "void rnnfast::gpu::persistent_forward<(rnnfast::Family)0, rnnfast::gpu::Tf32, (rnnfast::gpu::Exchange)2, 4>()"
+    )
+    assert machine_code.short_name(name) == "persistent_forward<lstm, Tf32, grid, 4>"
+    exchanges = re.search(r"enum class Exchange \{ (.*) \}", (build.CSRC / "cuda/persistent/persistent.h").read_text())
+    assert exchanges
+    assert exchanges[1].split(", ") == machine_code.EXCHANGES
 
 
 # ---- launches and occupancy ------------------------------------------------------------------------------------------
@@ -145,6 +200,28 @@ def test_every_unit_has_launches() -> None:
             ]
             assert len(of_unit) == (8 if family == "lstm" else 4)
             assert all((launch.family, launch.arithmetic) == (family, arithmetic) for launch in of_unit)
+            assert not any(launch.exchange or launch.dynamic is None for launch in of_unit)
+    # Forward and backward, of a block with 1 and 2 tiles, of a cluster and the grid with 4 too.
+    unit = [launch for launch in found.values() if launch.unit == "persistent_gru_tf32"]
+    tiles = [("block", 1), ("block", 2), *((exchange, n) for exchange in ("cluster", "grid") for n in (1, 2, 4))]
+    assert [(launch.exchange, launch.tiles) for launch in unit] == 2 * tiles
+    assert not any(launch.unit == "persistent_gru_float64" for launch in found.values())
+
+
+def test_a_persistent_launch_has_the_most_that_a_plan_may_choose() -> None:
+    launch = launches()["persistent_backward<lstm, Float32, cluster, 4>"]
+    assert (launch.threads, launch.dynamic, launch.held) == (256, None, (1, 5))
+    assert [launch.has_body(arch) for arch in ("sm_80", "sm_89", "sm_90a", "sm_120")] == [False, False, True, True]
+    assert all(launches()["persistent_forward<rnn, Tf32, grid, 1>"].has_body(arch) for arch in ("sm_80", "sm_90a"))
+    # By the data sheets: what an SM has but 1 KB.
+    known = {arch: most_dynamic(arch) >> 10 for arch in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")}
+    assert known == {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}
+    # An SM can hold a block with all of it, and not with more.
+    for arch, kilobytes in known.items():
+        one, none = occupancies([(arch, 256, 255, 0, (kilobytes + more) << 10) for more in (0, 1)])
+        assert (one.blocks, none.blocks) == (1, 0)
+    with pytest.raises(SystemExit, match=r"sm_87: .*costs\.h has no card of this architecture"):
+        most_dynamic("sm_87")
 
 
 def test_a_launch_has_the_sizes_of_the_kernels_own_code() -> None:
@@ -389,10 +466,21 @@ def test_one_unit_is_compiled_as_the_whole_library_is(
     assert flags in alone
 
 
+@pytest.mark.parametrize(
+    ("release", "flags"),
+    [("12.9", ["-Xfatbin", "-compress-all"]), ("13.0", ["--compress-mode=size"]), ("14.1", ["--compress-mode=size"])],
+)
+def test_code_is_compressed_as_far_as_nvcc_and_its_drivers_can(release: str, flags: list[str], tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    assert build.compression_flags(str(nvcc)) == flags
+
+
 def test_a_unit_that_there_is_none_of(call: Call) -> None:
     status, out, err = call(cuda_resources, "--unit", "step_cnn_tf32")
     assert (status, out) == (2, "")
-    assert "--unit: no compile unit is called 'step_cnn_tf32'; there are: device, step_lstm_float64," in err
+    assert "--unit: no compile unit is called 'step_cnn_tf32'; there are: device, persistent_call, " in err
 
 
 def test_resources_without_a_build(call: Call) -> None:

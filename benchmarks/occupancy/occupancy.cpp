@@ -2,8 +2,12 @@
 // host compiler with -DRNNFAST_EMULATED: threads and shared memory come from the very headers that launch the kernels,
 // and the rules of allocation from NVIDIA's own calculator, cuda_occupancy.h of the CUDA toolkit.
 //
-//   occupancy launches      a line for each kernel: kind, family, arithmetic (numbers), the kernel's type, its tiles of
-//                           batch indices, threads a block, bytes of dynamic shared memory a block; between tabs
+//   occupancy launches      a line for each kernel: kind, family, arithmetic (numbers), the kernel's type, its exchange
+//                           ("": none), tiles of batch indices, threads a block, bytes of dynamic shared memory a
+//                           block, passes and chunks whose weights are in registers (persistent.h); between tabs.
+//                           Threads and shared memory of the persistent kernels are chosen when they are launched: of
+//                           threads the most stands here, of shared memory -1
+//   occupancy most          for each architecture the most shared memory that plan.h asks for
 //   occupancy occupancy     for each line of stdin, "major minor threads registers static dynamic": the blocks that an
 //                           SM holds, their warps, the warps that it could hold, and what limits the blocks
 #include <cuda_occupancy.h>
@@ -15,6 +19,8 @@
 #include <string>
 #include <typeinfo>
 
+#include "cuda/persistent/launch.cuh"
+#include "cuda/plan.h"
 #include "cuda/step/launch.cuh"
 
 namespace {
@@ -30,6 +36,20 @@ std::string type_name(const std::type_info& type) {
   return copy;
 }
 
+struct Launched {
+  const char* exchange;
+  int tiles, threads, shared;
+  rnnfast::gpu::InRegisters held;
+};
+template <class Kernel> std::string line_of(const Launched& launched) {
+  const std::string type = type_name(typeid(Kernel));
+  std::string line = std::string(Kernel::kName) + type.substr(type.find('<')) + "\t" + launched.exchange;
+  for (const int number :
+       {launched.tiles, launched.threads, launched.shared, launched.held.passes, launched.held.chunks})
+    line += "\t" + std::to_string(number);
+  return line + "\n";
+}
+
 // An InstanceTable of these has what every unit has.
 template <Family kFamily, class Type> struct StepLaunches {
   static std::string kernels() {
@@ -37,12 +57,26 @@ template <Family kFamily, class Type> struct StepLaunches {
     rnnfast::gpu::for_each_kernel<kFamily, Type>(
         [&]<class Kernel, int kTiles>(Kernel, std::integral_constant<int, kTiles>) {
           using Product = typename Kernel::template Product<kTiles>;
-          const std::string type = type_name(typeid(Kernel));
-          lines += std::string(Kernel::kName) + type.substr(type.find('<')) + "\t" + std::to_string(kTiles) + "\t" +
-                   std::to_string(Product::kThreads) + "\t" + std::to_string(Product::kSharedBytes) + "\n";
+          lines += line_of<Kernel>({"", kTiles, Product::kThreads, Product::kSharedBytes, {0, 0}});
         });
     return lines;
   }
+};
+template <Family kFamily, class Type> struct PersistentLaunches {
+  static std::string kernels() {
+    using namespace rnnfast::gpu;
+    std::string lines;
+    for_each_persistent_kernel<kFamily, Type>(
+        [&]<class Kernel, Exchange kExchange, int kTiles>(Kernel, std::integral_constant<Exchange, kExchange>,
+                                                          std::integral_constant<int, kTiles>) {
+          lines += line_of<Kernel>({name_of(kExchange), kTiles, kMostWarps * static_cast<int>(kWarpSize), -1,
+                                    in_registers(kExchange, Type::kArithmetic, kTiles, Kernel::kBackward)});
+        });
+    return lines;
+  }
+};
+template <Family kFamily> struct PersistentLaunches<kFamily, rnnfast::gpu::Float64> {
+  static std::string kernels() { return ""; }
 };
 
 template <template <Family, class> class Launches> void print_launches(const char* kind) {
@@ -133,10 +167,16 @@ int main(int count, char** arguments) {
   const std::string task = count == 2 ? arguments[1] : "";
   if (task == "launches") {
     print_launches<StepLaunches>("step");
+    print_launches<PersistentLaunches>("persistent");
+    return 0;
+  }
+  if (task == "most") {
+    for (const rnnfast::gpu::DeviceProperties& card : rnnfast::gpu::cards())
+      std::printf("%d\t%d\n", card.sm, card.shared_per_block);
     return 0;
   }
   if (task != "occupancy") {
-    std::fprintf(stderr, "usage: occupancy launches | occupancy\n");
+    std::fprintf(stderr, "usage: occupancy launches | most | occupancy\n");
     return 2;
   }
   int major, minor, threads, registers;

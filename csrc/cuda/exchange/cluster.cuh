@@ -75,7 +75,7 @@ template <class Type, int kBatch> class Gather<Exchange::cluster, Type, kBatch> 
   // What follows is done by whole warps: a wait may end in one lane before another.
   RNNFAST_DEVICE void receive(int turn) {
     barriers_.wait(turn);
-    sync_warp();
+    converge_warp();
   }
   RNNFAST_DEVICE const std::byte* operands(int turn) const { return place_.operands((turn & 1)); }
 

@@ -65,6 +65,14 @@ RNNFAST_DEVICE void sync_warp(uint32_t mask = kAllLanes RNNFAST_SITE) {
 #endif
 }
 
+// Brings the lanes of a warp together again after a loop that may end in one before another, for what whole warps do.
+// Orders nothing that kernels may count on; the emulator's lanes meet by themselves.
+RNNFAST_DEVICE void converge_warp() {
+#if !defined(RNNFAST_EMULATED)
+  __syncwarp();
+#endif
+}
+
 // Named barriers 0 to 15: `count` threads, a multiple of 32, by whole warps; some wait, some only arrive. What a thread
 // wrote before either is seen by those that wait.
 RNNFAST_DEVICE void barrier_sync(unsigned id, unsigned count RNNFAST_SITE) {
