@@ -8,14 +8,14 @@ namespace rnnfast::gpu {
 template <class Type, int kBatch> class Gather<Exchange::block, Type, kBatch> {
  public:
   RNNFAST_DEVICE Gather(const PersistentShared& p, const char* /*kernel*/) : place_{p} {}
-  RNNFAST_DEVICE void begin() { sync_threads(); }
+  RNNFAST_DEVICE void begin() { sync_threads(); }  // after clear_operands()
   RNNFAST_DEVICE void end() {}
 
   RNNFAST_DEVICE void put(int /*turn*/, int n, int u, typename Type::Storage value) {
     *reinterpret_cast<typename Type::Storage*>(place_.operand(0, n, u)) = value;
   }
   RNNFAST_DEVICE void send(int /*turn*/) {}
-  RNNFAST_DEVICE void receive(int /*turn*/) { sync_threads(); }
+  RNNFAST_DEVICE void receive(int /*turn*/) { sync_threads(); }  // all threads have written
   RNNFAST_DEVICE const std::byte* operands(int /*turn*/) const { return place_.operands(0); }
 
  private:
@@ -25,7 +25,7 @@ template <class Type, int kBatch> class Gather<Exchange::block, Type, kBatch> {
 template <class Type, int kBatch> class Scatter<Exchange::block, Type, kBatch> {
  public:
   RNNFAST_DEVICE Scatter(const PersistentShared& p, const char* /*kernel*/) : place_{p} {}
-  RNNFAST_DEVICE void begin() { sync_threads(); }
+  RNNFAST_DEVICE void begin() { sync_threads(); }  // after clear_operands()
   RNNFAST_DEVICE void end() {}
 
   RNNFAST_DEVICE void send(int /*turn*/, int tile, const float (&sums)[kBatch / kBatchTile][4]) {
@@ -37,7 +37,7 @@ template <class Type, int kBatch> class Scatter<Exchange::block, Type, kBatch> {
     }
   }
   RNNFAST_DEVICE void sent(int /*turn*/) {}
-  RNNFAST_DEVICE void receive(int /*turn*/) { sync_threads(); }
+  RNNFAST_DEVICE void receive(int /*turn*/) { sync_threads(); }  // all threads have written
   RNNFAST_DEVICE float sum(int /*turn*/, int u, int n) const { return place_.sums()[u * sum_row(kBatch) + n]; }
 
  private:

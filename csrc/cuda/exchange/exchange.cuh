@@ -1,6 +1,6 @@
-// How the blocks that share a recurrence hand on what the next step multiplies. Two kinds, and each exchange has both:
+// How the blocks that share a recurrence hand on what the next step multiplies. Two kinds, and each exchange has both,
+// made of the kernel's arguments and, for errors, its name:
 //
-// Both are made of the kernel's arguments and its name, for errors.
 // Gather, forward: every block needs h_t of all units.
 //   put(turn, n, u, value)   by all lanes of a warp: h of the own unit u of batch index n, multiplied in that turn
 //   send(turn)               after all of a thread's put()

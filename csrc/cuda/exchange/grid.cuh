@@ -11,11 +11,6 @@ namespace rnnfast::gpu {
 // Words that a thread has under way at once while it waits.
 constexpr int kPolled = 4;
 
-template <int kCount> RNNFAST_DEVICE void load_all(const Word16* const (&from)[kCount], Word16 (&words)[kCount]) {
-  RNNFAST_UNROLL
-  for (int i = 0; i < kCount; ++i) words[i] = load_global(from[i]);
-}
-
 // A group's part of the memory that its blocks share.
 class GridMemory {
  public:
@@ -37,11 +32,17 @@ class GridMemory {
       store_relaxed(to, word);
   }
 
-  RNNFAST_DEVICE const char* kernel() const { return kernel_; }
+  // Words that others store: as soon as all have arrived; with the barrier they have, once wait() is over.
+  template <class Arrived>
+  RNNFAST_DEVICE void load(const Word16* const (&from)[kPolled], const Arrived& arrived,
+                           Word16 (&words)[kPolled]) const {
+    if (!barrier_) return poll_all(from, arrived, words, kernel_);
+    RNNFAST_UNROLL
+    for (int i = 0; i < kPolled; ++i) words[i] = load_global(from[i]);
+  }
 
-  // The barrier: all threads have stored.
   RNNFAST_DEVICE void raise(int turn, int rank) const {
-    sync_threads();
+    sync_threads();  // all threads' words are stored before the one flag
     if (thread_index() == 0) store_release(flag(rank), static_cast<uint32_t>(turn) + 1);
   }
   RNNFAST_DEVICE void wait(int turn) const {
@@ -51,7 +52,7 @@ class GridMemory {
     };
     for (int rank = static_cast<int>(thread_index()); rank < group_; rank += static_cast<int>(block_threads()))
       static_cast<void>(poll_acquire(flag(rank), raised, kernel_));
-    sync_threads();
+    sync_threads();  // what a thread has acquired all may load
   }
 
  private:
@@ -74,14 +75,14 @@ template <class Type, int kBatch> class Gather<Exchange::grid, Type, kBatch> {
       : place_{p},
         words_(slice_words(p.layout.units, kBatch, static_cast<int>(sizeof(Storage)))),
         memory_(p, kernel, place_.group_index(), static_cast<int64_t>(p.layout.group) * words_) {}
-  RNNFAST_DEVICE void begin() { sync_threads(); }
+  RNNFAST_DEVICE void begin() { sync_threads(); }  // after clear_operands()
   RNNFAST_DEVICE void end() {}
 
   RNNFAST_DEVICE void put(int /*turn*/, int n, int u, Storage value) {
     *reinterpret_cast<Storage*>(place_.operand(0, n, place_.rank * place_.units() + u)) = value;
   }
   RNNFAST_DEVICE void send(int turn) {
-    sync_threads();
+    sync_threads();  // all threads' put() before a word is made of several
     Word16* words = memory_.buffer(turn);
     const int first = place_.rank * words_;
     for (int w = static_cast<int>(thread_index()); w < words_; w += static_cast<int>(block_threads())) {
@@ -92,8 +93,7 @@ template <class Type, int kBatch> class Gather<Exchange::grid, Type, kBatch> {
     if (place_.p.layout.barrier) memory_.raise(turn, place_.rank);
   }
   RNNFAST_DEVICE void receive(int turn) {
-    const bool barrier = place_.p.layout.barrier;
-    if (barrier) memory_.wait(turn);
+    if (place_.p.layout.barrier) memory_.wait(turn);
     const Word16* words = memory_.buffer(turn);
     // The own words, left out, are the last of a range that begins behind them.
     const int threads = static_cast<int>(block_threads()), begin = (place_.rank + 1) * words_;
@@ -110,17 +110,14 @@ template <class Type, int kBatch> class Gather<Exchange::grid, Type, kBatch> {
         from[i] = words + index[i];
       }
       Word16 found[kPolled];
-      if (barrier)
-        load_all(from, found);
-      else
-        poll_all(from, arrived, found, memory_.kernel());
+      memory_.load(from, arrived, found);
       RNNFAST_UNROLL
       for (int i = 0; i < kPolled; ++i) {
         if (first + i * threads >= count) break;
         for_items(index[i], [&](int j, uint32_t* item) { *item = found[i].x[j]; });
       }
     }
-    sync_threads();
+    sync_threads();  // all words are in place before the product; and whoever sends on has done with its polls
   }
   RNNFAST_DEVICE const std::byte* operands(int /*turn*/) const { return place_.operands(0); }
 
@@ -139,9 +136,9 @@ template <class Type, int kBatch> class Gather<Exchange::grid, Type, kBatch> {
   const GridMemory memory_;
 };
 
-// Each float has its tag in the last bit, where it is a rounding error (infinities become NaN, and a zero
-// may become the smallest number): the buffer's other
-// content, that of two turns before or the zeros of the beginning, has the other tag.
+// Each float has its tag in the last bit, where it is a rounding error (infinities become NaN, and a zero may become
+// the smallest number): the buffer's other content, that of two turns before or the zeros of the beginning, has the
+// other tag.
 template <class Type, int kBatch> class Scatter<Exchange::grid, Type, kBatch> {
  public:
   RNNFAST_DEVICE Scatter(const PersistentShared& p, const char* kernel)
@@ -149,7 +146,7 @@ template <class Type, int kBatch> class Scatter<Exchange::grid, Type, kBatch> {
         quads_(p.layout.units * kBatch / 4),
         parts_(source_parts(p.layout.group)),
         memory_(p, kernel, place_.group_index(), static_cast<int64_t>(p.layout.group) * p.layout.group * quads_.by()) {}
-  RNNFAST_DEVICE void begin() { sync_threads(); }
+  RNNFAST_DEVICE void begin() { sync_threads(); }  // after clear_operands()
   RNNFAST_DEVICE void end() {}
 
   RNNFAST_DEVICE void send(int turn, int tile, const float (&sums)[kBatch / kBatchTile][4]) {
@@ -176,8 +173,7 @@ template <class Type, int kBatch> class Scatter<Exchange::grid, Type, kBatch> {
   }
   // Each thread adds up some batch indices of a unit over a part of the sources.
   RNNFAST_DEVICE void receive(int turn) {
-    const bool barrier = place_.p.layout.barrier;
-    if (barrier) memory_.wait(turn);
+    if (place_.p.layout.barrier) memory_.wait(turn);
     const uint32_t expected = tag(turn);
     const auto arrived = [expected](const Word16& word) {
       uint32_t differ = 0;
@@ -198,10 +194,7 @@ template <class Type, int kBatch> class Scatter<Exchange::grid, Type, kBatch> {
           from[i] = slot(turn, place_.rank, source < group ? source : first) + quad;
         }
         Word16 found[kPolled];
-        if (barrier)
-          load_all(from, found);
-        else
-          poll_all(from, arrived, found, memory_.kernel());
+        memory_.load(from, arrived, found);
         RNNFAST_UNROLL
         for (int i = 0; i < kPolled; ++i) {
           if (first + i * parts_ >= group) break;
@@ -213,7 +206,7 @@ template <class Type, int kBatch> class Scatter<Exchange::grid, Type, kBatch> {
       const Word16 word{{bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])}};
       *reinterpret_cast<Word16*>(at(part, u, n)) = word;
     }
-    sync_threads();
+    sync_threads();  // all parts' sums before they are added up; and whoever sends on has done with its polls
   }
   RNNFAST_DEVICE float sum(int /*turn*/, int u, int n) const {
     float sum = 0;

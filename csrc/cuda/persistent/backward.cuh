@@ -126,7 +126,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kMostWarps* static_cast<int>(kWarpSize),
 
     // ---- product ----
     if (turn + 1 == turns) break;
-    sync_threads();
+    sync_threads();  // all gradients before the product; and the sums received are read before others overwrite them
     slice.multiply(gradients, p.shape.map.operand_stride,
                    [&](int tile, const float (&sums)[kBatchTiles][4]) { scatter.send(turn, tile, sums); });
     scatter.sent(turn);

@@ -83,7 +83,7 @@ RNNFAST_KERNEL RNNFAST_LAUNCH_BOUNDS(kMostWarps* static_cast<int>(kWarpSize),
             for (int k = 0; k < 4; ++k) to[(j * kBatchTile + k % 2) * column + k / 2 * 8] = tile_sums[j][k];
           }
         });
-    sync_threads();
+    sync_threads();  // all partial sums before the cells; and every warp has read the operands that put() overwrites
 
     // ---- cell ----
     cells.for_each([&](int i, const OwnCell& cell) {

@@ -11,6 +11,7 @@
 
 #include "../instances.h"
 #include "../rows.h"
+#include "../tensors.h"
 
 namespace rnnfast::gpu {
 
@@ -214,29 +215,8 @@ struct PersistentShared {
   void* words{};  // grid: zeros, as many bytes as exchange_bytes() says
 };
 
-struct PersistentForward : PersistentShared {
-  const void* gates{};
-  const void* bias_split[kMaxDirections]{};  // b_hh of the split gate (H,), or null
-  void* output{};
-  void* h_n{};
-  void* c_n{};
-  void* cell_states{};
-  void* reserve{};
-};
-
-struct PersistentBackward : PersistentShared {
-  const void* grad_output{};
-  const void* grad_h_n{};
-  const void* grad_c_n{};
-  const void* grad_cell_states{};
-  const void* output{};
-  const void* cell_states{};
-  const void* reserve{};
-  void* grad_gates{};
-  void* grad_gates_hh{};
-  void* grad_hx{};
-  void* grad_cx{};
-};
+struct PersistentForward : PersistentShared, ForwardTensors {};
+struct PersistentBackward : PersistentShared, BackwardTensors {};
 
 // ---- the grid's memory ----------------------------------------------------------------------------------------------
 

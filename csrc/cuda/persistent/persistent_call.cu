@@ -75,17 +75,7 @@ std::string run_persistent_forward(const ForwardParams& from, const PersistentLa
   PersistentForward p;
   std::string error = fill_shared(from, layout, workspace, stream, p);
   if (!error.empty()) return error;
-  p.gates = from.gates;
-  p.output = from.output;
-  p.h_n = from.h_n;
-  p.c_n = from.c_n;
-  p.cell_states = from.cell_states;
-  p.reserve = from.reserve;
-  const int split_gate = traits(from.mode).split_gate;
-  for (int64_t d = 0; d < from.directions && split_gate != kNoGate; ++d) {
-    const char* bias = static_cast<const char*>(from.parameters[Kind::bias_hh].data[d]);
-    p.bias_split[d] = bias ? bias + split_gate * from.hidden_size * size_of(from.dtype) : nullptr;
-  }
+  fill_tensors(from, p);
   return persistent_kernels(from.mode, arithmetic_of(from.dtype, allow_tf32)).forward(p, stream);
 }
 
@@ -94,17 +84,7 @@ std::string run_persistent_backward(const BackwardParams& from, const Persistent
   PersistentBackward p;
   std::string error = fill_shared(from, layout, workspace, stream, p);
   if (!error.empty()) return error;
-  p.grad_output = from.grad_output;
-  p.grad_h_n = from.grad_h_n;
-  p.grad_c_n = from.grad_c_n;
-  p.grad_cell_states = from.grad_cell_states;
-  p.output = from.output;
-  p.cell_states = from.cell_states;
-  p.reserve = from.reserve;
-  p.grad_gates = from.grad_gates;
-  p.grad_gates_hh = from.grad_gates_hh;
-  p.grad_hx = from.grad_hx;
-  p.grad_cx = from.grad_cx;
+  fill_tensors(from, p);
   return persistent_kernels(from.mode, arithmetic_of(from.dtype, allow_tf32)).backward(p, stream);
 }
 

@@ -85,7 +85,7 @@ template <class Type, Exchange kExchange, int kBatchTiles, bool kBackward> class
         }
       }
     }
-    sync_threads();
+    sync_threads();  // every warp has its registers before what comes next overwrites the stage
     auto* kept = reinterpret_cast<Word16*>(shared + shape.map.weights) + (warp_index * p.kept * 32 + lane());
     kept_ = kept;
     if (!works_) return;

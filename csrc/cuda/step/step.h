@@ -13,6 +13,7 @@
 
 #include "../instances.h"
 #include "../rows.h"
+#include "../tensors.h"
 
 namespace rnnfast::gpu {
 
@@ -32,28 +33,9 @@ struct StepShared {
   void* hidden{};  // workspace (D, B, H), forward with projection: o tanh(c)
 };
 
-struct StepForward : StepShared {
-  const void* gates{};
-  const void* bias_split[kMaxDirections]{};  // b_hh of the split gate (H,), or null
-  void* output{};
-  void* h_n{};
-  void* c_n{};
-  void* cell_states{};
-  void* reserve{};
-};
+struct StepForward : StepShared, ForwardTensors {};
 
-struct StepBackward : StepShared {
-  const void* grad_output{};
-  const void* grad_h_n{};
-  const void* grad_c_n{};
-  const void* grad_cell_states{};
-  const void* output{};
-  const void* cell_states{};
-  const void* reserve{};
-  void* grad_gates{};
-  void* grad_gates_hh{};
-  void* grad_hx{};
-  void* grad_cx{};
+struct StepBackward : StepShared, BackwardTensors {
   void* grad_projected{};
 };
 

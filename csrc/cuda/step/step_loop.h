@@ -84,17 +84,7 @@ inline std::string run_steps_forward(const ForwardParams& p, const StepWorkspace
   const Turns turns(p.rows);
   StepForward shared;
   fill_shared(p, workspace, turns, shared);
-  shared.gates = p.gates;
-  shared.output = p.output;
-  shared.h_n = p.h_n;
-  shared.c_n = p.c_n;
-  shared.cell_states = p.cell_states;
-  shared.reserve = p.reserve;
-  const int split_gate = traits(p.mode).split_gate;
-  for (int64_t d = 0; d < p.directions && split_gate != kNoGate; ++d) {
-    const char* bias = static_cast<const char*>(p.parameters[Kind::bias_hh].data[d]);
-    shared.bias_split[d] = bias ? bias + split_gate * p.hidden_size * size_of(p.dtype) : nullptr;
-  }
+  fill_tensors(p, shared);
 
   std::vector<StepPhases<StepForward>> step;
   // A phase between product and cell that needs all units of a row, as layer normalisation of W_hh h does, splits this
@@ -122,17 +112,7 @@ inline std::string run_steps_backward(const BackwardParams& p, const StepWorkspa
   const Turns turns(p.rows);
   StepBackward shared;
   fill_shared(p, workspace, turns, shared);
-  shared.grad_output = p.grad_output;
-  shared.grad_h_n = p.grad_h_n;
-  shared.grad_c_n = p.grad_c_n;
-  shared.grad_cell_states = p.grad_cell_states;
-  shared.output = p.output;
-  shared.cell_states = p.cell_states;
-  shared.reserve = p.reserve;
-  shared.grad_gates = p.grad_gates;
-  shared.grad_gates_hh = p.grad_gates_hh;
-  shared.grad_hx = p.grad_hx;
-  shared.grad_cx = p.grad_cx;
+  fill_tensors(p, shared);
   shared.grad_projected = p.grad_projected;
 
   const int64_t gates_width = traits(p.mode).gates * p.hidden_size;
