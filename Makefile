@@ -24,7 +24,7 @@ BUILT   := $(VENV)/.built$(if $(NO_CUDA),,-cuda)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/emulator/*' $(if $(NO_CUDA),-not '(' -path 'csrc/cuda/*' -not -path 'csrc/cuda/plan*' -not -name persistent.h ')'))
 FORMAT  := $(shell find csrc tests/cpp tests/fuzz benchmarks/microbench benchmarks/occupancy -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: fuzz torch-versions wheel-check help build libraries cuda sass card emulated kernel-test debug demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
+.PHONY: fuzz torch-versions triton-versions wheel-check help build libraries cuda sass card emulated kernel-test debug demo test test-exhaustive test-all test-gpu test-gpu-exhaustive lint format bench readme-figures wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,9 +37,10 @@ help:
 	@echo 'make sass KERNEL=step_forward CELL=lstm TYPE=bfloat16 ARCH=9.0a   machine code, loops, instructions (COUNTS=1: tables, ALL=1)'
 	@echo 'make card             all that a machine with a card needs, for compute capability 9.0 (nvcc, no GPU needed): build/card'
 	@echo 'make test-gpu         the tests that need a CUDA device; make torch-versions: the built libraries with older torches'
+	@echo 'make triton-versions  Triton 3.6.0 in build/, with which make test and test-exhaustive then compile the kernels, too'
 	@echo 'make fuzz             random calls of the ops under ASan + UBSan and under TSan, FUZZ_SECONDS=600 each; it prints the seed'
 	@echo 'make bench            time the layers against torch.nn (9 minutes); results in benchmarks/results/'
-	@echo 'make readme-figures   the figures and tables of README, docs and examples anew from the result files'
+	@echo 'make readme-figures   the figures and tables of README, docs and examples anew from result files and cost model'
 	@echo 'make lint | format    check | fix style; make wheel: dist/*.whl; make build: only set up; make clean'
 	@echo 'TORCH=torch==2.13.0 chooses the torch, PYTHON=python3.12 the Python, RNNFAST_CUDA_ARCHS=8.6 what make cuda builds for'
 
@@ -147,9 +148,10 @@ bench: build
 	$(PY) benchmarks/run.py --suite sizes,one-step,packed,lengths,models --seconds 1.5 --patience 120
 	$(PY) benchmarks/plot.py
 
-# The pages' figures and tables, from the result files alone.
+# The pages' figures and tables, from the result files and the plan's cost model alone.
 readme-figures: build
 	$(PY) benchmarks/plot.py
+	$(PY) benchmarks/plan_map.py
 	$(PY) benchmarks/readme.py
 
 wheel: build
@@ -173,6 +175,15 @@ build/torch-%/.made: | $(PY)
 
 torch-versions: libraries $(OLDER:%=build/torch-%/.made)
 	$(PY) tests/torch_versions.py $(OLDER)
+
+# The oldest Triton of pyproject.toml, beside the installed one: where it is, the tests compile the kernels with both.
+OLDER_TRITON := 3.6.0
+build/triton-%/.made: | $(PY)
+	@rm -rf build/triton-$*
+	$(PY) -m pip install -q --no-deps --no-compile --target build/triton-$* 'triton==$*'
+	@touch $@
+
+triton-versions: $(OLDER_TRITON:%=build/triton-%/.made)
 
 clean:
 	rm -rf build dist out rnnfast.egg-info rnnfast/*.so .pytest_cache .ruff_cache .mypy_cache $(VENV)/.built*

@@ -3,6 +3,8 @@
 test_ops.py and test_parity.py run on the backends `triton` (kernels as they are chosen) and `triton-step` too.
 """
 
+import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -200,23 +202,49 @@ def replays() -> list[int]:
     return [fake.replays for fake in Fake.made if fake.replays]
 
 
-def test_one_graph_serves_every_length(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "counts"),
+    [(graphs.SHORT, (graphs.FEWEST_TURNS, graphs.MANY_TURNS - 1, 21)), (graphs.LONG, (graphs.MANY_TURNS, 97, 2000))],
+)
+def test_one_graph_serves_every_length(device: torch.device, chunk: int, counts: tuple[int, ...]) -> None:
     turns: list[int] = []
-    for count in (graphs.FEWEST_TURNS, 3 * graphs.CHUNK + 1, graphs.FEWEST_TURNS):
+    for count in counts:
         values = [0] * graphs.tb.SIZE
         graphs.run("key", values, count, device, lambda table, turn: turns.append(turn))
     # the first call: a stretch launched, so that everything is compiled, and the same captured
-    assert turns == [*range(graphs.CHUNK)] * 2
+    assert turns == [*range(chunk)] * 2
     assert len(graphs._captured) == 1
-    assert replays() == [graphs.FEWEST_TURNS // graphs.CHUNK - 1 + 4 + graphs.FEWEST_TURNS // graphs.CHUNK]
+    assert replays() == [sum(-(-count // chunk) for count in counts) - 1]
 
 
-def test_what_is_kept_is_made_in_a_thread_of_its_own(device: torch.device) -> None:
+def test_what_is_kept_is_made_in_a_thread_of_its_own(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the caller's thread allocates may belong to a pool of torch.compile's."""
-    threads: list[int] = []
-    graphs.run("key", [0] * graphs.tb.SIZE, 100, device, lambda table, turn: threads.append(threading.get_ident()))
+    made: dict[int, int] = {}
+    launched: list[int] = []
+    new_table = graphs.new_table
+
+    def noted(device: torch.device) -> Tensor:
+        table = new_table(device)
+        made[id(table)] = threading.get_ident()
+        return table
+
+    monkeypatch.setattr(graphs, "new_table", noted)
+    turns = graphs.FEWEST_TURNS
+    graphs.run("key", [0] * graphs.tb.SIZE, turns, device, lambda table, turn: launched.append(threading.get_ident()))
     here = threading.get_ident()
-    assert [thread == here for thread in threads] == [True] * graphs.CHUNK + [False] * graphs.CHUNK
+    assert [thread == here for thread in launched] == [True] * graphs.SHORT + [False] * graphs.SHORT
+    (kept,) = graphs._captured.values()
+    assert made[id(kept.table)] != here
+    assert here in made.values()
+
+
+def test_torchs_memory_pools_are_of_one_thread() -> None:
+    """So that what another thread allocates is outside of them: cudagraph-trees' warm-up, torch.cuda.use_mem_pool."""
+    from torch._inductor import cudagraph_trees
+
+    for pool in (cudagraph_trees._use_cuda_memory_pool_manager, torch.cuda.use_mem_pool):
+        begun = re.findall(r"\w*[bB]eginAllocate\w*", inspect.getsource(pool))
+        assert begun == ["_cuda_beginAllocateCurrentThreadToPool"], pool.__name__
 
 
 def test_no_graph_for_few_turns_or_inside_a_capture(device: torch.device) -> None:
@@ -224,14 +252,15 @@ def test_no_graph_for_few_turns_or_inside_a_capture(device: torch.device) -> Non
     graphs.run("key", [0] * graphs.tb.SIZE, graphs.FEWEST_TURNS - 1, device, lambda table, turn: turns.append(turn))
     Fake.capturing = True
     graphs.run("key", [0] * graphs.tb.SIZE, 200, device, lambda table, turn: turns.append(turn))
-    assert turns == [*range(graphs.FEWEST_TURNS - 1), *range(200)]
+    assert graphs.FEWEST_TURNS == 8
+    assert turns == [*range(7), *range(200)]
     assert not graphs._captured
 
 
 def test_the_graphs_used_last_are_kept(device: torch.device) -> None:
     for key in [*range(graphs.CAPACITY), 0, graphs.CAPACITY]:
         graphs.run(key, [0] * graphs.tb.SIZE, 100, device, lambda table, turn: None)
-    assert list(graphs._captured) == [*range(2, graphs.CAPACITY), 0, graphs.CAPACITY]
+    assert [key for key, _ in graphs._captured] == [*range(2, graphs.CAPACITY), 0, graphs.CAPACITY]
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

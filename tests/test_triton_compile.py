@@ -1,9 +1,11 @@
 """The Triton kernels compiled ahead of time, without a GPU: what each configuration takes, and what makes Triton
-compile anew. Compilations run in processes of their own, where TRITON_INTERPRET is not set.
+compile anew. By the Triton that is installed, and by the older ones that `make triton-versions` puts beside it.
+Compilations run in processes of their own, where TRITON_INTERPRET is not set.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,35 +22,63 @@ if availability.error is not None:
 # gfx942 the CDNA3 ISA guide.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+INSTALLED = "installed"
+OLDER = re.findall(r"^OLDER_TRITON := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
 
 
-def python(*arguments: str) -> str:
-    """The output of a Python process that compiles."""
+@pytest.fixture(params=[INSTALLED, *OLDER])
+def version(request: pytest.FixtureRequest) -> str:
+    """Of Triton."""
+    if request.param != INSTALLED and not (folder_of(request.param) / "triton").exists():
+        pytest.skip(f"Triton {request.param} is not in build: make triton-versions")
+    return str(request.param)
+
+
+def folder_of(version: str) -> Path:
+    return ROOT / "build" / f"triton-{version}"
+
+
+def python(version: str, *arguments: str, interpreted: bool = False) -> str:
+    """The output of a Python process with that Triton, which compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
     # What stands there may be another Triton.
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    first = [] if version == INSTALLED else [str(folder_of(version))]
+    environment["PYTHONPATH"] = os.pathsep.join([*first, str(ROOT), str(TESTS), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def measured(target: str, pattern: str) -> list[dict[str, Any]]:
-    lines = python(str(TESTS / "triton_aot.py"), "--targets", target, "--only", pattern).splitlines()
+def measured(version: str, target: str, pattern: str) -> list[dict[str, Any]]:
+    lines = python(version, str(TESTS / "triton_aot.py"), "--targets", target, "--only", pattern).splitlines()
     found = [json.loads(line) for line in lines]
     assert found, f"no configuration matches {pattern}"
     return found
 
 
-def check_resources(found: list[dict[str, Any]]) -> None:
+def check_resources(version: str, found: list[dict[str, Any]]) -> None:
+    """Shared memory that the target has, and no stack, which is where registers are spilled to."""
     for kernel in found:
-        name = f"{kernel['configuration']} for {kernel['target']}"
+        name = f"{kernel['configuration']} for {kernel['target']} by Triton {kernel['triton']}"
+        assert version in (INSTALLED, kernel["triton"]), name
         assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], f"{name}: {kernel['shared']} bytes of shared memory"
-        if kernel["family"] == "persistent" and kernel["target"] != "gfx942":
+        if kernel["target"] != "gfx942":
             assert kernel["stack"] == kernel["local"] == 0, f"{name}: spills"
 
 
-# The largest of the persistent kernels, and step kernels of each kind of product.
-USUAL = "persistent .* (LSTM|GRU) bfloat16 ieee 16x128|step forward GRU (bfloat16|float64)"
+# The largest of the persistent kernels; of the step kernels each kind of product, and the largest tiles.
+USUAL = "|".join(
+    [
+        "persistent .* (LSTM|GRU) bfloat16 ieee 16x128",
+        "step forward GRU (bfloat16|float64) ieee 16x16( H|$)",
+        r"step .* LSTM bfloat16 ieee 64x\d+( H|$)",
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +92,8 @@ USUAL = "persistent .* (LSTM|GRU) bfloat16 ieee 16x128|step forward GRU (bfloat1
         ),
     ],
 )
-def test_shared_memory_and_spills(target: str, pattern: str) -> None:
-    check_resources(measured(target, pattern))
+def test_shared_memory_and_spills(version: str, target: str, pattern: str) -> None:
+    check_resources(version, measured(version, target, pattern))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +101,20 @@ def test_shared_memory_and_spills(target: str, pattern: str) -> None:
 )
 def test_amd(pattern: str) -> None:
     """Nothing in the kernels is CUDA's own. The step kernels: AMD's 64 KiB hold other sizes than the table's."""
-    check_resources(measured("gfx942", pattern))
+    check_resources(INSTALLED, measured(INSTALLED, "gfx942", pattern))
+
+
+def test_every_entry_of_the_plan_is_compiled() -> None:
+    code = """
+import triton_aot as t
+from rnnfast.triton import plan
+tiles = {family: {c.tiles for c in t.configurations() if c.family == family} for family in ("persistent", "step")}
+assert tiles["step"] == {tiles for pair in [*plan._STEP.values(), *plan._EXACT_STEP.values()] for tiles in pair}
+tables = [sizes.items() for table in plan._PERSISTENT.values() for sizes in table.values()]
+entries = {entry for table in tables for entry in table}
+assert {(found.units, found.warps) for found in tiles["persistent"]} == entries
+"""
+    python(INSTALLED, "-c", code)
 
 
 COUNT = """
@@ -124,17 +167,39 @@ print(json.dumps(counts))
 """
 
 
-def test_no_compilation_for_another_length_or_batch() -> None:
+def test_no_compilation_for_another_length_or_batch(version: str) -> None:
     """One for forward, one for backward, one for the table; a large batch has tiles of its own, the same for all."""
-    assert json.loads(python("-c", COUNT)) == {"persistent": [3, 3], "step": [3, 5]}
+    assert json.loads(python(version, "-c", COUNT)) == {"persistent": [3, 3], "step": [3, 5]}
 
 
-def test_a_hidden_size_of_one() -> None:
+def test_a_hidden_size_of_one(version: str) -> None:
     """Triton makes a constant of it."""
     code = """
 import triton_aot as t
-c = next(c for c in t.configurations() if c.family == "step" and c.mode == "LSTM" and not c.divisible)
+c = next(c for c in t.configurations() if c.family == "step" and c.mode == "LSTM" and not c.aligned)
 for kernel in ("forward", "backward"):
     t.compile_for("sm_90", c._replace(kernel=kernel), ones=("H", "state_size"))
 """
-    python("-c", code)
+    python(version, "-c", code)
+
+
+def test_float64_in_the_interpreter(version: str) -> None:
+    """Which is not tl.dot's there: against torch.nn, results and gradients."""
+    code = """
+from triton_interpreter import triton_problem
+assert triton_problem() is None
+import torch, rnnfast
+for kind, options in (("LSTM", {"proj_size": 3}), ("GRU", {})):
+    ours = getattr(rnnfast, kind)(5, 19, dtype=torch.float64, **options)
+    theirs = getattr(torch.nn, kind)(5, 19, dtype=torch.float64, **options)
+    theirs.load_state_dict(ours.state_dict())
+    input = torch.randn(3, 2, 5, dtype=torch.float64)
+    results = []
+    for module, backend in ((ours, "triton"), (theirs, "auto")):
+        with rnnfast.backend(backend):
+            output = module(input)[0]
+            results.append([output, *torch.autograd.grad(output.sin().sum(), list(module.parameters()))])
+    for own, other in zip(*results, strict=True):
+        assert (own - other).abs().max() < 1e-13, kind
+"""
+    python(version, "-c", code, interpreted=True)

@@ -44,8 +44,13 @@ ARITHMETICS = [
 ]
 
 
+# Sizes that kernels are given, and of which Triton knows whether they are multiples of 16: that allows wide loads.
+SIZES = ("H", "state_size")
+EVERY_ALIGNMENT = (SIZES, (), ("H",), ("state_size",))
+
+
 class Configuration(NamedTuple):
-    """A kernel with its constants, and whether hidden sizes are multiples of 16, which allows wide loads."""
+    """A kernel with its constants, and which of its sizes are multiples of 16."""
 
     family: str
     kernel: str
@@ -54,34 +59,38 @@ class Configuration(NamedTuple):
     precision: str
     tiles: plan.Tiles
     projected: bool
-    divisible: bool
+    aligned: tuple[str, ...]
 
     def __str__(self) -> str:
         words = [self.family, self.kernel, self.mode, str(self.dtype).removeprefix("torch."), self.precision]
         words += [f"{self.tiles.batch}x{self.tiles.units}"]
-        words += (["projected"] if self.projected else []) + (["H % 16"] if not self.divisible else [])
+        words += ["projected"] if self.projected else []
+        words += ["H % 16"] if "H" not in self.aligned else []
+        words += ["P % 16"] if self.projected and "state_size" not in self.aligned else []
         return " ".join(words)
 
 
 def configurations() -> Iterator[Configuration]:
     """Everything that plan.py can choose."""
-    for mode, (dtype, precision), divisible in itertools.product(MODES, ARITHMETICS, (True, False)):
+    for mode, (dtype, precision), aligned in itertools.product(MODES, ARITHMETICS, EVERY_ALIGNMENT):
         cell = CELLS[mode]
-        for size in (16, 32, 64, 128, 256):
-            tiles = plan.persistent_tiles(cell.gates, dtype, precision, size if divisible else size - 1)
+        kind = (mode, dtype, precision)
+        alike = len(aligned) != 1  # as H and state_size are without a projection
+        for size in (16, 32, 64, 128, 256) if alike else ():
+            tiles = plan.persistent_tiles(cell.gates, dtype, precision, size if aligned else size - 1)
             if tiles is not None:
                 for kernel in ("forward", "backward"):
-                    yield Configuration("persistent", kernel, mode, dtype, precision, tiles, False, divisible)
-        if not divisible and dtype != torch.bfloat16:
-            continue
-        for batch, projected in itertools.product((16, 4096), (False, True) if cell.may_project else (False,)):
+                    yield Configuration("persistent", kernel, *kind, tiles, False, aligned)
+        sizes = [1024 if size in aligned else 1023 for size in SIZES]
+        possible = ([False] if alike else []) + ([True] if cell.may_project else [])
+        for batch, projected in itertools.product((plan.FEW_ROWS, plan.FEW_ROWS + 1), possible):
             for kernel in ("forward", "backward"):
                 # as layers.py has it
-                tiles = plan.step_tiles(1 if kernel == "backward" else cell.gates, dtype, precision, batch)
-                yield Configuration("step", kernel, mode, dtype, precision, tiles, projected, divisible)
+                tiles = plan.step_tiles(1 if kernel == "backward" else cell.gates, dtype, precision, batch, *sizes)
+                yield Configuration("step", kernel, *kind, tiles, projected, aligned)
                 if projected:
-                    tiles = plan.step_tiles(1, dtype, precision, batch)
-                    yield Configuration("step", f"project_{kernel}", mode, dtype, precision, tiles, True, divisible)
+                    tiles = plan.step_tiles(1, dtype, precision, batch, *sizes)
+                    yield Configuration("step", f"project_{kernel}", *kind, tiles, True, aligned)
 
 
 def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...] = ()) -> Any:
@@ -98,11 +107,11 @@ def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...]
     names = kernel.arg_names
     signature = {name: "constexpr" if name.isupper() and len(name) > 1 else "i32" for name in names}
     signature |= {"table": "*i64"} | dict.fromkeys(ones, "constexpr")
-    divisible = ["table", *(["H", "state_size"] if c.divisible else [])]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible}
+    multiples = ("table", *c.aligned)
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in multiples}
     constants = {(i,): every[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = plan.options(c.tiles, c.family == "persistent", TARGETS[target].backend)
+    options = plan.options(c.tiles, TARGETS[target].backend)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -120,6 +129,7 @@ def measure(work: tuple[str, Configuration]) -> dict[str, Any]:
     target, configuration = work
     compiled = compile_for(target, configuration)
     found: dict[str, Any] = {
+        "triton": triton.__version__,
         "target": target,
         "configuration": str(configuration),
         "family": configuration.family,

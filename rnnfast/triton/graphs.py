@@ -1,7 +1,8 @@
 """The launches of a step loop, a stretch of them captured in a CUDA graph where there are many.
 
-A graph holds CHUNK turns and is replayed until all are done: its kernels find sizes, addresses and the number of turns
-already done in the table (table.py), which is filled anew for each call. So a graph serves every T and every tensor.
+A graph holds some turns and is replayed until all are done: its kernels find sizes, addresses and the number of turns
+already done in the table (table.py), which is filled anew for each call. So two graphs, a short and
+a long one, serve every T and every tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from . import table as tb
 
-# A launch from Python takes some 20 us and one inside a graph little more than 1: at this many turns, the last replay's
-# turns past the end cost less than what the others gain.
-FEWEST_TURNS = 64
-CHUNK = 32
+# From so many turns on. Estimated: a launch from Python takes some 20 us, one inside a graph little more than 1, a
+# replay some 10, so that a graph of eight turns takes a quarter of their time, and its capture, once, as long as they.
+FEWEST_TURNS = 8
+# Turns of a graph, for fewer than MANY_TURNS and for others. Those past the end do nothing, but cost a launch each,
+# which tells where there are few. The longer graph is replayed a quarter as often.
+SHORT, LONG = 8, 32
+MANY_TURNS = 64
 # Graphs kept. Each takes about a kilobyte a launch.
-CAPACITY = 32
+CAPACITY = 128
 # Launch options of the kernels that fill tables.
 _SMALL = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -64,6 +68,7 @@ def run(
         device: where.
         launch: (table, turn), launches one turn.
     """
+    chunk = SHORT if turns < MANY_TURNS else LONG
     table = new_table(device)
     # Inside somebody else's capture the launches become part of that graph.
     if device.type != "cuda" or turns < FEWEST_TURNS or torch.cuda.is_current_stream_capturing():
@@ -73,17 +78,19 @@ def run(
         return
     done = 0
     with _lock:
+        key = (key, chunk)
         entry = _captured.get(key)
         if entry is None:
             # Kernels are compiled and loaded by their first launch, which no capture may contain.
             fill(table, values)
-            for turn in range(CHUNK):
+            for turn in range(chunk):
                 launch(table, turn)
-            done = CHUNK
+            done = chunk
             # In a thread of its own: where torch.compile's CUDA graphs warm up, or in torch.cuda.use_mem_pool, all that
-            # this thread allocates comes from a pool that others write over, and what is kept here would be lost.
+            # this thread allocates comes from a pool that others write over, and what is kept here would be lost. Such
+            # a pool is for the thread that asked for it alone (tests/test_triton.py holds torch to that).
             with ThreadPoolExecutor(1) as thread:
-                entry = thread.submit(_capture, torch.cuda.current_stream(device), device, launch).result()
+                entry = thread.submit(_capture, torch.cuda.current_stream(device), device, chunk, launch).result()
             _captured[key] = entry
             if len(_captured) > CAPACITY:
                 _captured.popitem(last=False)[1].done.synchronize()
@@ -92,23 +99,23 @@ def run(
         stream.wait_event(entry.done)
         values[tb.TURN.value] = done
         fill(entry.table, values)
-        for _ in range(done, turns, CHUNK):
+        for _ in range(done, turns, chunk):
             entry.graph.replay()
         entry.done.record(stream)
 
 
-def _capture(stream: Any, device: torch.device, launch: Callable[[Tensor, int], None]) -> _Captured:
+def _capture(stream: Any, device: torch.device, turns: int, launch: Callable[[Tensor, int], None]) -> _Captured:
     graph = torch.cuda.CUDAGraph()
     # The stream whose turn comes first allocates; its device becomes the current one.
     with torch.cuda.stream(stream):
         table = new_table(device)
-        advance(new_table(device), CHUNK)  # so that it is loaded
+        advance(new_table(device), turns)  # so that it is loaded
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for turn in range(CHUNK):
+            for turn in range(turns):
                 launch(table, turn)
-            advance(table, CHUNK)
+            advance(table, turns)
         finally:
             graph.capture_end()
     return _Captured(graph, table, torch.cuda.Event())

@@ -186,7 +186,7 @@ def launch(call: _Call, like: Tensor, kind: str, turns: int) -> None:
             graphs.fill(table, call.values)
             getattr(persistent, kind)[(triton.cdiv(call.batch, tiles.batch), call.directions)](
                 table, call.hidden_size, **known, BLOCK_B=tiles.batch, BLOCK_N=tiles.units,
-                **plan.options(tiles, True, _BACKEND),
+                **plan.options(tiles, _BACKEND),
             )  # fmt: skip
             return
         _run_steps(call, like, kind, turns, known, precision)
@@ -199,13 +199,13 @@ def _run_steps(call: _Call, like: Tensor, kind: str, turns: int, known: dict[str
     keys: list[Any] = []
 
     def add(kernel: Any, products: int, units: int) -> None:
-        tiles = plan.step_tiles(products, like.dtype, precision, call.batch)
+        tiles = plan.step_tiles(products, like.dtype, precision, call.batch, call.hidden_size, call.state_size)
         grid = (triton.cdiv(call.batch, tiles.batch), triton.cdiv(units, tiles.units), call.directions)
         constants = {name: value for name, value in known.items() if name in kernel.arg_names}
         launches.append(
             functools.partial(
                 kernel[grid], **constants, BLOCK_B=tiles.batch, BLOCK_N=tiles.units, BLOCK_K=tiles.terms,
-                **plan.options(tiles, False, _BACKEND),
+                **plan.options(tiles, _BACKEND),
             )
         )  # fmt: skip
         keys.append((grid, tiles))

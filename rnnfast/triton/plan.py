@@ -63,21 +63,44 @@ def persistent_tiles(gates: int, dtype: torch.dtype, precision: str, hidden_size
     return Tiles(16, padded, padded, sizes[padded], 1)
 
 
-def step_tiles(products: int, dtype: torch.dtype, precision: str, batch: int) -> Tiles:
+# At most so many rows are few: small tiles, so that all multiprocessors have some. With more of them a program takes
+# more: it reads its part of W_hh for its own rows only, which would come from the L2 once every 16 rows.
+FEW_ROWS = 32
+
+# The step kernels' tiles, of a kernel that adds up one product and of one that adds up a product for each gate: the
+# largest that need no spilling in any cell (tests/test_triton_compile.py). By bytes of an element (4: TF32), by whether
+# H and P are multiples of 16, by whether rows are few. Where sizes are no such multiples, rows begin anywhere and are
+# read element by element: each has an address in registers, which leaves room for less.
+_STEP = {
+    (2, True, True): (Tiles(16, 32, 128, 4, 3), Tiles(16, 16, 128, 4, 3)),
+    (2, True, False): (Tiles(64, 64, 64, 8, 3), Tiles(64, 32, 64, 8, 3)),
+    (2, False, True): (Tiles(16, 32, 64, 4, 3), Tiles(16, 16, 64, 4, 3)),
+    (2, False, False): (Tiles(64, 32, 32, 8, 3), Tiles(64, 16, 64, 8, 3)),
+    (4, True, True): (Tiles(16, 32, 64, 4, 3), Tiles(16, 16, 32, 4, 4)),
+    (4, True, False): (Tiles(64, 32, 32, 8, 3), Tiles(64, 32, 16, 8, 4)),
+    (4, False, True): (Tiles(16, 32, 64, 4, 3), Tiles(16, 16, 32, 4, 4)),
+    (4, False, False): (Tiles(64, 32, 32, 8, 3), Tiles(64, 16, 32, 8, 3)),
+}
+# Without tensor cores, for any number of rows: float32 that is not TF32, and float64.
+_EXACT_STEP = {
+    4: (Tiles(16, 32, 32, 4, 2), Tiles(16, 32, 32, 8, 2)),
+    8: (Tiles(16, 16, 16, 4, 2), Tiles(16, 16, 16, 4, 2)),
+}
+
+
+def step_tiles(
+    products: int, dtype: torch.dtype, precision: str, batch: int, hidden_size: int, state_size: int
+) -> Tiles:
     """The step kernels' configuration. products: how many a program adds up at a time, forward one for each gate."""
-    if dtype == torch.float64:
-        return Tiles(16, 16, 16, 4, 2)
-    if dtype == torch.float32 and precision == "ieee":
-        return Tiles(16, 32, 32, 4, 2)
-    wide = dtype == torch.float32
-    # A program reads its part of W_hh for its own rows only. Few rows: small tiles, so that all multiprocessors have
-    # some. Many: more rows a program, or W_hh would come from the L2 once every 16 rows.
-    if batch <= 32:
-        return Tiles(16, 32 if products == 1 else 16, 64 if wide else 128, 4, 3)
-    return Tiles(64, 64 if products == 1 else 32, 32 if wide else 64, 8, 3)
+    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
+        one, each = _EXACT_STEP[dtype.itemsize]
+    else:
+        multiples = hidden_size % 16 == 0 and state_size % 16 == 0
+        one, each = _STEP[dtype.itemsize, multiples, batch <= FEW_ROWS]
+    return one if products == 1 else each
 
 
-def options(tiles: Tiles, persistent: bool, backend: str) -> dict[str, int | bool]:
+def options(tiles: Tiles, backend: str) -> dict[str, int | bool]:
     """What Triton is to be told of a configuration beside its constants. backend: of Triton, `cuda` or `hip`."""
     found: dict[str, int | bool] = {
         "num_warps": tiles.warps,
@@ -85,9 +108,9 @@ def options(tiles: Tiles, persistent: bool, backend: str) -> dict[str, int | boo
         # The default of all versions so far. Later ones want a word.
         "enable_fp_fusion": True,
     }
-    if persistent and backend == "cuda" and tiles.units <= 64:
-        # Left alone, ptxas spills a few registers so that more programs fit a multiprocessor. Where W_hh leaves no room
-        # for a second one anyway it does not, and the limit makes it do worse.
+    if backend == "cuda":
+        # All that a program's threads can have. Left alone, ptxas spills a few, so that more programs fit a
+        # multiprocessor.
         found["maxnreg"] = min(255, 65536 // (32 * tiles.warps))
     return found
 
