@@ -63,6 +63,7 @@ CUDA_ARITHMETICS = ["Float64", "Float32", "Tf32", "BFloat16", "Float16"]
 CUDA_KERNELS: dict[str, tuple[str, str, list[str]]] = {
     "step": ("cuda/step/launch.cuh", "StepInstance", []),
     "persistent": ("cuda/persistent/launch.cuh", "PersistentInstance", ["Float64"]),
+    "split": ("cuda/split/launch.cuh", "SplitInstance", ["Tf32"]),
 }
 
 

@@ -77,13 +77,13 @@ MICROBENCHMARKS = ("device", "launch", "residency", "mma", "cluster", "grid")
 # Beside a dozen other processes the program may take long to begin.
 SANITIZED = ("--launch-timeout", "0", "--error-exitcode", "99")
 # How card_tests is called there: with more patience, without the large shapes.
-UNDER_SANITIZERS = ("--seconds", "120", "-step/large", "-persistent/large")
+UNDER_SANITIZERS = ("--seconds", "120", "-step/large", "-persistent/large", "-split/large")
 # The tests of the card that are run: where they are, and which.
 PLACES = ("tests/gpu", "tests/test_bench.py")
 CHOSEN = "gpu and not exhaustive and not alone"
 # Plans of the CUDA kernels, those that are most likely to be wrong first, and the tests that are run on each: where the
 # kernels are tested in full, and in graphs.
-PLANS = ("cluster", "grid", "block", "grid-barrier", "step")
+PLANS = ("cluster", "grid", "split", "block", "grid-barrier", "step")
 OF_PLANS = ("tests/gpu/test_gpu_ops.py", "tests/gpu/test_gpu_parity.py", "tests/gpu/test_gpu_execution.py")
 OF_PLANS_NAMES = "(test_against_float64 or test_parity or test_graph_of or test_cells) and not triton"
 # Of card_tests those that come first.
@@ -153,7 +153,7 @@ def cores() -> int:
 
 def kernel_names(case: str) -> str:
     """A regular expression for our kernels of a case (options of `python -m rnnfast bench`), and for no others."""
-    return "^(project_)?(forward|backward)$" if "--backends triton" in case else "^(step|persistent)"
+    return "^(project_)?(forward|backward)$" if "--backends triton" in case else "^(step|persistent|split)"
 
 
 class Check:

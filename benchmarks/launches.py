@@ -40,7 +40,7 @@ class Launch(NamedTuple):
         threads: a block; where that is chosen when it is launched (by csrc/cuda/plan.h), the most.
         dynamic: bytes of dynamic shared memory a block; None where that is chosen when it is launched.
         exchange: of a persistent kernel, as in "grid", else "".
-        tiles: of batch indices, a block's.
+        tiles: of batch indices, a block's; of a row kernel units an access.
         held: passes and chunks of a persistent kernel's product whose weights stay in registers (in_registers() of
             csrc/cuda/persistent/persistent.h).
     """

@@ -162,11 +162,15 @@ class Function:
         return next((loop for loop in self.loops if loop.is_time), None)
 
     def main_loop(self) -> Loop | None:
-        """The time loop, else the innermost loop with the most products, None where none has any."""
+        """The time loop, else the innermost loop with the most products, None where none has any. Of loops with as many
+        the shorter one that copies asynchronously: the other is for vectors that start anywhere."""
         if time_loop := self.time_loop():
             return time_loop
-        innermost = [loop for loop in self.loops if loop.innermost and loop.products()]
-        return max(innermost, key=Loop.products, default=None)
+
+        def weight(loop: Loop) -> tuple[int, bool, int]:
+            return loop.products(), counts(loop.instructions)["LDGSTS"] > 0, -len(loop.instructions)
+
+        return max((loop for loop in self.loops if loop.innermost and loop.products()), key=weight, default=None)
 
 
 def short_name(name: str) -> str:

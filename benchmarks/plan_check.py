@@ -39,7 +39,7 @@ from rnnfast.signatures import BackwardArguments, LayerArguments, Parameters, fl
 # "auto" first: it is compared with the others.
 PLANS = cuda_plan.NAMES
 HIDDEN_SIZES = (128, 256, 512, 768, 1024)
-BATCH_SIZES = (1, 16, 64)
+BATCH_SIZES = (1, 16, 64, 256)
 # Types in the order in which they are measured: what is left when the time is up is the last one's.
 TYPES = ("bfloat16", "tf32", "float32", "float16")
 PASSES = ("forward", "backward")

@@ -47,6 +47,13 @@ static_assert(kinds_fit());
 
 constexpr const KindTraits& traits(Kind kind) { return kKinds[static_cast<int>(kind)]; }
 
+// Which matrix of the recurrence multiplies vectors of this size: the state, or what is projected.
+constexpr Kind multiplier_of(Size columns) {
+  int found = 0;
+  while (!(kKinds[found].multiplies_steps() && kKinds[found].columns == columns)) ++found;
+  return kKinds[found].kind;
+}
+
 // Something of every kind: parameters[Kind::weight_hh].
 template <class T> struct PerKind {
   T of[kKindCount]{};

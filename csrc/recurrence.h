@@ -40,6 +40,12 @@ struct Recurrence {
   const void* cx{};     // (D, B, H) or null: zeros
 };
 
+// Elements of a size that a matrix of the recurrence may have.
+inline int64_t elements_of(Size size, const Recurrence& r) {
+  if (size == Size::gates) return traits(r.mode).gates * r.hidden_size;
+  return size == Size::state ? r.state_size : r.hidden_size;
+}
+
 struct ForwardParams : Recurrence {
   const void* input{};  // (rows, I)
   int64_t input_size = 0;

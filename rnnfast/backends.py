@@ -96,7 +96,7 @@ _CPU = _of_library(
 )  # fmt: skip
 _CUDA = _of_library(
     "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
-    describe=lambda: f"CUDA kernels, one launch a layer or one a step, for {torch.ops.rnnfast.cuda_archs()}",
+    describe=lambda: f"CUDA kernels, one launch a layer or some a step, for {torch.ops.rnnfast.cuda_archs()}",
     kernel=lambda *_: "CUDA",
 )  # fmt: skip
 if libraries.cuda_error is None:

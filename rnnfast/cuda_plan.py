@@ -21,7 +21,7 @@ from . import libraries, ops
 # The plan that calls of this process prefer from the start.
 VARIABLE = "RNNFAST_CUDA_PLAN"
 # What may be asked for by name; "auto" chooses.
-NAMES = ("auto", "step", "block", "cluster", "grid", "grid-barrier")
+NAMES = ("auto", "step", "split", "block", "cluster", "grid", "grid-barrier")
 # Architectures with a well known card in csrc/cuda/plan/costs.h.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # How values are stored and multiplied: float32 as it is, or in TF32.
@@ -37,15 +37,15 @@ class Plan:
     """A plan of one layer, forward or backward.
 
     Attributes:
-        name: "step", "block", "cluster", "grid" or "grid-barrier".
-        persistent: whether it is one launch for all steps.
+        name: "step", "split", "block", "cluster", "grid" or "grid-barrier".
+        persistent: whether a launch does all steps.
         predicted_us: microseconds a step, what a call takes once spread over its steps. A prediction.
         limited_by: what decides: a key of `limits_us`.
         limits_us: what each limit would take alone, microseconds a step: launch, exchange, mma, issue, shared memory,
             L2, HBM, latency.
         recompute: whether backward makes the gates again in place of reading the reserve: never, it saves no time.
         why: in words.
-        layout: sizes of the launch, as csrc/cpu/ops_plan.cpp lists them.
+        layout: sizes of the launch, as csrc/cuda/plan/plan_json.h lists them.
         device: what was known of the device: name, sm, sms, shared_per_block, largest_cluster.
     """
 
@@ -62,22 +62,38 @@ class Plan:
     @property
     def kernels(self) -> str:
         """In a few words: which kernels, and how many launches."""
+        at = self.layout
+        launches = _NUMBERS.get(at.get("launches", 1))  # none where there is no row
+        if self.name == "split":
+            return f"a library's product and a kernel for the cell: {launches} launches a step"
         if not self.persistent:
-            return "one launch a step"
+            return f"{launches} launch{'' if launches == 'one' else 'es'} a step"
         exchange = "one block alone" if self.name == "block" else f"exchange {self.name}"
-        return f"persistent, {exchange}: one launch for all steps"
+        several = self.name.startswith("grid") and at["waves"] > 1
+        count = f"{at['waves']} launches, each" if several else "one launch"
+        return f"persistent, {exchange}: {count} for all steps"
 
     def __str__(self) -> str:
         at = self.layout
         if not self.persistent:
             launches, blocks = at.get("launches", 0), at.get("blocks", 0)  # none where there is no row
-            return f"step: {_count(launches, 'launch', 'es')} a step, of {_count(blocks, 'block')}"
-        waves = f", in {at['waves']} waves" if at["waves"] > 1 else ""
+            if self.name == "split":
+                return (
+                    f"split: {_count(launches, 'launch', 'es')} a step, a product of {_count(blocks, 'block')} by the "
+                    "library and a kernel of whole rows"
+                )
+            return f"{self.name}: {_count(launches, 'launch', 'es')} a step, of {_count(blocks, 'block')}"
+        # Groups that meet through L2 follow in launches of their own.
+        what = "launches" if self.name.startswith("grid") else "waves"
+        waves = f", in {at['waves']} {what}" if at["waves"] > 1 else ""
         return (
             f"{self.name}: {_count(at['groups'], 'group')} of {_count(at['group'], 'block')}{waves}; a block: "
             f"{at['units']} units of {8 * at['batch_tiles']} batch indices, {_count(at['warps'], 'warp')}, "
             f"{(at['shared_bytes'] + 1023) // 1024} KB of shared memory"
         )
+
+
+_NUMBERS = {1: "one", 2: "two", 4: "four"}
 
 
 def _count(number: int, what: str, plural: str = "s") -> str:
@@ -99,6 +115,7 @@ def plan(
     sm: int = 90,
     sms: int = 0,
     name: str = "auto",
+    products_tf32: bool = True,
 ) -> Plan:
     """The plan of one layer.
 
@@ -113,6 +130,9 @@ def plan(
         sm: the architecture, 10 * major + minor. One that is not of `ARCHITECTURES` is taken for the nearest before it.
         sms: SMs of the device, as of a MIG slice; 0: those of a well known card.
         name: of `NAMES`.
+        products_tf32: whether torch's own products of float32 are in TF32 too where `arithmetic` is "tf32": what
+            `torch.backends.cuda.matmul.allow_tf32` says, False unless a program sets it. The plan `split` leaves its
+            products to torch.
 
     Raises:
         Illegal: no layout of that name is possible for the shape on the device.
@@ -120,9 +140,9 @@ def plan(
     """
     if ops.library_error is not None:
         raise RuntimeError(f"rnnfast: a plan needs the C++ library: {ops.library_error}")
-    text = torch.ops.rnnfast.cuda_plan(
-        mode, arithmetic, hidden_size, batch, steps, directions, projection, training, backward, in_graph, sm, sms, name
-    )
+    sizes = (hidden_size, batch, steps, directions, projection)
+    passes = (training, backward, in_graph)
+    text = torch.ops.rnnfast.cuda_plan(mode, arithmetic, *sizes, *passes, sm, sms, name, products_tf32)
     return _told(text, Illegal)
 
 
@@ -140,8 +160,8 @@ def here(
     backward: bool = False,
     emulated: bool = False,
 ) -> Plan:
-    """The plan that a call would take now: on this very device, with the plan that is preferred, TF32 as torch's flag
-    says.
+    """The plan that a call would take now: on this very device, with the plan that is preferred, TF32 as torch's flags
+    say, outside of a CUDA graph. (While one is captured launches cost less, and a call may take another plan.)
 
     Args:
         device: a CUDA device; with `emulated` it does not matter.
@@ -186,13 +206,14 @@ def prefer(name: str) -> Iterator[None]:
     """Has the CUDA kernels, and the emulated ones, run by the plan of this name inside the `with`.
 
     For tests and comparisons: the choice is the process's, of all its threads (autograd runs the backward passes of
-    CUDA tensors in threads of its own). Where the plan is not legal for a call (float64, a projection, a shape that
-    does not fit the device), the step kernels run; `rnnfast.explain` says so. A graph that was captured before keeps
-    its kernels. Without this, calls take what the environment variable RNNFAST_CUDA_PLAN names, else "auto" ("step" in
-    the emulated library).
+    CUDA tensors in threads of its own). Where the plan is not legal for a call (a persistent one of float64, of a
+    projection, or of a shape that does not fit the device), the step kernels run; `rnnfast.explain` says so. A graph
+    that was captured before keeps its kernels. Without this, calls take what the environment variable RNNFAST_CUDA_PLAN
+    names, else "auto" ("step" in the emulated library).
 
     Args:
-        name: of `NAMES`: "auto" (the cheapest by the model), "step", "block", "cluster", "grid" or "grid-barrier".
+        name: of `NAMES`: "auto" (the cheapest by the model), "step", "split", "block", "cluster", "grid" or
+            "grid-barrier".
 
     Raises:
         ValueError: the name is unknown.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda_plan, ops
+from . import cuda_plan, libraries, ops
 from .backends import BACKENDS, asked_for, select, torch_runs_cell, torch_runs_layers, why_reference
 from .cells import Cell
 from .modules import Recurrent
@@ -138,7 +138,10 @@ def _with_plan(found: Explanation, module: Any, input: Any, mode: str, training:
     def planned(backward: bool) -> cuda_plan.Plan:
         if not on_device:
             arithmetic = cuda_plan.arithmetic_of(data.dtype)
-            return cuda_plan.plan(mode, arithmetic, *shape, training=training, backward=backward)
+            products = libraries.products_take_tf32()
+            return cuda_plan.plan(
+                mode, arithmetic, *shape, training=training, backward=backward, products_tf32=products
+            )
         return cuda_plan.here(
             data.device, mode, data.dtype, *shape, training=training, backward=backward,
             emulated=found.backend == "emulated",

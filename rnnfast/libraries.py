@@ -119,17 +119,19 @@ def device_problem() -> str | None:
     return why if why.startswith("no CUDA device") else "no CUDA device"
 
 
-# What the public property reads, at a twentieth of its price.
-_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 # Makes a call that no tracer, and no other mode, sees.
 _untraced: Any = getattr(_python_dispatch, "_disable_current_modes", contextlib.nullcontext)
-# The value that was handed to the CUDA library last.
-_tf32_allowed: bool | None = None
+# The values that were handed to the CUDA library last: for recurrences, and two for torch's own products.
+_tf32_told: tuple[bool, bool, bool] | None = None
 
 
-def _public_precision() -> str:
-    flags: Any = torch.backends.cudnn.rnn
+def _public_precision(backend: str, operation: str) -> str:
+    flags: Any = torch.backends.cudnn.rnn if operation == "rnn" else torch.backends.cuda.matmul
     return str(flags.fp32_precision)
+
+
+# What the public properties read, at a twentieth of their price.
+_precision: Callable[[str, str], str] = getattr(torch._C, "_get_fp32_precision_getter", _public_precision)
 
 
 def tf32_allowed() -> bool:
@@ -138,25 +140,43 @@ def tf32_allowed() -> bool:
     The flag is `torch.backends.cudnn.rnn.fp32_precision`, which `torch.backends.cudnn.allow_tf32` sets too. (Reading
     the latter is an error once a program has set the former.)
     """
-    precision = _precision("cuda", "rnn") if _precision is not None else _public_precision()
-    return bool(precision == "tf32")
+    return bool(_precision("cuda", "rnn") == "tf32")
+
+
+def products_take_tf32() -> bool:
+    """Whether torch's own products of float32 are in TF32: what `torch.backends.cuda.matmul.fp32_precision` says.
+
+    Some CUDA kernels leave a product to torch, which follows its own flag; where that one says TF32 and
+    `tf32_allowed` not, they are no choice.
+    """
+    return bool(_precision("cuda", "matmul") == "tf32")
+
+
+# What torch.backends.cuda.matmul.allow_fp16_accumulation reads.
+_half_sums: Callable[[], bool] = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
+
+
+def products_take_half_sums() -> bool:
+    """Whether torch's own products of float16 add up in float16; then none of them gives sums in float32, which the
+    kernels that leave a product to torch want."""
+    return _half_sums()
 
 
 def follow_tf32() -> bool:
-    """Tells the CUDA library whether it may use TF32.
+    """Tells the CUDA library whether it may use TF32, and how torch's products are rounded.
 
     Returns:
         What is allowed now.
     """
-    global _tf32_allowed
-    allowed = tf32_allowed()
-    if allowed != _tf32_allowed:
+    global _tf32_told
+    told = (tf32_allowed(), products_take_tf32(), products_take_half_sums())
+    if told != _tf32_told:
         # Behind the back of whoever traces: in an exported program the call would set the flag at each run, unknown to
         # Python.
         with _untraced():
-            torch.ops.rnnfast.cuda_allow_tf32(allowed)
-        _tf32_allowed = allowed
-    return allowed
+            torch.ops.rnnfast.cuda_allow_tf32(*told)
+        _tf32_told = told
+    return told[0]
 
 
 # The effect of torch.compiler.assume_constant_result, which would import Dynamo: Dynamo calls these while it traces and

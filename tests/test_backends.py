@@ -146,6 +146,7 @@ class Library:
     problem: str = ""
     asked: int = 0
     told: list[bool] = dataclasses.field(default_factory=list)
+    told_of_products: list[bool] = dataclasses.field(default_factory=list)
 
     def cuda_problem(self) -> str:
         self.asked += 1
@@ -157,9 +158,10 @@ class Library:
     def cuda_device_count(self) -> int:
         return 0 if self.problem else 2
 
-    def cuda_allow_tf32(self, allowed: bool) -> bool:
+    def cuda_allow_tf32(self, recurrences: bool, products: bool, half_sums: bool) -> bool:
         before = self.told[-1] if self.told else False
-        self.told.append(allowed)
+        self.told.append(recurrences)
+        self.told_of_products.append(products)
         return before
 
 
@@ -178,7 +180,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(libraries, "cuda_error", None)
     monkeypatch.setattr(libraries, "_machine_problem", None)
-    monkeypatch.setattr(libraries, "_tf32_allowed", None)
+    monkeypatch.setattr(libraries, "_tf32_told", None)
     monkeypatch.setattr(availability, "problem", lambda: "Triton is not installed")
     monkeypatch.setattr(availability, "interpreted", lambda: False)
     compiled = ops.overloads("rnnfast")
@@ -272,6 +274,18 @@ def test_tf32_follows_torchs_flag(library: Library, tf32_flag: None) -> None:
     assert library.told == [False, True, False]
 
 
+def test_tf32_of_products_follows_torchs_other_flag(library: Library) -> None:
+    call = make_call("GRU", dtype=torch.float32)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            call.forward(BACKENDS["cuda"].kernels)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert library.told_of_products == [False, True, False]
+
+
 def test_tf32_follows_torchs_older_flag(library: Library) -> None:
     call = make_call("RNN_TANH", dtype=torch.float32)
     saved = call.forward(reference)
@@ -309,12 +323,12 @@ def test_the_library_answers_without_a_card_too() -> None:
 @pytest.mark.skipif(libraries.cuda_error is not None, reason=f"no CUDA library: {libraries.cuda_error}")
 def test_an_exported_program_does_not_set_the_tf32_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though tracing makes the first call after a change of the flag."""
-    monkeypatch.setattr(libraries, "_tf32_allowed", None)
+    monkeypatch.setattr(libraries, "_tf32_told", None)
     # The ops that CUDA tensors take, on CPU tensors: the dispatcher goes by these.
     monkeypatch.setattr(BACKENDS["cpu"], "kernels", BACKENDS["cuda"].kernels)
     program = torch.export.export(rnnfast.LSTM(3, 5).eval(), (torch.randn(4, 2, 3),), strict=False)
-    assert libraries._tf32_allowed is not None
-    assert torch.ops.rnnfast.cuda_allow_tf32(libraries._tf32_allowed) == libraries._tf32_allowed
+    assert libraries._tf32_told is not None
+    assert torch.ops.rnnfast.cuda_allow_tf32(*libraries._tf32_told) == libraries._tf32_told[0]
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert [target for target in targets if target.startswith("rnnfast")] == ["rnnfast.layer.default"]
 

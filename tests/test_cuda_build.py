@@ -121,6 +121,14 @@ def test_the_main_loop_on_tensor_cores_is_what_its_tiles_ask_for() -> None:
 
 @needs_objects
 @needs_cuobjdump
+def test_two_blocks_of_a_step_kernel_fit_an_sm_of_a_card_that_overlaps_launches() -> None:
+    """One of them of the next step, which loads its weights while this one runs."""
+    kernels = [k for k in cuda_resources.resources() if k.kernel.startswith("step_") and k.arch == "sm_90a"]
+    assert [kernel for kernel in kernels if kernel.blocks < 2] == []
+
+
+@needs_objects
+@needs_cuobjdump
 def test_persistent_kernels_are_all_there_and_named_so() -> None:
     built = {(kernel.kernel, kernel.arch) for kernel in cuda_resources.resources()}
     archs = {arch for _, arch in built}

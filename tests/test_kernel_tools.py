@@ -114,6 +114,22 @@ def test_an_iteration_is_the_way_with_the_copies(kernel: machine_code.Function) 
     assert (counts["HMMA"], counts["LDGSTS"], counts["LDG"]) == (2, 1, 0)
 
 
+@pytest.mark.parametrize(("copies", "main"), [((0, 1), 1), ((1, 0), 0), ((2, 1), 1), ((1, 2), 0)])
+def test_of_loops_with_as_many_products_the_main_one_copies_in_few_instructions(
+    copies: tuple[int, int], main: int
+) -> None:
+    """The other multiplies vectors that start anywhere."""
+    lines = [".section\t.text._Z1kv"]
+    for n, count in enumerate(copies):
+        of_loop = ["LDGSTS.E.BYPASS.128 [R87], desc[UR10][R84.64]"] * count or ["LDG.E.U16 R5, desc[UR10][R90.64]"]
+        of_loop += ["HMMA.16816.F32.BF16 R80, R108, R92, R80", f"@P0 BRA `(.L_x_{n})"]
+        lines += [f".L_x_{n}:", *(f"/*{256 * n + 16 * i:04x}*/ {text} ;" for i, text in enumerate(of_loop))]
+    text = "\n".join(line if line.startswith(".L") else "\t" + line for line in [*lines, "/*0300*/ EXIT ;"])
+    found = machine_code.functions(text + "\n")["_Z1kv"]
+    assert [loop.products() for loop in found.loops] == [1, 1]
+    assert found.main_loop() is found.loops[main]
+
+
 def test_a_time_loop_is_found_with_its_longest_way() -> None:
     """The outermost with products and a barrier: each loop inside once, here by the longer of its two ways."""
     barrier = "BAR.SYNC.DEFER_BLOCKING 0x0"

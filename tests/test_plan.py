@@ -24,7 +24,8 @@ from rnnfast.cuda_plan import ARCHITECTURES, ARITHMETICS, Illegal, Plan, plan
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 LIMITS = ["launch", "exchange", "mma", "issue", "shared memory", "L2", "HBM", "latency"]
-FORCED = ("block", "cluster", "grid", "grid-barrier")
+PERSISTENT = ("block", "cluster", "grid", "grid-barrier")
+FORCED = ("step", "split", *PERSISTENT)
 
 pytestmark = pytest.mark.skipif(ops.library_error is not None, reason=str(ops.library_error))
 
@@ -59,8 +60,11 @@ def check(found: Plan, hidden: int, batch: int, directions: int) -> None:
     else:
         assert found.name in ("grid", "grid-barrier")
         assert at["group"] >= 2
-        assert at["groups"] * at["group"] <= device["sms"], "not all blocks at the same time"
-        assert at["waves"] == 1
+        at_once = min(at["groups"], at["groups_at_once"])
+        assert at_once * at["group"] <= device["sms"], "not all blocks of a launch at the same time"
+        # As many groups of both directions as there is room for, the others in launches of their own.
+        assert at["groups_at_once"] == device["sms"] // at["group"] // directions * directions
+        assert at["waves"] == -(-at["groups"] // at["groups_at_once"])
 
 
 def random_request(draw: random.Random) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def random_request(draw: random.Random) -> dict[str, Any]:
 
 
 def test_plans_are_legal() -> None:
-    draw, names = random.Random(15), dict.fromkeys(("step", *FORCED), 0)
+    draw, names = random.Random(15), dict.fromkeys(FORCED, 0)
     refused: list[tuple[str, str]] = []
     for name, _ in itertools.product(("auto", *FORCED), range(1500)):
         request = random_request(draw)
@@ -106,7 +110,7 @@ def test_plans_are_legal() -> None:
             assert request["arithmetic"] != "float64"
             assert not request["projection"]
         else:
-            assert found.name == "step"
+            assert found.name in ("step", "split")
     assert all(why.startswith(name.removesuffix("-barrier")) for name, why in refused)
     assert "auto" not in dict(refused)
     # The sample reaches all of them.
@@ -118,7 +122,7 @@ def test_nothing_cheaper_is_passed_over() -> None:
     for _ in range(300):
         request = random_request(draw)
         chosen = plan(**request)
-        for name in ("step", *FORCED):
+        for name in FORCED:
             try:
                 other = plan(**request, name=name)
             except Illegal:
@@ -144,16 +148,37 @@ def test_more_to_do_takes_no_less(sm: int, arithmetic: str, backward: bool) -> N
 
 def test_what_is_left_to_the_step_kernels() -> None:
     assert plan("LSTM", "float64", 64, 4).name == "step"
+    assert plan("LSTM", "float64", 1024, 64).name == "split"
     assert "float64" in plan("LSTM", "float64", 64, 4).why
     projected = plan("LSTM", "bfloat16", 64, 4, projection=32)
     assert (projected.name, projected.layout["launches"]) == ("step", 2)
     assert "projection" in projected.why
-    for name in FORCED:
+    for name in PERSISTENT:
         with pytest.raises(Illegal, match=f"{name}: float64 runs step by step"):
             plan("LSTM", "float64", 64, 4, name=name)
         with pytest.raises(Illegal, match=f"{name}: a projection runs step by step"):
             plan("LSTM", "bfloat16", 64, 4, projection=32, name=name)
-    assert plan("LSTM", "bfloat16", 8192, 64).name == "step"
+    assert plan("LSTM", "bfloat16", 8192, 16).name == "step"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("projection", [0, 512])
+def test_the_large_end_is_split(projection: int, backward: bool) -> None:
+    """A block of the step kernels reads its weights again for every 8 to 32 batch indices, a library for 128 or so."""
+    for mode, arithmetic in itertools.product(("LSTM", "GRU"), ARITHMETICS):
+        sizes = (2048, 512, 100, 1, projection if CELLS[mode].may_project else 0)
+        found = plan(mode, arithmetic, *sizes, backward=backward)
+        assert (found.name, found.persistent) == ("split", False)
+        assert found.layout["launches"] == (4 if sizes[-1] else 2)
+        assert str(found).startswith(f"split: {found.layout['launches']} launches a step, a product of ")
+        step = plan(mode, arithmetic, *sizes, backward=backward, name="step")
+        assert found.predicted_us < step.predicted_us
+        assert f"step {step.predicted_us:.2f} us" in found.why
+        # Where a graph launches, the host's share is gone.
+        small = (64, 4, 100, 1, 32 if sizes[-1] else 0)
+        alone, graphed = (plan(mode, arithmetic, *small, name="split", in_graph=graph) for graph in (False, True))
+        assert alone.limited_by == "launch"
+        assert graphed.predicted_us < 0.8 * alone.predicted_us
 
 
 def test_why_a_plan_is_not_possible() -> None:
@@ -161,13 +186,15 @@ def test_why_a_plan_is_not_possible() -> None:
         plan("LSTM", "bfloat16", 256, 16, sm=80, name="cluster")
     with pytest.raises(Illegal, match=r"grid: needs \d+ KB of shared memory a block, there are 227 KB"):
         plan("LSTM", "float32", 2048, 16, name="grid")
-    with pytest.raises(Illegal, match="grid: needs 32 blocks at the same time, one an SM; there are 16 SMs"):
-        plan("LSTM", "bfloat16", 128, 256, sms=16, name="grid")
+    with pytest.raises(Illegal, match="grid: needs 4 blocks at the same time, one an SM; there are 3 SMs"):
+        plan("LSTM", "bfloat16", 16, 256, directions=2, sms=3, name="grid")
     with pytest.raises(Illegal, match=r"block: needs .* KB of shared memory|block: more cells"):
         plan("LSTM", "bfloat16", 1024, 16, name="block")
     with pytest.raises(Illegal, match="cluster: there are too few units"):
         plan("LSTM", "bfloat16", 8, 16, name="cluster")
-    with pytest.raises(Illegal, match="expected one of auto, step, block, cluster, grid, grid-barrier, got tiles"):
+    with pytest.raises(
+        Illegal, match="expected one of auto, step, split, block, cluster, grid, grid-barrier, got tiles"
+    ):
         plan("LSTM", "bfloat16", 8, 16, name="tiles")
 
 
@@ -266,6 +293,21 @@ def test_the_step_kernels_tiles_are_those_of_the_model() -> None:
         assert found.layout["blocks"] == 1024 // (8 * int(count)) * 4, name
     assert len(tiles) == len(ARITHMETICS)
     assert "constexpr int kUnits = 16;" in (CSRC / "cuda/step/block.cuh").read_text()
+
+
+def test_blocks_take_few_batch_indices_where_sms_would_be_idle() -> None:
+    """And many where all SMs have some anyway, and L2 would have to hand out the weights once more."""
+
+    def blocks(hidden: int, batch: int, arithmetic: str = "bfloat16", **more: Any) -> int:
+        return plan("LSTM", arithmetic, hidden, batch, name="step", **more).layout["blocks"]
+
+    assert blocks(256, 8) == 256 // 16
+    assert blocks(256, 32) == 4 * 256 // 16
+    assert blocks(1024, 32) == 1024 // 16
+    assert blocks(1024, 32, backward=True) == 1024 // 16
+    assert blocks(256, 256) == 8 * 256 // 16
+    assert blocks(512, 16, "float32") == 2 * 512 // 16
+    assert blocks(1024, 16, "float64") == 1024 // 16
 
 
 # ---- the table of constants -----------------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ REFUSED = {
     "kColumn": (PRODUCT, "kColumn = kWeights + 4;", "kColumn = kWeights - 4;", "kColumn must be at least kWeights"),
     "kBudget": (PRODUCT, "kBudget = 96 << 10,", "kBudget = 100 << 10,", "kBudget must be at most 99 KB"),
     "kMostDepth": (PRODUCT, "kMostDepth = 6;", "kMostDepth = 1;", "kMostDepth must be at least 2"),
-    "kLargeBatchTiles": (ARITHMETIC, "kLargeBatchTiles = 4;", "kLargeBatchTiles = 5;", "must be 1 to 4"),
     "no tiles": (ARITHMETIC, "kLargeBatchTiles = 4;", "kLargeBatchTiles = 0;", "kBatchTiles must be at least 1"),
     "kTensorCores": (ARITHMETIC, "kTensorCores = true;", "kTensorCores = false;", "must be true for 16-bit types"),
     "float32 on tensor cores": (
@@ -77,6 +76,7 @@ LEGAL = {
     "two batch tiles": (PERSISTENT, "? 2 : 4;", "? 2 : 2;"),
     "fewer registers": (PERSISTENT, "? 6 : many ? 7 : 8};", "? 6 : many ? 7 : 4};"),
     "one tile": (ARITHMETIC, "kLargeBatchTiles = 4;", "kLargeBatchTiles = 1;"),
+    "five tiles": (ARITHMETIC, "kLargeBatchTiles = 4;", "kLargeBatchTiles = 5;"),
 }
 
 

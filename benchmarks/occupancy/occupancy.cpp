@@ -3,10 +3,10 @@
 // and the rules of allocation from NVIDIA's own calculator, cuda_occupancy.h of the CUDA toolkit.
 //
 //   occupancy launches      a line for each kernel: kind, family, arithmetic (numbers), the kernel's type, its exchange
-//                           ("": none), tiles of batch indices, threads a block, bytes of dynamic shared memory a
-//                           block, passes and chunks whose weights are in registers (persistent.h); between tabs.
-//                           Threads and shared memory of the persistent kernels are chosen when they are launched: of
-//                           threads the most stands here, of shared memory -1
+//                           ("": none), tiles of batch indices (of a row kernel units an access), threads a block,
+//                           bytes of dynamic shared memory a block, passes and chunks whose weights are in registers
+//                           (persistent.h); between tabs. Threads and shared memory of the persistent kernels are
+//                           chosen when they are launched: of threads the most stands here, of shared memory -1
 //   occupancy most          for each architecture the most shared memory that plan.h asks for
 //   occupancy occupancy     for each line of stdin, "major minor threads registers static dynamic": the blocks that an
 //                           SM holds, their warps, the warps that it could hold, and what limits the blocks
@@ -21,6 +21,7 @@
 
 #include "cuda/persistent/launch.cuh"
 #include "cuda/plan.h"
+#include "cuda/split/launch.cuh"
 #include "cuda/step/launch.cuh"
 
 namespace {
@@ -76,6 +77,21 @@ template <Family kFamily, class Type> struct PersistentLaunches {
   }
 };
 template <Family kFamily> struct PersistentLaunches<kFamily, rnnfast::gpu::Float64> {
+  static std::string kernels() { return ""; }
+};
+
+template <Family kFamily, class Type> struct SplitLaunches {
+  static std::string kernels() {
+    std::string lines;
+    rnnfast::gpu::for_each_split_kernel<kFamily, Type>(
+        [&]<class Kernel, int kWidth>(Kernel, std::integral_constant<int, kWidth>) {
+          lines += line_of<Kernel>({"", kWidth, rnnfast::gpu::kRowThreads, 0, {0, 0}});
+        });
+    return lines;
+  }
+};
+// Those of float32.
+template <Family kFamily> struct SplitLaunches<kFamily, rnnfast::gpu::Tf32> {
   static std::string kernels() { return ""; }
 };
 
@@ -168,6 +184,7 @@ int main(int count, char** arguments) {
   if (task == "launches") {
     print_launches<StepLaunches>("step");
     print_launches<PersistentLaunches>("persistent");
+    print_launches<SplitLaunches>("split");
     return 0;
   }
   if (task == "most") {

@@ -27,8 +27,8 @@ RNNFAST_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(sta
 #endif
 
 // kTensorCores: for float32 a choice, which Float32 and Tf32 are; else legal is true for 16-bit types and false for
-// float64 (product.cuh). kLargeBatchTiles: tiles of 8 batch indices a block takes where the batch is large. Legal: 1 to
-// 4, one batch index for each lane of a warp; as many as registers allow without spills (tests/test_cuda_build.py).
+// float64 (product.cuh). kLargeBatchTiles: tiles of 8 batch indices a block takes where the batch is large. Legal: from
+// 1 on, as many as registers allow without spills (tests/test_cuda_build.py).
 struct Float64 {
   static constexpr Arithmetic kArithmetic = Arithmetic::float64;
   using Storage = double;

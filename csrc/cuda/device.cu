@@ -1,6 +1,7 @@
 #include "device.h"
 
 #include <atomic>
+#include <cstring>
 
 #include "primitives/launch.h"
 
@@ -12,6 +13,22 @@ int device_count() { return 1; }
 std::string device_problem() { return ""; }
 bool has_dependent_launch() { return true; }
 std::string device_memory(int, int64_t&, int64_t&) { return ""; }
+
+namespace {
+void copy_bytes(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+void zero_bytes(void* to, int64_t bytes) { std::memset(to, 0, static_cast<size_t>(bytes)); }
+}  // namespace
+// As all that is on the stream: behind the launches before it.
+std::string copy_on_device(void* to, const void* from, int64_t bytes, void* /*stream*/) {
+  LaunchConfig config;
+  config.name = "copy_on_device";
+  return launch(config, copy_bytes, to, from, bytes);
+}
+std::string zero_on_device(void* to, int64_t bytes, void* /*stream*/) {
+  LaunchConfig config;
+  config.name = "zero_on_device";
+  return launch(config, zero_bytes, to, bytes);
+}
 
 #else
 
@@ -41,6 +58,23 @@ std::string device_problem() {
     return "no CUDA device: there is no NVIDIA driver";
   if (error == cudaSuccess || error == cudaErrorNoDevice) return "no CUDA device";
   return detail::error_text(error, "probe");
+}
+
+namespace {
+std::string told(cudaError_t error, const char* name) {
+  if (error == cudaSuccess) return "";
+  static_cast<void>(cudaGetLastError());
+  return detail::error_text(error, name);
+}
+}  // namespace
+
+std::string copy_on_device(void* to, const void* from, int64_t bytes, void* stream) {
+  return told(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
+                              static_cast<cudaStream_t>(stream)),
+              "copy_on_device");
+}
+std::string zero_on_device(void* to, int64_t bytes, void* stream) {
+  return told(cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "zero_on_device");
 }
 
 // Not the card alone decides: of a build for 8.0 a later card runs kernels in which the wait is left out, and a launch

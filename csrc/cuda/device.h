@@ -13,6 +13,10 @@ std::string device_problem();
 // later one, and the kernels are built for such a one.
 bool has_dependent_launch();
 
+// On the stream, within the device's memory; "" or what went wrong.
+std::string copy_on_device(void* to, const void* from, int64_t bytes, void* stream);
+std::string zero_on_device(void* to, int64_t bytes, void* stream);
+
 // The bytes of a device's memory; "", or the error of a kernel or copy that no call on this device gets past any more.
 std::string device_memory(int device, int64_t& free, int64_t& total);
 

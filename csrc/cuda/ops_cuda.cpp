@@ -7,10 +7,12 @@
 #include <limits>
 
 #include "../layer_ops.h"
+#include "aten.h"
 #include "device.h"
 #include "persistent/persistent_call.h"
 #include "plan/plan_json.h"
 #include "planned.h"
+#include "split/split_tensors.h"
 #include "step/step_loop.h"
 
 #if defined(RNNFAST_EMULATED)
@@ -29,40 +31,11 @@ rnnfast::DeviceMemory rnnfast::device_memory(const Tensor& on) {
 namespace rnnfast::gpu {
 namespace {
 
-// Whether float32 recurrences may multiply in TF32. Python passes torch's flag on when it changes.
-std::atomic<bool> tf32_allowed{false};
-
-// ---- ATen, below autograd and autocast ------------------------------------------------------------------------------
-
-template <class... Args> Tensor call_aten(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  const auto status = torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION);
-  RNNFAST_CHECK(status == TORCH_SUCCESS, "rnnfast: ", name, ": ", said_or_logged(torch_error()));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-// A product into a tensor that is there; it may still want memory to work in.
-template <class... Args>
-Tensor product_into(const Tensor& result, const char* op, const char* name, const Args&... args) {
-  try {
-    return call_aten(name, "out", args..., result);
-  } catch (const std::exception&) { fail_for_memory(op, name, -1, result, torch_error(), true); }
-}
-Tensor detached(const Tensor& tensor) { return call_aten("aten::detach", "", tensor); }
-
-// Along the first dimension.
-Tensor concatenated(const char* op, const char* name, const Tensors& tensors) {
-  if (tensors.size() == 1) return tensors[0];
-  const Tensor& first = tensors[0];
-  int64_t sizes[2] = {0, first.dim() == 2 ? first.size(1) : 1};
-  for (const Tensor& tensor : tensors) sizes[0] += tensor.size(0);
-  const Sizes shape(sizes, static_cast<size_t>(first.dim()));
-  return allocate({op, name, shape, first.scalar_type(), first, "", true},
-                  [&] { return call_aten("aten::cat", "", tensors, int64_t{0}); });
-}
-// The stable interface passes no Scalar, which add has; its subtract takes a factor.
-Tensor sum_of(const char* op, const char* name, const Tensor& a, const Tensor& b) {
-  return allocate({op, name, a.sizes(), a.scalar_type(), a, "", true},
-                  [&] { return torch::stable::subtract(a, b, -1.0); });
+// How products may be rounded. Python passes torch's flags on when they change.
+std::atomic<bool> tf32_allowed{false}, library_takes_tf32{false}, library_takes_half_sums{false};
+Precision precision() {
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  return {tf32_allowed.load(kRelaxed), library_takes_tf32.load(kRelaxed), library_takes_half_sums.load(kRelaxed)};
 }
 
 // ---- devices and streams --------------------------------------------------------------------------------------------
@@ -116,11 +89,17 @@ struct CudaBackend {
     const Tensor gates = input_projection(p, context, places);
     p.gates = data_of(gates);
     hold_parameters(traits(Kind::bias_hh), context, p, places);
-    const bool allow_tf32 = tf32_allowed.load(std::memory_order_relaxed);
-    if (const auto layout = planned_layout(p, allow_tf32, p.reserve || p.cell_states, false)) {
-      const Scratch scratch(context, *layout, p, false);
+    const bool allow_tf32 = precision().allow_tf32;
+    const bool training = p.reserve || p.cell_states;
+    const Planned planned = planned_kernels(p, {precision(), training, false});
+    if (planned.kernels == Kernels::persistent) {
+      const Scratch scratch(context, planned.layout, p, false);
       return finish(context.op,
-                    run_persistent_forward(p, *layout, scratch.workspace, allow_tf32, current.device.stream));
+                    run_persistent_forward(p, planned.layout, scratch.workspace, allow_tf32, current.device.stream));
+    }
+    if (planned.kernels == Kernels::split) {
+      const SplitTensors split(context, p, places, true, current.device.stream);
+      return finish(context.op, run_split_forward(p, split.workspace, allow_tf32, current.device));
     }
     StepWorkspace workspace;
     const Tensor carry = carried(traits(p.mode).has_cell_state, p, context, workspace);
@@ -133,10 +112,16 @@ struct CudaBackend {
   static void backward(const BackwardParams& p, const Context& context, const Places& places) {
     const char* const op = context.op;
     const CurrentDevice current(context.like);
-    const bool allow_tf32 = tf32_allowed.load(std::memory_order_relaxed);
-    if (const auto layout = planned_layout(p, allow_tf32, true, true)) {
-      const Scratch scratch(context, *layout, p, true);
-      return finish(op, run_persistent_backward(p, *layout, scratch.workspace, allow_tf32, current.device.stream));
+    const bool allow_tf32 = precision().allow_tf32;
+    const Planned planned = planned_kernels(p, {precision(), true, true});
+    if (planned.kernels == Kernels::persistent) {
+      const Scratch scratch(context, planned.layout, p, true);
+      return finish(op,
+                    run_persistent_backward(p, planned.layout, scratch.workspace, allow_tf32, current.device.stream));
+    }
+    if (planned.kernels == Kernels::split) {
+      const SplitTensors split(context, p, places, false, current.device.stream);
+      return finish(op, run_split_backward(p, split.workspace, allow_tf32, current.device));
     }
     StepWorkspace workspace;
     const Tensor carry = carried(carries(traits(p.mode)), p, context, workspace);
@@ -197,7 +182,7 @@ struct CudaBackend {
     const Tensor flat = torch::stable::view(gates, {x.size(0), gates.size(gates.dim() - 1)});
     const OptionalTensor bias = biases.empty() ? OptionalTensor() : concatenated(op, "biases", biases);
     // The out variant: autocast leaves it alone.
-    product_into(flat, op, "aten::linear", x, concatenated(op, "weight_ih", weights), bias);
+    product_into(flat, op, "aten::linear", "out", x, concatenated(op, "weight_ih", weights), bias);
     return gates;
   }
 
@@ -224,7 +209,12 @@ struct CudaBackend {
   }
 };
 
-bool allow_tf32(bool allowed) { return tf32_allowed.exchange(allowed); }
+// TF32 in recurrences, and what torch's own products take: TF32, and sums of float16 in float16. The first as it was.
+bool allow_tf32(bool recurrences, bool products, bool half_sums) {
+  library_takes_tf32 = products;
+  library_takes_half_sums = half_sums;
+  return tf32_allowed.exchange(recurrences);
+}
 // Of every call from now on, where it is legal; the one before.
 std::string prefer_plan(std::string name) {
   std::string known;
@@ -247,7 +237,9 @@ std::string plan_here(std::string mode, std::string dtype, int64_t hidden, int64
                       int64_t directions, int64_t projection, bool training, bool backward) {
   const char* const op = "rnnfast::cuda_plan_here";
   Request request = checked_request(op, mode, hidden, batch, steps, directions, projection, training, backward);
-  request.arithmetic = arithmetic_of(dtype_of_name(op, dtype), tf32_allowed.load(std::memory_order_relaxed));
+  request.arithmetic = arithmetic_of(dtype_of_name(op, dtype), precision().allow_tf32);
+  request.library_tf32 = precision().library_tf32;
+  request.library_half_sums = precision().library_half_sums;
   // Of a cell without them, training writes no more than inference.
   const CellTraits& cell = traits(request.mode);
   request.training = backward || (training && (cell.reserve || cell.has_cell_state));
@@ -257,6 +249,7 @@ std::string plan_here(std::string mode, std::string dtype, int64_t hidden, int64
 }
 #if defined(RNNFAST_EMULATED)
 std::string launched() { return emulator::launched(); }
+bool by_torch(bool wanted) { return products_by_torch().exchange(wanted); }
 void set_seed(int64_t seed) { emulator::options().seed = static_cast<uint64_t>(seed); }
 #else
 int64_t count_devices() { return device_count(); }
@@ -274,7 +267,8 @@ constexpr const char* kPlanHere =
 #if defined(RNNFAST_EMULATED)
 STABLE_TORCH_LIBRARY(rnnfast_emulated, library) {
   rnnfast::define_layer_ops(library);
-  library.def("allow_tf32(bool allowed) -> bool");
+  library.def("allow_tf32(bool recurrences, bool products=False, bool half_sums=False) -> bool");
+  library.def("products_by_torch(bool by_torch) -> bool");
   library.def("set_seed(int seed) -> ()");
   library.def("prefer_plan(str name) -> str");
   library.def(std::string("plan_here").append(rnnfast::gpu::kPlanHere).c_str());
@@ -285,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CPU, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CompositeExplicitAutograd, library) {
   library.impl("allow_tf32", TORCH_BOX(&rnnfast::gpu::allow_tf32));
+  library.impl("products_by_torch", TORCH_BOX(&rnnfast::gpu::by_torch));
   library.impl("set_seed", TORCH_BOX(&rnnfast::gpu::set_seed));
   library.impl("prefer_plan", TORCH_BOX(&rnnfast::gpu::prefer_plan));
   library.impl("plan_here", TORCH_BOX(&rnnfast::gpu::plan_here));
@@ -292,7 +287,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CompositeExplicitAutograd, library) 
 }
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, library) {
-  library.def("cuda_allow_tf32(bool allowed) -> bool");
+  library.def("cuda_allow_tf32(bool recurrences, bool products=False, bool half_sums=False) -> bool");
   library.def("cuda_prefer_plan(str name) -> str");
   library.def(std::string("cuda_plan_here").append(rnnfast::gpu::kPlanHere).c_str());
   library.def("cuda_device_count() -> int");

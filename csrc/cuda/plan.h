@@ -8,10 +8,12 @@
 #include <string>
 
 #include "plan/model.h"
+#include "plan/split_model.h"
 
 namespace rnnfast::gpu {
 
-enum class Kernels { step, persistent };
+enum class Kernels { step, persistent, split };
+constexpr std::array<const char*, 3> kKernelsNames = {"step", "persistent", "split"};
 
 struct Plan {
   Kernels kernels = Kernels::step;
@@ -26,24 +28,47 @@ struct Plan {
   std::string error;       // nothing of that name is legal: why; else ""
 
   const char* name() const {
-    if (kernels == Kernels::step) return "step";
-    return name_of(layout);
+    return kernels == Kernels::persistent ? name_of(layout) : kKernelsNames[static_cast<size_t>(kernels)];
   }
 };
 
 // What a plan may be asked for by name; "auto" chooses.
-constexpr std::array<const char*, 6> kPlanNames = {"auto", "step", "block", "cluster", "grid", "grid-barrier"};
+constexpr std::array<const char*, 7> kPlanNames = {"auto", "step", "split", "block", "cluster", "grid", "grid-barrier"};
 
 namespace detail {
+
+inline void set_cost(const Prediction& cost, Plan& plan) {
+  plan.predicted_us = cost.us();
+  plan.parts = cost.parts();
+  plan.limited_by = cost.limited_by();
+}
+
+// Whether there is a row, on a device.
+inline bool has_rows(const Request& request, const DeviceProperties& device) {
+  return request.hidden_size >= 1 && request.batch >= 1 && device.sms >= 1;
+}
 
 inline Plan step_plan(const Request& request, const DeviceProperties& device, std::string why) {
   Plan plan;
   plan.why = std::move(why);
-  if (request.hidden_size < 1 || request.batch < 1 || device.sms < 1) return plan;
-  const Prediction cost = step_cost(request, device).prediction;
-  plan.predicted_us = cost.us();
-  plan.parts = cost.parts();
-  plan.limited_by = cost.limited_by();
+  if (has_rows(request, device)) set_cost(step_cost(request, device).prediction, plan);
+  return plan;
+}
+
+// `error` says why there is none.
+inline Plan split_plan(const Request& request, const DeviceProperties& device) {
+  Plan plan;
+  plan.kernels = Kernels::split;
+  if (!has_rows(request, device) || request.steps < 1)
+    plan.error = "split: there is nothing to compute";
+  else if (request.arithmetic == Arithmetic::float32 && request.library_tf32)
+    plan.error = "split: torch's products of float32 are in TF32 now, which this recurrence may not use";
+  else if (request.arithmetic == Arithmetic::float16 && request.library_half_sums)
+    plan.error = "split: torch's products of float16 add up in float16 now, and can give no sums in float32";
+  else if (request.batch >= int64_t{1} << 31)
+    plan.error = "split: 2^31 batch indices or more run step by step";
+  else
+    set_cost(split_cost(request, device).prediction, plan);
   return plan;
 }
 
@@ -77,8 +102,8 @@ inline bool is_legal(const Request& request, const DeviceProperties& device, con
   lower(obstacles.least_shared, shape.map.bytes);
   if (shape.map.bytes > device.shared_per_block) return false;
   const Residency resident = residency(request, device, layout);
-  // Groups of blocks that only meet among themselves may follow one another; through L2 all must be there.
-  const int64_t groups = layout.exchange == Exchange::grid ? resident.groups : 1;
+  // Groups of blocks that only meet among themselves may follow one another; through L2 all of a launch must be there.
+  const int64_t groups = layout.exchange == Exchange::grid ? request.directions : 1;
   if (resident.at_once >= groups) return true;
   lower(obstacles.least_blocks, groups * layout.group);
   return false;
@@ -140,9 +165,9 @@ inline std::optional<Plan> best_of(const Request& request, const DevicePropertie
         best->layout = layout;
         best->shape = shape;
         best->residency = residency(request, device, layout);
-        best->predicted_us = cost.us();
-        best->parts = cost.parts();
-        best->limited_by = cost.limited_by();
+        if (exchange == Exchange::grid && best->residency.waves > 1)
+          best->layout.launch_tiles = static_cast<int>(best->residency.at_once / request.directions);
+        set_cost(cost, *best);
       }
     }
   }
@@ -161,34 +186,46 @@ inline std::string microseconds(double us) {
 
 // The plan for a request: forward and backward are planned separately, each with a layout of its own.
 inline Plan choose_plan(const Request& request, const DeviceProperties& device) {
-  if (std::string why = detail::never_persistent(request); !why.empty())
-    return detail::step_plan(request, device, std::move(why));
-  Plan step = detail::step_plan(request, device, "");
+  const Plan step = detail::step_plan(request, device, ""), split = detail::split_plan(request, device);
+  const Plan& simple = split.error.empty() && split.predicted_us < step.predicted_us ? split : step;
+  const Plan& other = &simple == &split ? step : split;
+  const auto text_of = [](const Plan& plan) {
+    return plan.error.empty() ? std::string(plan.name()) + " " + detail::microseconds(plan.predicted_us) : plan.error;
+  };
   std::optional<Plan> best;
-  std::string others;
-  for (const Exchange exchange : {Exchange::block, Exchange::cluster, Exchange::grid}) {
-    for (const bool barrier : {false, true}) {
-      if (barrier && exchange != Exchange::grid) continue;
-      std::string hinders;
-      std::optional<Plan> found = detail::best_of(request, device, exchange, barrier, hinders);
-      // The exchange through L2 has the same obstacles either way.
-      const std::string about = found ? found->name() + (" " + detail::microseconds(found->predicted_us)) : hinders;
-      if (found || !barrier) others += (others.empty() ? "" : "; ") + about;
-      if (found && (!best || found->predicted_us < best->predicted_us)) best = std::move(found);
+  std::string others, no_persistent = detail::never_persistent(request);
+  if (no_persistent.empty()) {
+    for (const Exchange exchange : {Exchange::block, Exchange::cluster, Exchange::grid}) {
+      for (const bool barrier : {false, true}) {
+        if (barrier && exchange != Exchange::grid) continue;
+        std::string hinders;
+        std::optional<Plan> found = detail::best_of(request, device, exchange, barrier, hinders);
+        // The exchange through L2 has the same obstacles either way.
+        if (found || !barrier) others += "; " + (found ? text_of(*found) : hinders);
+        if (found && (!best || found->predicted_us < best->predicted_us)) best = std::move(found);
+      }
     }
+  } else {
+    others = "; " + no_persistent;
   }
-  if (best && best->predicted_us < step.predicted_us) {
-    best->why = "the cheapest by the model: step " + detail::microseconds(step.predicted_us) + "; " + others;
-    return *best;
-  }
-  step.why = best ? "the model has the persistent kernels slower: " + others : "no persistent layout: " + others;
-  return step;
+  const bool persistent = best && best->predicted_us < simple.predicted_us;
+  Plan chosen = persistent ? *std::move(best) : simple;
+  if (!detail::has_rows(request, device) || request.steps < 1)
+    chosen.why = no_persistent;
+  else
+    chosen.why = "the cheapest by the model: " + (persistent ? text_of(simple) + "; " : "") + text_of(other) + others;
+  return chosen;
 }
 
 // As choose_plan, of the plan of that name alone (kPlanNames): where none is legal, `error` says why.
 inline Plan plan_of_name(const Request& request, const DeviceProperties& device, const std::string& name) {
   if (name == "auto") return choose_plan(request, device);
   if (name == "step") return detail::step_plan(request, device, "asked for by name");
+  if (name == "split") {
+    Plan split = detail::split_plan(request, device);
+    split.why = "asked for by name";
+    return split;
+  }
   Plan none;
   const bool barrier = name == "grid-barrier";
   std::optional<Exchange> exchange;

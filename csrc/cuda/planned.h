@@ -54,23 +54,38 @@ class PreferredPlan {
   }
 };
 
-inline Request request_of(const Recurrence& r, bool allow_tf32, bool training, bool backward) {
+// Torch's flags, as they are now.
+struct Precision {
+  bool allow_tf32 = false;         // for recurrences
+  bool library_tf32 = false;       // torch's products of float32 take it
+  bool library_half_sums = false;  // torch's products of float16 add up in float16
+};
+
+// How a call runs, beside its tensors.
+struct CallKind {
+  Precision precision;
+  bool training = false, backward = false;
+};
+
+inline Request request_of(const Recurrence& r, const CallKind& kind) {
   Request request;
   request.mode = r.mode;
-  request.arithmetic = arithmetic_of(r.dtype, allow_tf32);
+  request.arithmetic = arithmetic_of(r.dtype, kind.precision.allow_tf32);
+  request.library_tf32 = kind.precision.library_tf32;
+  request.library_half_sums = kind.precision.library_half_sums;
   request.hidden_size = r.hidden_size;
   request.batch = r.rows.batch;
   request.steps = r.rows.steps;
   request.directions = r.directions;
   request.projection_size = r.projected ? r.state_size : 0;
-  request.training = training;
-  request.backward = backward;
+  request.training = kind.training;
+  request.backward = kind.backward;
   return request;
 }
 
 // Why a plan is not for the current device, "" where it is.
 inline std::string why_not_here(const Request& request, const Plan& plan) {
-  if (!plan.error.empty() || plan.kernels == Kernels::step) return plan.error;
+  if (!plan.error.empty() || plan.kernels != Kernels::persistent) return plan.error;
   return why_not_resident(request.mode, request.arithmetic, plan.layout, request.batch, request.directions,
                           request.backward);
 }
@@ -93,43 +108,48 @@ inline Plan plan_for(const Request& request, const DeviceProperties& device, con
   Plan plan = plan_of_name(request, device, preferred);
   std::string why = why_not_here(request, plan);
   if (why.empty()) return plan;
-  Plan next = preferred == "auto" ? fastest_that_fits(request, device, {"block", "cluster", "grid", "step"})
+  Plan next = preferred == "auto" ? fastest_that_fits(request, device, {"block", "cluster", "grid", "split", "step"})
                                   : plan_of_name(request, device, "step");
   next.why = why;
   return next;
 }
 
-// The layout of the persistent kernels that the call takes; without one, the step kernels run it.
-inline std::optional<PersistentLayout> planned_layout(const Recurrence& r, bool allow_tf32, bool training,
-                                                      bool backward) {
+// The kernels that a call takes.
+struct Planned {
+  Kernels kernels = Kernels::step;
+  PersistentLayout layout;  // of the persistent ones
+};
+
+inline Planned planned_kernels(const Recurrence& r, const CallKind& kind) {
   DeviceProperties device;
   // A device that does not say what it is runs step by step.
-  if (!current_properties(device).empty()) return std::nullopt;
-  const Request request = request_of(r, allow_tf32, training, backward);
+  if (!current_properties(device).empty()) return {};
+  const Request request = request_of(r, kind);
   const std::string preferred = PreferredPlan::get();
-  using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, bool, bool, bool, std::string>;
+  using Key =
+      std::tuple<int, int, int, bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, std::string>;
   const Key key{device.index,
                 static_cast<int>(r.mode),
                 static_cast<int>(request.arithmetic),
+                request.library_tf32,
+                request.library_half_sums,
                 r.hidden_size,
                 r.rows.batch,
                 r.rows.steps,
                 r.directions,
-                r.projected,
-                training,
-                backward,
+                request.projection_size,
+                kind.training,
+                kind.backward,
                 preferred};
   static std::mutex mutex;
-  static std::map<Key, std::optional<PersistentLayout>> known;
+  static std::map<Key, Planned> known;
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   const Plan plan = plan_for(request, device, preferred);
-  std::optional<PersistentLayout> layout;
-  if (plan.kernels == Kernels::persistent) layout = plan.layout;
   // Whoever calls with ever new lengths must not fill the memory.
   constexpr size_t kMostKnown = 1024;
   if (known.size() >= kMostKnown) known.clear();
-  return known[key] = layout;
+  return known[key] = {plan.kernels, plan.layout};
 }
 
 }  // namespace rnnfast::gpu

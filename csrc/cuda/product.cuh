@@ -3,6 +3,9 @@
 // two need the same bytes and none waits for another: each has a ring of chunks in shared memory, filled kDepth chunks
 // ahead with cp.async. Weights do not depend on the step before: the first chunks of them travel while that step still
 // runs. Partial sums meet in shared memory at the end.
+//
+// What a copy takes decides how fast a warp can ask for data: vectors of whole words of 16 bytes have a loop of their
+// own, in which a copy is an instruction and the step of its pointer.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -69,40 +72,40 @@ template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class Bl
   static constexpr size_t kSharedBytes = kPartialBytes + kDepth * kRingBytes;
 
   // weight(i): of i < kWeights; state(n): of n < kBatch. All must be readable for `length` elements; those that do not
-  // count may point anywhere, since no result depends on another's vector.
+  // count may point anywhere, since no result depends on another's vector. aligned: all start at multiples of 16 bytes.
   template <class Weight, class State>
   RNNFAST_DEVICE BlockProduct(int64_t length, bool aligned, const Weight& weight, const State& state)
-      : aligned_(aligned),
+      : whole_words_(aligned && length % kVector == 0),
         ring_(reinterpret_cast<Word16*>(shared_memory()) + warp() * (kDepth * kChunkWords) + lane()) {
-    RNNFAST_UNROLL
-    for (int i = 0; i < kLaneWeights; ++i) weights_[i] = weight(static_cast<int>(lane() / 4) + 8 * i);
-    RNNFAST_UNROLL
-    for (int j = 0; j < kLaneStates; ++j) states_[j] = state(static_cast<int>(lane() / 4) + 8 * j);
     const int64_t all_chunks = (length + kChunk - 1) / kChunk, share = (all_chunks + kWarps - 1) / kWarps;
     const int64_t begin = warp() * share, end = begin + share < all_chunks ? begin + share : all_chunks;
-    begin_ = begin * kChunk + (lane() % 4) * kVector;
+    const int64_t first = begin * kChunk + (lane() % 4) * kVector;
     chunks_ = end > begin ? static_cast<int>(end - begin) : 0;
-    length_ = length;
-    for (int c = 0; c < kDepth; ++c) fetch_weights(c, c);
+    left_ = static_cast<int>(length - first);
+    RNNFAST_UNROLL
+    for (int i = 0; i < kLaneWeights; ++i) weights_[i] = weight(static_cast<int>(lane() / 4) + 8 * i) + first;
+    RNNFAST_UNROLL
+    for (int j = 0; j < kLaneStates; ++j) states_[j] = state(static_cast<int>(lane() / 4) + 8 * j) + first;
+    if (whole_words_)
+      fetch_first_weights<true>();
+    else
+      fetch_first_weights<false>();
   }
 
-  // Once the states can be read. Ends with every warp's partial sums in shared memory, and needs a block barrier.
+  // Once the states can be read: the first chunks of them.
+  RNNFAST_DEVICE void fetch_first_states() {
+    if (whole_words_)
+      fetch_first_states<true>();
+    else
+      fetch_first_states<false>();
+  }
+
+  // After fetch_first_states(). Ends with every warp's partial sums in shared memory, and needs a block barrier.
   RNNFAST_DEVICE void run() {
-    for (int c = 0; c < kDepth; ++c) {
-      fetch_states(c, c);
-      cp_async_commit();
-    }
-    int slot = 0;
-    for (int c = 0; c < chunks_; ++c) {
-      cp_async_wait<kDepth - 1>();                     // chunk c is there, as far as this lane fetched it
-      if constexpr (!Type::kTensorCores) sync_warp();  // and as far as the others did
-      multiply(ring_ + slot * kChunkWords);
-      if constexpr (!Type::kTensorCores) sync_warp();  // nobody reads this slot any more
-      fetch_weights(c + kDepth, slot);
-      fetch_states(c + kDepth, slot);
-      cp_async_commit();
-      slot = slot + 1 < kDepth ? slot + 1 : 0;
-    }
+    if (whole_words_)
+      multiply_chunks<true>();
+    else
+      multiply_chunks<false>();
     Compute* partial = partials() + warp() * (kBatch * kColumn);
     RNNFAST_UNROLL
     for (int i = 0; i < kLaneWeights; ++i) {
@@ -134,45 +137,65 @@ template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class Bl
   // A slot holds words [group of 8 vectors][lane]: lane l fetches words of vector l / 4 of each group, its quarter l %
   // 4 of the chunk. On tensor cores it is also the one to use them: the instruction's fragments want other elements of
   // the sum in each lane, but the order along the sum is free as long as both operands keep to it.
-  RNNFAST_DEVICE void fetch_weights(int c, int slot) {
-    Word16* to = ring_ + slot * kChunkWords;
-    RNNFAST_UNROLL
-    for (int i = 0; i < kLaneWeights; ++i) fetch(to + i * 32, weights_[i], c);
+  template <bool kWholeWords> RNNFAST_DEVICE void fetch_weights(int c, Word16* slot) {
+    fetch<kWholeWords>(c, slot, weights_);
   }
-  RNNFAST_DEVICE void fetch_states(int c, int slot) {
-    Word16* to = ring_ + slot * kChunkWords + kLaneWeights * 32;
-    RNNFAST_UNROLL
-    for (int j = 0; j < kLaneStates; ++j) fetch(to + j * 32, states_[j], c);
+  template <bool kWholeWords> RNNFAST_DEVICE void fetch_states(int c, Word16* slot) {
+    fetch<kWholeWords>(c, slot + kLaneWeights * 32, states_);
   }
-  RNNFAST_DEVICE void fetch(Word16* to, const Storage* vector, int c) const {
-    if (c >= chunks_) return;
-    const int64_t k = begin_ + static_cast<int64_t>(c) * kChunk;
-    if (aligned_ && k + kVector <= length_) {
-      cp_async<16>(to, vector + k);
-      return;
+  template <bool kWholeWords> RNNFAST_DEVICE void fetch_first_weights() {
+    for (int c = 0; c < kDepth && c < chunks_; ++c) fetch_weights<kWholeWords>(c, ring_ + c * kChunkWords);
+  }
+  template <bool kWholeWords> RNNFAST_DEVICE void fetch_first_states() {
+    for (int c = 0; c < kDepth; ++c) {
+      if (c < chunks_) fetch_states<kWholeWords>(c, ring_ + c * kChunkWords);
+      cp_async_commit();
     }
-    // Vectors that start anywhere, and the end of every one: element by element, zeros behind the end.
-    Storage values[kVector];
-    RNNFAST_UNROLL
-    for (int v = 0; v < kVector; ++v) values[v] = k + v < length_ ? vector[k + v] : convert<Storage>(0.0f);
-    *to = word_of(values);
   }
-  RNNFAST_DEVICE static Word16 word_of(const Storage (&values)[kVector]) {
-    Word16 word;
+  template <bool kWholeWords> RNNFAST_DEVICE void multiply_chunks() {
+    Word16 *slot = ring_, *const end = ring_ + kDepth * kChunkWords;
+    for (int c = 0; c < chunks_; ++c) {
+      cp_async_wait<kDepth - 1>();                     // chunk c is there, as far as this lane fetched it
+      if constexpr (!Type::kTensorCores) sync_warp();  // and as far as the others did
+      multiply(slot);
+      if constexpr (!Type::kTensorCores) sync_warp();  // nobody reads this slot any more
+      if (c + kDepth < chunks_) {
+        fetch_weights<kWholeWords>(c + kDepth, slot);
+        fetch_states<kWholeWords>(c + kDepth, slot);
+      }
+      cp_async_commit();
+      slot += kChunkWords;
+      if (slot == end) slot = ring_;
+    }
+  }
+  // The lane's words of chunk c, to which `vectors` point; then to those of the next.
+  template <bool kWholeWords, int kCount>
+  RNNFAST_DEVICE void fetch(int c, Word16* to, const Storage* (&vectors)[kCount]) const {
+    const int left = left_ - c * kChunk;
+    RNNFAST_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kWholeWords)
+        cp_async<16>(to + i * 32, vectors[i], left > 0);
+      else
+        fetch_elements(to + i * 32, vectors[i], left);
+      vectors[i] += kChunk;
+    }
+  }
+  // Of a vector that starts anywhere: element by element, zeros behind the end. Two bytes are less than cp.async takes.
+  RNNFAST_DEVICE static void fetch_elements(Word16* to, const Storage* vector, int left) {
     if constexpr (sizeof(Storage) == 2) {
+      Storage values[kVector];
+      RNNFAST_UNROLL
+      for (int v = 0; v < kVector; ++v) values[v] = v < left ? vector[v] : convert<Storage>(0.0f);
+      Word16 word;
       RNNFAST_UNROLL
       for (int i = 0; i < 4; ++i) word.x[i] = pack(values[2 * i], values[2 * i + 1]);
-    } else if constexpr (sizeof(Storage) == 4) {
-      RNNFAST_UNROLL
-      for (int i = 0; i < 4; ++i) word.x[i] = bits_of(values[i]);
+      *to = word;
     } else {
       RNNFAST_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        word.x[2 * i] = static_cast<uint32_t>(bits_of(values[i]));
-        word.x[2 * i + 1] = static_cast<uint32_t>(bits_of(values[i]) >> 32);
-      }
+      for (int v = 0; v < kVector; ++v)
+        cp_async<sizeof(Storage)>(reinterpret_cast<Storage*>(to) + v, vector + v, v < left);
     }
-    return word;
   }
 
   RNNFAST_DEVICE void multiply(const Word16* slot) {
@@ -255,12 +278,12 @@ template <class Type, int kWeightTiles_, int kBatchTiles_, int kWarps_> class Bl
   using TileSums = Compute[kWeightTiles][kBatchTiles][4];
   using ScalarSums = Compute[kLaneWeights][2 * kBatchTiles];
 
-  const bool aligned_;
+  const bool whole_words_;  // every vector is a number of words of 16 bytes
   Word16* const ring_;
   const Storage* weights_[kLaneWeights];
   const Storage* states_[kLaneStates];
-  int64_t length_, begin_;
-  int chunks_;
+  int chunks_;  // of this warp
+  int left_;    // elements from this lane's first one to the vectors' end
   std::conditional_t<Type::kTensorCores, TileSums, ScalarSums> sums_ = {};
 };
 

@@ -8,47 +8,65 @@
 namespace rnnfast::gpu {
 
 // The row of one batch index at one turn. "cut": a segment boundary lies between the two steps, and no state crosses
-// it.
+// it. All that is true of it is one word, so that kernels can keep it: to find it takes loads.
 struct RowTurn {
-  bool in_batch = false;   // there is such a batch index
-  bool in_memory = false;  // there is such a row
-  bool active = false;     // it is a step of its sequence; so the rows before and after
-  bool before = false, after = false;
-  bool cut_before = false, cut_after = false;
-  bool empty = false;  // its sequence has no step at all
+  enum Fact : uint32_t {
+    kInBatch = 1,   // there is such a batch index
+    kInMemory = 2,  // there is such a row
+    kActive = 4,    // it is a step of its sequence; so the rows before and after
+    kBefore = 8,
+    kAfter = 16,
+    kCutBefore = 32,
+    kCutAfter = 64,
+    kEmpty = 128  // its sequence has no step at all
+  };
+  uint32_t facts = 0;
   int64_t row = 0, before_row = 0, after_row = 0;
+
+  RNNFAST_DEVICE bool in_batch() const { return facts & kInBatch; }
+  RNNFAST_DEVICE bool in_memory() const { return facts & kInMemory; }
+  RNNFAST_DEVICE bool active() const { return facts & kActive; }
+  RNNFAST_DEVICE bool before() const { return facts & kBefore; }
+  RNNFAST_DEVICE bool after() const { return facts & kAfter; }
+  RNNFAST_DEVICE bool cut_before() const { return facts & kCutBefore; }
+  RNNFAST_DEVICE bool cut_after() const { return facts & kCutAfter; }
+  RNNFAST_DEVICE bool empty() const { return facts & kEmpty; }
 
   // The sequence's first step in this order was the turn before's: here its gradients reach hx and cx. A forward
   // direction meets the boundary before that step here.
-  RNNFAST_DEVICE bool has_left() const { return in_batch && !active && after; }
+  RNNFAST_DEVICE bool has_left() const { return (facts & (kInBatch | kActive | kAfter)) == (kInBatch | kAfter); }
   // State comes from the row before, gradients from the row after.
-  RNNFAST_DEVICE bool follows() const { return before && !cut_before; }
-  RNNFAST_DEVICE bool is_followed() const { return after && !cut_after; }
+  RNNFAST_DEVICE bool follows() const { return (facts & (kBefore | kCutBefore)) == kBefore; }
+  RNNFAST_DEVICE bool is_followed() const { return (facts & (kAfter | kCutAfter)) == kAfter; }
 };
 
 RNNFAST_DEVICE RowTurn row_turn(const TurnRows& rows, unsigned d, int64_t b) {
   RowTurn r;
   const RowLayout& layout = rows.layout;
-  r.in_batch = b < layout.batch;
-  if (!r.in_batch) return r;
+  if (b >= layout.batch) return r;
+  const auto note = [&](RowTurn::Fact fact, bool holds) { r.facts |= holds ? fact : 0u; };
   const Turn& turn = rows.turn[d];
   int64_t length = layout.lengths ? layout.lengths[b] : layout.steps;
   if (length > layout.steps) length = layout.steps;
   const bool reversed = d == 1;
   const int64_t before = reversed ? turn.time + 1 : turn.time - 1, after = reversed ? turn.time - 1 : turn.time + 1;
-  r.in_memory = b < turn.active;
-  r.active = turn.time >= 0 && turn.time < length && r.in_memory;
-  r.before = before >= 0 && before < length && b < turn.before_active;
-  r.after = after >= 0 && after < length && b < turn.after_active;
-  r.empty = length <= 0;
+  const bool in_memory = b < turn.active, active = turn.time >= 0 && turn.time < length && in_memory;
+  const bool has_before = before >= 0 && before < length && b < turn.before_active;
+  const bool has_after = after >= 0 && after < length && b < turn.after_active;
+  note(RowTurn::kInBatch, true);
+  note(RowTurn::kInMemory, in_memory);
+  note(RowTurn::kActive, active);
+  note(RowTurn::kBefore, has_before);
+  note(RowTurn::kAfter, has_after);
+  note(RowTurn::kEmpty, length <= 0);
   r.row = turn.row + b * layout.batch_stride;
   r.before_row = turn.before_row + b * layout.batch_stride;
   r.after_row = turn.after_row + b * layout.batch_stride;
   if (layout.has_segments()) {
     // The boundary of step t stands before it in time, so a reversed direction meets it on leaving t.
-    const bool here = r.active && layout.starts_segment(r.row);
-    r.cut_before = reversed ? r.before && layout.starts_segment(r.before_row) : here;
-    r.cut_after = reversed ? here : r.after && layout.starts_segment(r.after_row);
+    const bool here = active && layout.starts_segment(r.row);
+    note(RowTurn::kCutBefore, reversed ? has_before && layout.starts_segment(r.before_row) : here);
+    note(RowTurn::kCutAfter, reversed ? here : has_after && layout.starts_segment(r.after_row));
   }
   return r;
 }

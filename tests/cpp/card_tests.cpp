@@ -1,8 +1,8 @@
 // The test programs that make sense on silicon as one program for a card; compiled by tests/build_card.py.
 //   card_tests [--seconds N] [--seed N] [case ... | -case ... | --list]
 // Runs all cases by default, from the safest to those that could hang; under a slow tool it is worth while to leave out
-// step/large and persistent/large. Exit codes as in check.h, and 77: there is no CUDA device; 3: a case made no
-// progress for N seconds (30).
+// step/large, persistent/large and split/large. Exit codes as in check.h, and 77: there is no CUDA device; 3: a case
+// made no progress for N seconds (30).
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,11 +21,13 @@
 
 std::vector<check::Case> cases_of_primitives();
 std::vector<check::Case> cases_of_execution();
+std::vector<check::Case> cases_of_product();
 std::vector<check::Case> cases_of_step();
 std::vector<check::Case> cases_of_async();
 std::vector<check::Case> cases_of_exchange();
 std::vector<check::Case> cases_of_memory();
 std::vector<check::Case> cases_of_persistent();
+std::vector<check::Case> cases_of_split();
 std::vector<check::Case> cases_of_microbench();
 
 namespace {
@@ -34,9 +36,11 @@ constexpr int kNoDevice = 77, kHangs = 3;
 
 std::vector<check::Case> all_cases() {
   const std::pair<const char*, std::vector<check::Case>> programs[] = {
-      {"primitives", cases_of_primitives()}, {"execution", cases_of_execution()},  {"step", cases_of_step()},
-      {"async", cases_of_async()},           {"exchange", cases_of_exchange()},    {"memory", cases_of_memory()},
-      {"persistent", cases_of_persistent()}, {"microbench", cases_of_microbench()}};
+      {"primitives", cases_of_primitives()}, {"execution", cases_of_execution()},
+      {"product", cases_of_product()},       {"step", cases_of_step()},
+      {"async", cases_of_async()},           {"exchange", cases_of_exchange()},
+      {"memory", cases_of_memory()},         {"persistent", cases_of_persistent()},
+      {"split", cases_of_split()},           {"microbench", cases_of_microbench()}};
   std::vector<check::Case> all;
   for (const auto& [program, cases] : programs)
     for (check::Case c : cases) {

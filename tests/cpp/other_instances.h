@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/persistent/persistent.h"
+#include "cuda/split/split.h"
 #include "cuda/step/step.h"
 
 namespace rnnfast::gpu {
@@ -17,6 +18,14 @@ inline StepKernels other_step_kernels() {
   StepKernels kernels{};
   kernels.forward = kernels.project_forward = [](const StepForward&, const StepLaunch&) { return other_instance(); };
   kernels.backward = kernels.project_backward = [](const StepBackward&, const StepLaunch&) { return other_instance(); };
+  return kernels;
+}
+
+inline SplitKernels other_split_kernels() {
+  SplitKernels kernels{};
+  kernels.forward = kernels.project_forward = [](const SplitForward&, const StepLaunch&) { return other_instance(); };
+  kernels.backward =
+      kernels.project_backward = [](const SplitBackward&, const StepLaunch&) { return other_instance(); };
   return kernels;
 }
 

@@ -32,17 +32,19 @@ struct Plan {
   Shape shape;
   int units, batch_tiles, warps;
   bool inference = false;  // forward alone, which saves nothing
+  int launch_tiles = 0;    // the batch in several launches
 };
 
 PersistentLayout layout_of(const Plan& plan, const ExchangeCase& exchange) {
   const int group = gpu::divide_up(static_cast<int>(plan.shape.H), plan.units);
-  return {exchange.exchange, group, plan.units, plan.batch_tiles, plan.warps, exchange.barrier};
+  return {exchange.exchange, group, plan.units, plan.batch_tiles, plan.warps, exchange.barrier, plan.launch_tiles};
 }
 
 // "groups of 3 blocks, 16 units, 2 tiles, 4 warps".
 std::string text_of(const PersistentLayout& layout) {
   return "groups of " + std::to_string(layout.group) + " blocks, " + std::to_string(layout.units) + " units, " +
-         std::to_string(layout.batch_tiles) + " tiles, " + std::to_string(layout.warps) + " warps";
+         std::to_string(layout.batch_tiles) + " tiles, " + std::to_string(layout.warps) + " warps" +
+         (layout.launch_tiles ? ", launches of " + std::to_string(layout.launch_tiles) : "");
 }
 
 // What a block may ask for: on sm_90; or on the card at hand.
@@ -133,6 +135,9 @@ const std::vector<Plan> kGroups = {
     // LSTM and GRU; backward through the cluster all.
     {{.T = 5, .B = 17, .H = 40, .batch_first = true, .lengths = true, .initial = false}, 16, 1, 1},
     {{.T = 1, .B = 1, .H = 25, .D = 2}, 8, 1, 1},
+    // The batch in launches of two groups and one, and of one each.
+    {{.T = 3, .B = 19, .H = 16, .D = 2, .lengths = true, .resets = true}, 8, 1, 1, false, 2},
+    {{.T = 3, .B = 10, .H = 12, .packed = true}, 8, 1, 1, false, 1},
     // Warps that share a sum.
     {{.T = 3, .B = 3, .H = 33, .resets = true, .state_gradients = false}, 8, 1, 2},
     {{.T = 3, .B = 2, .H = 33, .lengths = true, .resets = true}, 24, 1, 8, true},

@@ -63,17 +63,17 @@ void compare(const Rows& rows) {
       for (int64_t b = 0; b < rows.layout.batch + 1; ++b) {
         const RowTurn turn = row_turn(all, reversed, b);
         const RowSteps row = row_steps(steps, b);
-        CHECK_EQUAL(row.active(at), turn.active);
-        CHECK_EQUAL(row.length >= 0, turn.in_batch);
-        if (!turn.in_batch) continue;
-        CHECK_EQUAL(row.before(at), turn.before);
-        CHECK_EQUAL(row.after(at), turn.after);
-        CHECK_EQUAL(row.cut_before(steps.layout, at), turn.cut_before);
-        CHECK_EQUAL(row.cut_after(steps.layout, at), turn.cut_after);
-        CHECK_EQUAL(row.length == 0, turn.empty);
-        if (turn.active) CHECK_EQUAL(int64_t{at.row + row.row}, turn.row);
-        if (turn.before) CHECK_EQUAL(int64_t{at.before + row.row}, turn.before_row);
-        if (turn.after) CHECK_EQUAL(int64_t{at.after + row.row}, turn.after_row);
+        CHECK_EQUAL(row.active(at), turn.active());
+        CHECK_EQUAL(row.length >= 0, turn.in_batch());
+        if (!turn.in_batch()) continue;
+        CHECK_EQUAL(row.before(at), turn.before());
+        CHECK_EQUAL(row.after(at), turn.after());
+        CHECK_EQUAL(row.cut_before(steps.layout, at), turn.cut_before());
+        CHECK_EQUAL(row.cut_after(steps.layout, at), turn.cut_after());
+        CHECK_EQUAL(row.length == 0, turn.empty());
+        if (turn.active()) CHECK_EQUAL(int64_t{at.row + row.row}, turn.row);
+        if (turn.before()) CHECK_EQUAL(int64_t{at.before + row.row}, turn.before_row);
+        if (turn.after()) CHECK_EQUAL(int64_t{at.after + row.row}, turn.after_row);
       }
     }
   }

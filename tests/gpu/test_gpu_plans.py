@@ -18,7 +18,7 @@ from rnnfast import cuda_plan
 from tolerances import check, error
 
 # And a hidden size that each can take, in every type, forward and backward.
-PLANS = {"step": 200, "block": 40, "cluster": 200, "grid": 200, "grid-barrier": 200}
+PLANS = {"step": 200, "block": 40, "cluster": 200, "grid": 200, "grid-barrier": 200, "split": 200}
 KINDS = ("LSTM", "GRU", "RNN", "MGU")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 T, B, I = 9, 20, 16  # noqa: E741

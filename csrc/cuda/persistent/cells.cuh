@@ -77,9 +77,7 @@ template <class Type, class Params, int kBatch> class OwnCells {
   RNNFAST_DEVICE uint32_t unit(const OwnCell& cell) const { return first_unit_ + static_cast<unsigned>(cell.u); }
 
  private:
-  RNNFAST_DEVICE int64_t b(const OwnCell& cell) const {
-    return static_cast<int64_t>(block_index().y) * kBatch + cell.n;
-  }
+  RNNFAST_DEVICE int64_t b(const OwnCell& cell) const { return (p_.first_tile + block_index().y) * kBatch + cell.n; }
 
   const Params& p_;
   const uint32_t first_unit_, H_, directions_;
@@ -101,7 +99,7 @@ template <class Type, int kBatch> class Prefetch {
     const int id = static_cast<int>(thread_index()), n = id / parts / width;
     const int unit = static_cast<int>(block_index().x) * p.layout.units + id % parts * asked;
     if (n >= kBatch || unit >= p.hidden_size) return;
-    steps_ = row_steps(p.rows, static_cast<int64_t>(block_index().y) * kBatch + n);
+    steps_ = row_steps(p.rows, (p.first_tile + block_index().y) * kBatch + n);
     in_row_ = static_cast<uint32_t>(id / parts % width * p.hidden_size + unit);
   }
   template <class Params>

@@ -2,8 +2,10 @@
 // PersistentInstance.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
+#include "../device.h"
 #include "../primitives/launch.h"
 #include "../primitives/occupancy.h"
 #include "backward.cuh"
@@ -58,9 +60,8 @@ template <Family kFamily, class Type, class Visit> void for_each_persistent_kern
 }
 
 // The grid of a call, of `tiles` tiles of the batch; the name is the caller's.
-template <class Kernel, Family kFamily, class Type>
-LaunchConfig persistent_config(const PersistentLayout& layout, const PersistentShape& shape, int64_t tiles,
-                               int64_t directions) {
+inline LaunchConfig persistent_config(const PersistentLayout& layout, const PersistentShape& shape, int64_t tiles,
+                                      int64_t directions) {
   LaunchConfig config;
   config.grid = {static_cast<unsigned>(layout.group), static_cast<unsigned>(tiles), static_cast<unsigned>(directions)};
   config.threads = static_cast<unsigned>(layout.warps) * kWarpSize;
@@ -78,23 +79,33 @@ std::string launch_persistent(Params p, void* stream) {
   p.shape = shape_of<Kernel, kFamily, Type>(p.layout);
   const std::string name =
       std::string(Kernel::kName) + "<" + traits(p.mode).name + ", " + Type::kName + ", " + name_of(p.layout) + ">";
-  const int64_t tiles = batch_groups(p.layout, p.rows.layout.batch);
-  if (tiles == 0 || p.hidden_size == 0) return "";
-  LaunchConfig config = persistent_config<Kernel, kFamily, Type>(p.layout, p.shape, tiles, p.directions);
-  config.stream = stream;
-  config.name = name.c_str();
-  return with_instance(p.layout, [&](auto exchange, auto batch_tiles) {
-    return launch(config, Kernel::template function<decltype(exchange)::value, decltype(batch_tiles)::value>(), p);
-  });
+  const int64_t all = batch_groups(p.layout, p.rows.layout.batch),
+                most = groups_a_launch(p.layout, p.rows.layout.batch);
+  if (all == 0 || p.hidden_size == 0) return "";
+  constexpr int kBytes = static_cast<int>(sizeof(typename Type::Storage));
+  const int64_t words = exchange_bytes(p.layout, most * p.directions, kBytes, Kernel::kBackward);
+  std::string error;
+  for (; p.first_tile < all && error.empty(); p.first_tile += most) {
+    const int64_t tiles = std::min(most, all - p.first_tile);
+    LaunchConfig config = persistent_config(p.layout, p.shape, tiles, p.directions);
+    config.stream = stream;
+    config.name = name.c_str();
+    // What the launch before has left in the words is no longer zeros.
+    if (words > 0 && p.first_tile > 0) error = zero_on_device(p.words, words, stream);
+    if (!error.empty()) return error;
+    error = with_instance(p.layout, [&](auto exchange, auto batch_tiles) {
+      return launch(config, Kernel::template function<decltype(exchange)::value, decltype(batch_tiles)::value>(), p);
+    });
+  }
+  return error;
 }
 
-// "" where the current device can hold the blocks that wait for each other: those of a group, of a grid those of all
-// groups. Else why not.
+// "" where the current device can hold the blocks that wait for each other: those of a group, of a grid those of a
+// launch. Else why not.
 template <class Kernel, Family kFamily, class Type>
 std::string why_not_resident(const PersistentLayout& layout, int64_t batch, int64_t directions) {
-  const int64_t tiles = batch_groups(layout, batch);
-  LaunchConfig config =
-      persistent_config<Kernel, kFamily, Type>(layout, shape_of<Kernel, kFamily, Type>(layout), tiles, directions);
+  const int64_t tiles = groups_a_launch(layout, batch);
+  LaunchConfig config = persistent_config(layout, shape_of<Kernel, kFamily, Type>(layout), tiles, directions);
   config.name = Kernel::kName;
   const int64_t wanted = layout.exchange == Exchange::grid ? layout.group * tiles * directions : layout.group;
   std::string error;

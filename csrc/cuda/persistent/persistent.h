@@ -16,7 +16,7 @@
 namespace rnnfast::gpu {
 
 // block: a group is one block, any architecture. cluster: a group is a cluster, sm_90 and later. grid: all blocks of
-// all groups run at the same time, and what they hand on goes through L2.
+// a launch run at the same time, and what they hand on goes through L2.
 enum class Exchange { block, cluster, grid };
 constexpr const char* name_of(Exchange exchange) {
   return exchange == Exchange::block ? "block" : exchange == Exchange::cluster ? "cluster" : "grid";
@@ -66,6 +66,7 @@ struct PersistentLayout {
   int batch_tiles = 1;  // of 8 batch indices, a group's: 1, 2 or 4
   int warps = kMostWarps;
   bool barrier = false;  // grid: flags and a second trip for the data, in place of data that carries its own tag
+  int launch_tiles = 0;  // groups of a direction in one launch, the others follow in launches of their own; 0: all
 };
 constexpr const char* name_of(const PersistentLayout& layout) {
   return layout.exchange == Exchange::grid && layout.barrier ? "grid-barrier" : name_of(layout.exchange);
@@ -212,7 +213,8 @@ struct PersistentShared {
   const void* cx{};
   PersistentLayout layout;
   PersistentShape shape;
-  void* words{};  // grid: zeros, as many bytes as exchange_bytes() says
+  void* words{};           // grid: zeros, as many bytes as exchange_bytes() says
+  int64_t first_tile = 0;  // of the launch: its groups of a direction follow those of earlier launches
 };
 
 struct PersistentForward : PersistentShared, ForwardTensors {};
@@ -236,7 +238,13 @@ constexpr int64_t batch_groups(const PersistentLayout& layout, int64_t batch) {
   return (batch + of_group - 1) / of_group;
 }
 
-// Bytes that a call needs, zeros at first: two buffers for each group, then a flag for each block.
+// Of these, those of a launch.
+constexpr int64_t groups_a_launch(const PersistentLayout& layout, int64_t batch) {
+  const int64_t all = batch_groups(layout, batch);
+  return layout.launch_tiles > 0 && layout.launch_tiles < all ? layout.launch_tiles : all;
+}
+
+// Bytes that the groups of a launch need, zeros at first: two buffers for each group, then a flag for each block.
 inline int64_t exchange_bytes(const PersistentLayout& layout, int64_t groups, int element_bytes, bool backward) {
   if (layout.exchange != Exchange::grid) return 0;
   const int64_t batch = int64_t{layout.batch_tiles} * kBatchTile, blocks = layout.group;

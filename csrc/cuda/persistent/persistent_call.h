@@ -16,8 +16,9 @@ struct PersistentWorkspace {
 // Packed rows: the first row of each step, into device memory. Launched, not copied: a graph can capture it.
 std::string write_offsets(const RowLayout& rows, int64_t* offsets, void* stream);
 
+// Of a launch.
 inline int64_t groups_of(const PersistentLayout& layout, const Recurrence& r) {
-  return batch_groups(layout, r.rows.batch) * r.directions;
+  return groups_a_launch(layout, r.rows.batch) * r.directions;
 }
 inline int64_t exchange_bytes(const PersistentLayout& layout, const Recurrence& r, bool backward) {
   return exchange_bytes(layout, groups_of(layout, r), static_cast<int>(size_of(r.dtype)), backward);

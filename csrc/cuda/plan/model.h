@@ -1,5 +1,6 @@
-// The cost model: what a step should take, of the step kernels and of a layout of the persistent ones. A prediction
-// from the constants of costs.h, and nothing that was timed. Plain host code, no torch, no CUDA.
+// The cost model: what a step should take, of the step kernels and of a layout of the persistent ones (of the split
+// ones: split_model.h). A prediction from the constants of costs.h, and nothing that was timed. Plain host code, no
+// torch, no CUDA.
 //
 // A step is a chain of phases. Within a phase what goes on at once counts by its longest; between phases times add up.
 // Each time belongs to a limit, so that a plan can say what to work on.
@@ -9,6 +10,7 @@
 #include <array>
 
 #include "costs.h"
+#include "step_tiles.h"
 
 namespace rnnfast::gpu {
 
@@ -28,6 +30,8 @@ struct Request {
   bool training = false;        // forward writes what backward needs
   bool backward = false;
   bool in_graph = false;  // launches cost what they do inside a CUDA graph
+  // How the library multiplies now, by torch's flags: float32 in TF32, float16 with sums in float16.
+  bool library_tf32 = false, library_half_sums = false;
 };
 
 // Microseconds a step. `parts`: what each limit would take by itself, also where something longer hides it.
@@ -48,6 +52,14 @@ class Prediction {
     us_ += longest->us;
   }
   void phase(Limit limit, double us) { phase({Part{limit, us}}); }
+  // The phases of another, after these.
+  void add(const Prediction& other) {
+    us_ += other.us_;
+    for (size_t i = 0; i < kLimits; ++i) {
+      parts_[i] += other.parts_[i];
+      decides_[i] += other.decides_[i];
+    }
+  }
   // Groups that do not run at the same time.
   void repeat(double times) {
     us_ *= times;
@@ -75,7 +87,7 @@ class Prediction {
   std::array<double, kLimits> parts_{}, decides_{};
 };
 
-// ---- what both families do ------------------------------------------------------------------------------------------
+// ---- what all of them do --------------------------------------------------------------------------------------------
 
 // Bytes of a step in memory beside the weights: the input projection and what is kept of it, or gradients.
 inline double step_traffic(const Request& r) {
@@ -116,20 +128,39 @@ inline CellWork cell_work(const Request& r, const Costs& costs, bool precise) {
 
 struct StepCost {
   int64_t blocks = 0;   // of the larger launch
-  int batch = 0;        // indices a block
+  int batch = 0;        // indices a block, of the last launch
   double l2_bytes = 0;  // what all blocks of a step read from L2 for their products
   Prediction prediction;
 };
 
-// A launch: `results` units, each the product of `rows_a_unit` weight rows of `length` elements. From step/block.cuh,
-// product.cuh and arithmetic.cuh: 16 units a block, 8 batch indices or as many as the type allows.
-inline void add_step_launch(const Request& r, const DeviceProperties& device, const Costs& costs, int64_t results,
-                            int rows_a_unit, double length, StepCost& cost) {
-  constexpr int kUnits = 16, kSmallBatch = 8;
-  const bool tensor_cores = r.arithmetic != Arithmetic::float32 && r.arithmetic != Arithmetic::float64;
-  const int batch = r.batch <= kSmallBatch ? kSmallBatch : tensor_cores ? 32 : 16;
-  const int64_t blocks = (r.batch + batch - 1) / batch * ((results + kUnits - 1) / kUnits) * r.directions;
-  const double block_bytes = (rows_a_unit * kUnits + batch) * length * element_bytes(r.arithmetic);
+// The tile that step/launch.cuh takes. From step/forward.cuh, block.cuh and arithmetic.cuh: 8 batch indices a block or
+// as many as the type allows, and warps; `forward_cell` is the launch of forward's cell.
+inline StepTile step_tile(const Request& r, const DeviceProperties& device, const StepWork& work, int rows_a_unit,
+                          bool forward_cell) {
+  StepTile small;
+  small.tensor_cores = r.arithmetic != Arithmetic::float32 && r.arithmetic != Arithmetic::float64;
+  small.element_bytes = element_bytes(r.arithmetic);
+  small.rows = rows_a_unit * kStepUnits;
+  small.batch = 8;
+  StepTile large = small;
+  large.batch = small.tensor_cores ? 32 : 16;
+  small.threads = forward_cell && r.arithmetic == Arithmetic::float64 ? 128 : 256;
+  large.threads = forward_cell ? 128 : 256;
+  return takes_large(small, large, work, device.sms) ? large : small;
+}
+
+// A launch: `results` units, each the product of `rows_a_unit` weight rows of `length` elements.
+inline StepTile add_step_launch(const Request& r, const DeviceProperties& device, const Costs& costs, int64_t results,
+                                int rows_a_unit, double length, bool is_cell, StepCost& cost) {
+  const StepWork work{results, static_cast<int64_t>(length), r.batch, r.directions};
+  const StepTile tile = step_tile(r, device, work, rows_a_unit, is_cell && !r.backward);
+  constexpr int kUnits = kStepUnits;
+  const bool tensor_cores = tile.tensor_cores;
+  const int batch = tile.batch;
+  const int64_t blocks = work.blocks(tile);
+  // States that are not there are a row that is.
+  const double rows = double(tile.rows) + double(std::min<int64_t>(r.batch, batch));
+  const double block_bytes = rows * length * element_bytes(r.arithmetic);
   const double products = double(rows_a_unit) * kUnits * batch * length;  // multiply-adds of a block
   const double on_busiest = double((blocks + device.sms - 1) / device.sms);
   const double mma_products = element_bytes(r.arithmetic) == 2 ? 16 * 8 * 16 : 16 * 8 * 8;
@@ -150,6 +181,7 @@ inline void add_step_launch(const Request& r, const DeviceProperties& device, co
   cost.blocks = std::max(cost.blocks, blocks);
   cost.batch = batch;
   cost.l2_bytes += double(blocks) * block_bytes;
+  return tile;
 }
 
 inline StepCost step_cost(const Request& r, const DeviceProperties& device) {
@@ -158,20 +190,16 @@ inline StepCost step_cost(const Request& r, const DeviceProperties& device) {
   const int gates = traits(r.mode).gates;
   const double hidden = double(r.hidden_size), gate_rows = gates * hidden;
   // Backward multiplies gradients of all gates with the columns of W_hh: one row a unit, as long as all gates.
-  if (r.projection_size) {
-    const double state = double(r.projection_size);
-    add_step_launch(r, device, costs, r.hidden_size, r.backward ? 1 : gates, state, cost);
-    add_step_launch(r, device, costs, r.projection_size, 1, r.backward ? gate_rows : hidden, cost);
-  } else {
-    add_step_launch(r, device, costs, r.hidden_size, r.backward ? 1 : gates, r.backward ? gate_rows : hidden, cost);
-  }
-  // The cells that are there, of the blocks on the busiest SM: 8 warps a block, two on each sub-core.
-  constexpr int kUnits = 16, kThreads = 256, kWarpsACore = 2;
-  const int64_t rows = std::min<int64_t>(r.batch, cost.batch);
-  const double cells =
-      double((rows * kUnits + kThreads - 1) / kThreads * ((cost.blocks + device.sms - 1) / device.sms));
+  if (r.projection_size)
+    add_step_launch(r, device, costs, r.projection_size, 1, r.backward ? gate_rows : hidden, false, cost);
+  const double state = double(r.projection_size ? r.projection_size : r.hidden_size);
+  const double length = r.backward && !r.projection_size ? gate_rows : state;
+  const StepTile tile = add_step_launch(r, device, costs, r.hidden_size, r.backward ? 1 : gates, length, true, cost);
+  // The cells that are there, of the blocks on the busiest SM.
+  const StepWork cells{r.hidden_size, static_cast<int64_t>(length), r.batch, r.directions};
+  const double on_busiest = double((cells.blocks(tile) + device.sms - 1) / device.sms);
   const CellWork work = cell_work(r, costs, true);
-  cost.prediction.phase({{Limit::issue, costs.clocks(kWarpsACore * cells * work.instructions)},
+  cost.prediction.phase({{Limit::issue, costs.clocks(on_busiest * cells_a_core(tile, r.batch) * work.instructions)},
                          {Limit::latency, costs.clocks(work.chain * costs[Constant::function_latency])}});
   cost.prediction.beside(Limit::hbm, costs.moved(step_traffic(r), Constant::hbm_bandwidth));
   return cost;
@@ -190,6 +218,8 @@ inline Residency residency(const Request& r, const DeviceProperties& device, con
   const int64_t batch = int64_t{layout.batch_tiles} * kBatchTile;
   result.groups = (r.batch + batch - 1) / batch * r.directions;
   result.at_once = layout.exchange == Exchange::cluster ? device.clusters(layout.group) : device.sms / layout.group;
+  // Launches follow one another with the same groups of both directions.
+  if (layout.exchange == Exchange::grid) result.at_once -= result.at_once % r.directions;
   if (result.at_once > 0) result.waves = (result.groups + result.at_once - 1) / result.at_once;
   return result;
 }
@@ -297,11 +327,15 @@ inline Prediction persistent_cost(const Request& r, const DeviceProperties& devi
       costs.moved(slice * layout.group * double(r.directions), Constant::hbm_bandwidth);
   double start = costs[r.in_graph ? Constant::graph_launch : Constant::launch] + double(resident.waves) * load;
   if (layout.exchange == Exchange::grid) {
+    start += double(resident.waves - 1) * costs[r.in_graph ? Constant::graph_launch : Constant::launch] +
+             double(resident.waves) * costs[Constant::cooperative_launch];
     // Its words are zeroed first.
-    const auto words = double(exchange_bytes(layout, resident.groups, size, r.backward));
-    start += costs[Constant::cooperative_launch] + costs.moved(words, Constant::hbm_bandwidth);
+    start += costs.moved(double(exchange_bytes(layout, resident.groups, size, r.backward)), Constant::hbm_bandwidth);
+    const int64_t groups = std::min(resident.groups, resident.at_once);
+    const auto words = double(exchange_bytes(layout, groups, size, r.backward));
     // More than L2 keeps goes through memory every step.
-    if (words > double(device.l2_bytes)) p.beside(Limit::hbm, costs.moved(2 * words, Constant::hbm_bandwidth));
+    if (words > double(device.l2_bytes))
+      p.beside(Limit::hbm, double(resident.waves) * costs.moved(2 * words, Constant::hbm_bandwidth));
   }
   p.phase(Limit::launch, start / double(std::max<int64_t>(r.steps, 1)));
   return p;

@@ -70,7 +70,7 @@ inline std::string json_of(const Plan& plan, const Request& request, const Devic
   Json json, parts;
   if (!plan.error.empty()) return json.add("error", plan.error).str();
   const bool persistent = plan.kernels == Kernels::persistent;
-  json.add("plan", plan.name()).add("kernels", persistent ? "persistent" : "step");
+  json.add("plan", plan.name()).add("kernels", kKernelsNames[static_cast<size_t>(plan.kernels)]);
   json.add("predicted_us", plan.predicted_us).add("limited_by", plan.limited_by).add("why", plan.why);
   for (size_t i = 0; i < kLimits; ++i) parts.add(kLimitNames[i], plan.parts[i]);
   json.add("limits_us", parts).add("recompute", plan.recompute);
@@ -82,6 +82,11 @@ inline std::string json_of(const Plan& plan, const Request& request, const Devic
     json.add("groups_at_once", plan.residency.at_once).add("shared_bytes", plan.shape.map.bytes);
     json.add("row_warps", product.row_warps).add("sum_warps", product.sum_warps).add("passes", product.passes);
     json.add("chunks", product.warp_chunks).add("fragments_in_shared_memory", product.kept);
+  } else if (plan.kernels == Kernels::split) {
+    const LibraryTiles tiles = split_cost(request, device).tiles;
+    json.add("launches", request.projection_size ? 4 : 2).add("blocks", static_cast<int64_t>(tiles.blocks));
+    json.add("tile_rows", tiles.rows).add("tile_columns", tiles.columns).add("parts", tiles.parts);
+    json.add("l2_bytes", static_cast<int64_t>(std::min(tiles.l2_bytes, 9e18)));
   } else if (request.hidden_size && request.batch) {
     const StepCost cost = step_cost(request, device);
     json.add("launches", request.projection_size ? 2 : 1)

@@ -20,6 +20,7 @@ struct LaunchConfig {
   unsigned cluster = 1;      // blocks a cluster, along x; more than 1 needs sm_90
   bool cooperative = false;  // every block resident at once: grid_sync is allowed
   bool dependent = false;    // may start before the launch before it has ended (sm_90; else no difference)
+  bool most_shared = false;  // an SM's shared memory is as large as can be, at the cost of its L1 cache
   void* stream = nullptr;
   const char* name = "kernel";
 };
@@ -81,17 +82,17 @@ inline std::string error_text(cudaError_t error, const char* name) {
   return text;
 }
 
-// More than 48 KB of shared memory and clusters of more than 8 blocks must be asked for, once a kernel and device. The
-// limits are the process's, and so is what is known of them: a thread that knew only what it had raised by itself would
-// lower what another has raised.
+// More than 48 KB of shared memory, most of an SM as shared memory, and clusters of more than 8 blocks must be asked
+// for, once a kernel and device. The limits are the process's, and so is what is known of them: a thread that knew only
+// what it had raised by itself would lower what another has raised.
 inline cudaError_t raise_limits(const void* kernel, const LaunchConfig& config) {
   constexpr size_t kDefaultShared = 48 << 10;
   constexpr unsigned kPortableCluster = 8;
   const bool large = config.cluster > kPortableCluster;
-  if (config.shared_bytes <= kDefaultShared && !large) return cudaSuccess;
+  if (config.shared_bytes <= kDefaultShared && !large && !config.most_shared) return cudaSuccess;
   struct Raised {
     size_t bytes = kDefaultShared;
-    bool large_clusters = false;
+    bool large_clusters = false, most_shared = false;
   };
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, Raised> known;
@@ -109,6 +110,12 @@ inline cudaError_t raise_limits(const void* kernel, const LaunchConfig& config) 
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
     raised.large_clusters = true;
+  }
+  if (config.most_shared && !raised.most_shared) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                   static_cast<int>(cudaSharedmemCarveoutMaxShared));
+    if (error != cudaSuccess) return error;
+    raised.most_shared = true;
   }
   return cudaSuccess;
 }

@@ -6,6 +6,7 @@
 
 #include "../cell.cuh"
 #include "../elements.cuh"
+#include "../plan/step_tiles.h"
 #include "../primitives/dependent_launch.h"
 #include "../product.cuh"
 #include "../rows.cuh"
@@ -18,6 +19,7 @@ namespace rnnfast::gpu {
 constexpr int kUnits = 16;
 static_assert(kUnits == kTileWeights,
               "kUnits must be kTileWeights (16): a block's units are the weight rows of one tile");
+static_assert(kUnits == kStepUnits, "kStepUnits must be kUnits: the host counts blocks by it");
 // Warps a block. Legal: 1 to 32, of them those whose rings fit shared memory (BlockProduct says so). The more warps,
 // the more loads are under way.
 constexpr int kUsualWarps = 8;
@@ -41,20 +43,25 @@ template <class Type, class Params, int kBatch> struct Block : Elements<Type, Pa
   }
 };
 
-// The phase that multiplies. state(n): what the weights' rows are multiplied with for batch index n, null where that is
-// zeros; only asked for its address before the earlier launches have ended. Afterwards Product::at gives the results,
-// unless no batch index of the block has anything to multiply: then false in every thread.
-template <class Product, class Block, class WeightRow, class State>
-RNNFAST_DEVICE bool multiply(const Block& block, int64_t length, const WeightRow& weight_row, const State& state) {
+// The phase that multiplies, and the one wait for the earlier launches in it. state(n): what the weights' rows are
+// multiplied with for batch index n, null where that is zeros; only its address is asked for, before the wait.
+// load_written(): loads what else the earlier launches wrote, so that it is on its way beside the states. Afterwards
+// Product::at gives the results, unless no batch index of the block has anything to multiply: then false in every
+// thread.
+template <class Product, class Block, class WeightRow, class State, class Load>
+RNNFAST_DEVICE bool multiply(const Block& block, int64_t length, const WeightRow& weight_row, const State& state,
+                             const Load& load_written) {
+  bool lane_has_state = false;  // of those that this lane fetches; a warp's lanes fetch all
   Product product(length, block.p.aligned, weight_row, [&](int n) {
     const auto* row = state(n);
+    lane_has_state = lane_has_state || row;
     return row ? row : block.weight_row(0, 1);
   });
+  const bool multiplied = any(lane_has_state);
   // Everything the earlier launches wrote is there from here on.
   wait_for_previous_grid();
-  static_assert(Product::kBatch <= static_cast<int>(kWarpSize),
-                "kLargeBatchTiles must be 1 to 4: each lane of a warp looks at one batch index of the block here");
-  const bool multiplied = any(lane() < Product::kBatch && state(static_cast<int>(lane())) != nullptr);
+  if (multiplied) product.fetch_first_states();
+  load_written();
   if (multiplied) {
     product.run();
     sync_threads();  // every warp's partial sums are in shared memory

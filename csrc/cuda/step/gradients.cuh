@@ -19,7 +19,7 @@ template <class Block>
 RNNFAST_DEVICE typename Block::Compute outer_gradient(const Block& block, const RowTurn& r, int64_t b, int64_t unit) {
   const StepBackward& p = block.p;
   typename Block::Compute dh = block.read(p.grad_output, block.in_rows(r.row, p.state_size, unit));
-  if (!r.after) dh += block.read(p.grad_h_n, block.in_state(b, p.state_size, unit));
+  if (!r.after()) dh += block.read(p.grad_h_n, block.in_state(b, p.state_size, unit));
   return dh;
 }
 

@@ -4,6 +4,7 @@
 #include "../primitives/launch.h"
 #include "backward.cuh"
 #include "forward.cuh"
+#include "kernel_name.h"
 #include "project.cuh"
 
 namespace rnnfast::gpu {
@@ -45,20 +46,14 @@ template <Family kFamily, class Type, class Visit> void for_each_kernel(const Vi
   }
 }
 
-// For messages: "step_forward<LSTM, float32>".
-template <class Kernel, class Type> const char* name_of(Mode mode) {
-  static const std::array<std::string, kModes> names = [] {
-    std::array<std::string, kModes> all;
-    for (int i = 0; i < kModes; ++i)
-      all[static_cast<size_t>(i)] = std::string(Kernel::kName) + "<" + kCells[i].name + ", " + Type::kName + ">";
-    return all;
-  }();
-  return names[static_cast<size_t>(mode)].c_str();
+template <class Type, class Product> constexpr StepTile tile_of() {
+  return {Product::kWeights, Product::kBatch, Product::kThreads, static_cast<int>(sizeof(typename Type::Storage)),
+          Type::kTensorCores};
 }
 
-// `results`: units of the kernel's result. Small batches take one tile, large ones as many as fit.
+// `results`: units of the kernel's result; `length`: of the sum for each.
 template <class Kernel, class Type, class Params>
-std::string launch_step(const Params& p, const StepLaunch& how, int64_t results) {
+std::string launch_step(const Params& p, const StepLaunch& how, int64_t results, int64_t length) {
   int64_t batch = 0;
   for (int64_t d = 0; d < p.directions; ++d) {
     const Turn& turn = p.rows.turn[d];
@@ -76,28 +71,37 @@ std::string launch_step(const Params& p, const StepLaunch& how, int64_t results)
     config.threads = Product::kThreads;
     config.shared_bytes = Product::kSharedBytes;
     config.dependent = how.dependent;
+    // So that a block of the next launch fits beside each of this one, and so that an SM need not change how it is
+    // divided between two launches, for which it would have to be empty.
+    config.most_shared = true;
     config.stream = how.stream;
     config.name = name_of<Kernel, Type>(p.mode);
     return launch(config, Kernel::template function<kBatchTiles>(), p);
   };
-  if (batch <= kTileBatch) return launch_with(std::integral_constant<int, 1>());
-  return launch_with(std::integral_constant<int, Type::kLargeBatchTiles>());
+  constexpr int kLarge = Type::kLargeBatchTiles;
+  constexpr StepTile small = tile_of<Type, typename Kernel::template Product<1>>();
+  constexpr StepTile large = tile_of<Type, typename Kernel::template Product<kLarge>>();
+  if (takes_large(small, large, {results, length, batch, p.directions}, how.sms))
+    return launch_with(std::integral_constant<int, kLarge>());
+  return launch_with(std::integral_constant<int, 1>());
 }
 
 template <Family kFamily, class Type> StepKernels StepInstance<kFamily, Type>::kernels() {
+  constexpr int kGates = FamilyCell<kFamily>::Constants::kGates;
   StepKernels kernels{};
   kernels.forward = [](const StepForward& p, const StepLaunch& how) {
-    return launch_step<ForwardKernel<kFamily, Type>, Type>(p, how, p.hidden_size);
+    return launch_step<ForwardKernel<kFamily, Type>, Type>(p, how, p.hidden_size, p.state_size);
   };
   kernels.backward = [](const StepBackward& p, const StepLaunch& how) {
-    return launch_step<BackwardKernel<kFamily, Type>, Type>(p, how, p.hidden_size);
+    return launch_step<BackwardKernel<kFamily, Type>, Type>(p, how, p.hidden_size,
+                                                            p.projected ? p.state_size : kGates * p.hidden_size);
   };
   if constexpr (FamilyCell<kFamily>::Constants::kMayProject) {
     kernels.project_forward = [](const StepForward& p, const StepLaunch& how) {
-      return launch_step<ProjectForwardKernel<Type>, Type>(p, how, p.state_size);
+      return launch_step<ProjectForwardKernel<Type>, Type>(p, how, p.state_size, p.hidden_size);
     };
     kernels.project_backward = [](const StepBackward& p, const StepLaunch& how) {
-      return launch_step<ProjectBackwardKernel<kFamily, Type>, Type>(p, how, p.state_size);
+      return launch_step<ProjectBackwardKernel<kFamily, Type>, Type>(p, how, p.state_size, kGates * p.hidden_size);
     };
   }
   return kernels;

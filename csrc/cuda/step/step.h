@@ -43,6 +43,7 @@ struct StepBackward : StepShared, BackwardTensors {
 struct StepLaunch {
   void* stream{};
   bool dependent = false;  // may start before its predecessor has ended: the kernels wait where they must
+  int sms = 1;             // of the device
 };
 
 // Launches one kernel; "" or what went wrong.

@@ -1,10 +1,13 @@
 // The time loop around the step kernels: one turn a step, both directions in it, a launch for each of the step's phases
-// that needs its own (step.h). Plain host code; fills what the kernels are given and launches.
+// that needs its own (step.h). The split kernels' is the same, of other phases (split/split_loop.h). Plain host code;
+// fills what the kernels are given and launches.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "../properties.h"
 #include "step.h"
 
 namespace rnnfast::gpu {
@@ -20,6 +23,7 @@ struct StepWorkspace {
 struct StepDevice {
   void* stream{};
   bool dependent_launch = false;  // sm_90 and later
+  int sms = 0;                    // how many tiles are chosen for; 0: those that the current device has
 };
 
 inline const StepKernels& step_kernels(Mode mode, Arithmetic arithmetic) {
@@ -54,9 +58,9 @@ inline void set_weight(StepShared& shared, const Operand& weight, const void* st
   }
 }
 
-// A launch of every step: some of its phases.
+// A launch of every step: some of its phases. It may be of somebody else's kernel.
 template <class Params> struct StepPhases {
-  StepKernel<Params> launch;
+  std::function<std::string(const Params&, const StepLaunch&)> launch;
   Params params;
 };
 
@@ -64,17 +68,35 @@ template <class Params> struct StepPhases {
 template <class Params, class TurnOf>
 std::string run_turns(int64_t count, std::vector<StepPhases<Params>>& step, const StepDevice& device,
                       const TurnOf& turn_of) {
-  StepLaunch how{device.stream, false};
+  StepLaunch how{device.stream, false, device.sms};
+  if (!how.sms) {
+    DeviceProperties properties;
+    // They only choose among tiles: a device that does not say is taken for a Hopper card.
+    constexpr int kHopperSms = 132;
+    how.sms = current_properties(properties).empty() ? properties.sms : kHopperSms;
+  }
   for (int64_t turn = 0; turn < count; ++turn) {
     for (StepPhases<Params>& phases : step) {
       for (int64_t d = 0; d < phases.params.directions; ++d) phases.params.rows.turn[d] = turn_of(turn, d);
       std::string error = phases.launch(phases.params, how);
       if (!error.empty()) return error;
-      // Only the first launch follows something that is not one of ours.
-      how.dependent = device.dependent_launch;
     }
+    // Before the second step some launch may follow what the call was given, which kernels read before they wait.
+    how.dependent = device.dependent_launch;
   }
   return "";
+}
+
+// How many turns a pass has, and what direction d does at one.
+// Forward, without any step one turn all the same: hx and cx are handed through.
+inline int64_t forward_turns(const ForwardParams& p) { return p.rows.steps ? p.rows.steps : 1; }
+inline auto forward_turn(const ForwardParams& p, const Turns& turns) {
+  return [&p, &turns](int64_t turn, int64_t d) { return turns.turn(d == 1 ? p.rows.steps - 1 - turn : turn, d == 1); };
+}
+// Backward, one turn more than there are steps: rows whose first step is done hand their gradients on to hx and cx.
+inline int64_t backward_turns(const BackwardParams& p) { return p.rows.steps + (p.grad_hx || p.grad_cx ? 1 : 0); }
+inline auto backward_turn(const BackwardParams& p, const Turns& turns) {
+  return [&p, &turns](int64_t turn, int64_t d) { return turns.turn(d == 1 ? turn : p.rows.steps - 1 - turn, d == 1); };
 }
 
 // p.gates is given.
@@ -87,8 +109,8 @@ inline std::string run_steps_forward(const ForwardParams& p, const StepWorkspace
   fill_tensors(p, shared);
 
   std::vector<StepPhases<StepForward>> step;
-  // A phase between product and cell that needs all units of a row, as layer normalisation of W_hh h does, splits this
-  // launch in two: the product writes its sums to a workspace, and the normalised cell is a launch that reads them.
+  // A phase between product and cell that needs all units of a row, as layer normalisation of W_hh h does, does not fit
+  // in here: the split kernels' cell reads the sums of whole rows (split/row.cuh).
   step.push_back({kernels.forward, shared});
   StepForward& cell = step.back().params;
   set_weight(cell, p.parameters[Kind::weight_hh], p.output, p.state_size, p.dtype);
@@ -99,11 +121,7 @@ inline std::string run_steps_forward(const ForwardParams& p, const StepWorkspace
     set_weight(project, p.parameters[Kind::weight_hr], workspace.hidden, p.hidden_size, p.dtype);
   }
 
-  // Without any step one turn all the same: hx and cx are handed through.
-  const int64_t count = p.rows.steps ? p.rows.steps : 1;
-  return run_turns(count, step, device, [&](int64_t turn, int64_t d) {
-    return turns.turn(d == 1 ? p.rows.steps - 1 - turn : turn, d == 1);
-  });
+  return run_turns(forward_turns(p), step, device, forward_turn(p, turns));
 }
 
 inline std::string run_steps_backward(const BackwardParams& p, const StepWorkspace& workspace, bool allow_tf32,
@@ -134,11 +152,7 @@ inline std::string run_steps_backward(const BackwardParams& p, const StepWorkspa
   else
     multiply_gradients(cell);
 
-  // One turn more than there are steps: rows whose first step is done hand their gradients on to hx and cx.
-  const int64_t count = p.rows.steps + (p.grad_hx || p.grad_cx ? 1 : 0);
-  return run_turns(count, step, device, [&](int64_t turn, int64_t d) {
-    return turns.turn(d == 1 ? turn : p.rows.steps - 1 - turn, d == 1);
-  });
+  return run_turns(backward_turns(p), step, device, backward_turn(p, turns));
 }
 
 }  // namespace rnnfast::gpu
