@@ -7,25 +7,13 @@ python benchmarks/plan_table.py --sm 80    # for another architecture
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
+from cudnn_estimate import KNOWN
 from rnnfast import cuda_plan
 
 HIDDEN_SIZES = (64, 128, 256, 512, 768, 1024, 2048)
 BATCHES = (1, 16, 64, 256)
 TYPES = ("bfloat16", "float16", "tf32", "float32")
-
-
-class Known(NamedTuple):
-    """What others measured of cuDNN through torch.nn on an H100, microseconds a step, the input projection included."""
-
-    forward: float
-    backward: float
-    what: str
-
-
-# By (H, B), at T = 1024. Of the other shapes in the table nobody's figure was found.
-CUDNN = {(768, 16): Known(1.96, 3.1, "float16")}
 
 
 def short(plan: cuda_plan.Plan) -> str:
@@ -43,7 +31,7 @@ def cell(arithmetic: str, hidden: int, batch: int, sm: int, mode: str = "LSTM") 
 
 
 def cudnn(types: list[str], hidden: int, batch: int) -> str:
-    known = CUDNN.get((hidden, batch))
+    known = KNOWN.get((hidden, batch))
     return f"{known.forward} / {known.backward} ({known.what})" if known and known.what in types else "not known"
 
 

@@ -231,15 +231,20 @@ def import_pyplot() -> Any:
 
 def rendered(figure: Any, record: Record, dpi: int = 100) -> bytes:
     """The figure as a PNG file with its caption and its `SOURCE`; closes it."""
+    return encoded(figure, caption(record), fingerprint(record), dpi)
+
+
+def encoded(figure: Any, caption: str, source: str, dpi: int = 100) -> bytes:
+    """The same of what is no result file's."""
     from PIL import Image, PngImagePlugin  # a part of matplotlib's installation
 
-    figure.supxlabel(caption(record), fontsize=7, color="#555555")
+    figure.supxlabel(caption, fontsize=7, color="#555555")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=dpi)
     import_pyplot().close(figure)
     # A palette is enough, and a third of the size.
     note = PngImagePlugin.PngInfo()
-    note.add_text(SOURCE, fingerprint(record))
+    note.add_text(SOURCE, source)
     small = io.BytesIO()
     picture = Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
     picture.save(small, "PNG", optimize=True, pnginfo=note)

@@ -19,7 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import plan_cliffs
+import plan_map
 import plan_table
+import stack_model
 import step_model
 from plot import Figure, described, figures_of
 from records import (
@@ -357,6 +360,9 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "step model": step_model.table,
         "plan": plan_table.table,
         "plan constants": plan_table.constants,
+        "plan ratios": plan_map.summary,
+        "plan cliffs": plan_cliffs.table,
+        "stacks": stack_model.all_tables,
     }
 
 

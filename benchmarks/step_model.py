@@ -39,7 +39,7 @@ def step(cell: str, dtype: str, batch: int, hidden: int, backward: bool = False)
     """The model for one direction.
 
     A block multiplies 16 units' rows of the weights (all gates forward; backward their columns, G times as long) with
-    the states of its batch rows, absent ones included.
+    the states of its batch rows; in place of absent ones all read the same.
     """
     plan = cuda_plan.plan(MODES[cell], dtype, hidden, batch, backward=backward, in_graph=True, sm=90, name="step")
     times = {name: plan.limits_us[name] for name in ("L2", "mma", "issue", "HBM")}
