@@ -12,6 +12,8 @@ from .cuda_plan import ARCHITECTURES, NAMES, Illegal, Plan, plan
 _MODES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH", **{name.lower(): name for name in CELLS}}
 _TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "tf32": "tf32"}
 _TYPES |= {name: name for name in _TYPES.values()}
+# What csrc/cuda/plan/plan_json.h and csrc/cpu/ops_plan.cpp take.
+_MOST, _MOST_SMS, _MOST_SM = 1 << 31, (1 << 16) - 1, 999
 EXAMPLE = "example: python -m rnnfast explain --cell lstm --hidden 512 --batch 16 --dtype bf16 --sm 90"
 
 
@@ -23,20 +25,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "The times are predicted by a cost model, not measured; no GPU is needed.\n\n" + EXAMPLE
     )
     parser.add_argument("--cell", type=str.lower, choices=list(_MODES), default="lstm", help="default lstm")
-    parser.add_argument("--hidden", type=number(int, 1), required=True, help="hidden size H")
-    parser.add_argument("--batch", type=number(int, 1), default=16, help="batch B (default 16)")
+    parser.add_argument("--hidden", type=number(int, 1, most=_MOST), required=True, help="hidden size H")
+    parser.add_argument("--batch", type=number(int, 1, most=_MOST), default=16, help="batch B (default 16)")
     parser.add_argument(
         "--dtype", type=str.lower, choices=list(_TYPES), default="bf16",
         help="default bf16; fp32: as it is; tf32: float32 multiplied in TF32",
     )  # fmt: skip
     parser.add_argument(
-        "--sm", type=number(int, ARCHITECTURES[0]), default=90,
+        "--sm", type=number(int, ARCHITECTURES[0], most=_MOST_SM), default=90,
         help=f"architecture (default 90); cards of {', '.join(map(str, ARCHITECTURES))} are known",
     )  # fmt: skip
-    parser.add_argument("--sms", type=number(int, 1), default=0, help="SMs, as of a MIG slice (default: the card's)")
-    parser.add_argument("--steps", type=number(int, 1), default=1000, help="time steps T (default 1000)")
+    parser.add_argument(
+        "--sms", type=number(int, 1, most=_MOST_SMS), default=0, help="SMs, as of a MIG slice (default: the card's)"
+    )
+    parser.add_argument("--steps", type=number(int, 1, most=_MOST), default=1000, help="time steps T (default 1000)")
     parser.add_argument("--directions", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--projection", type=number(int, 0), default=0, help="projection size P, 0 for none (default)")
+    parser.add_argument(
+        "--projection", type=number(int, 0, most=_MOST), default=0, help="projection size P, 0 for none (default)"
+    )
     parser.add_argument("--graph", action="store_true", help="inside a CUDA graph: launches cost less")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--training", action="store_true", help="forward with reserve, and backward (default)")

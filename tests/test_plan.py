@@ -439,12 +439,15 @@ def test_its_options(options: str, expected: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--hidden 0", "--hidden: expected an integer of at least 1, got '0'"),
-        ("--hidden many", "--hidden: expected an integer of at least 1, got 'many'"),
+        ("--hidden 0", "--hidden: expected an integer of at least 1 and at most 2147483648, got '0'"),
+        ("--hidden many", "--hidden: expected an integer of at least 1 and at most 2147483648, got 'many'"),
+        ("--hidden 2147483649", "--hidden: expected an integer of at least 1 and at most 2147483648"),
+        ("--hidden 8 --sms 65536", "--sms: expected an integer of at least 1 and at most 65535, got '65536'"),
+        ("--hidden 8 --sm 1000", "--sm: expected an integer of at least 80 and at most 999, got '1000'"),
         ("", "required: --hidden"),
         ("--hidden 8 --cell lstn", "--cell: invalid choice: 'lstn'"),
         ("--hidden 8 --dtype int8", "--dtype: invalid choice: 'int8'"),
-        ("--hidden 8 --sm 75", "--sm: expected an integer of at least 80, got '75'"),
+        ("--hidden 8 --sm 75", "--sm: expected an integer of at least 80 and at most 999, got '75'"),
         ("--hidden 8 --batch 0", "--batch: expected an integer of at least 1"),
         ("--hidden 8 --directions 3", "--directions: invalid choice"),
         ("--hidden 8 --cell gru --projection 4", "--projection: gru has none"),

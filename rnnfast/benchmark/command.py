@@ -36,16 +36,19 @@ def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def number(kind: type[int] | type[float], least: float, above: bool = False) -> Callable[[str], Any]:
-    """For argparse: a finite number of at least so much, or above it."""
+def number(
+    kind: type[int] | type[float], least: float, above: bool = False, most: float = math.inf
+) -> Callable[[str], Any]:
+    """For argparse: a finite number of at least so much, or above it, and at most `most`."""
 
     def parse(text: str) -> int | float:
         what = f"{'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {least}"
+        what += f" and at most {most}" if most < math.inf else ""
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf or (above and value == least):
+        if not least <= value <= most or value == math.inf or (above and value == least):
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
         return value
 
