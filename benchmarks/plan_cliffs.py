@@ -1,7 +1,7 @@
 """Where the plan's predicted time jumps between neighbouring shapes, and why: of the model of csrc/cuda/plan.h, not
 measured.
 
-    python benchmarks/plan_cliffs.py            # what docs/performance.md has: LSTM on an A100, an H100 and its seventh
+    python benchmarks/plan_cliffs.py            # what docs/predicted.md has: LSTM on an A100, an H100 and its seventh
     python benchmarks/plan_cliffs.py --all      # every card of card_model.py, GRU too
 
 A cliff is a pair of shapes next to each other on the grid, in H or in B, of which the larger takes more than 1.5 times

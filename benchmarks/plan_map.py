@@ -1,6 +1,6 @@
 """What the plan of the CUDA kernels chooses over 2,000 shapes, as pictures: predicted by csrc/cuda/plan.h.
 
-    python benchmarks/plan_map.py                        # those of docs/performance.md, into docs/figures/plan
+    python benchmarks/plan_map.py                        # those of docs/predicted.md, into docs/figures/plan
     python benchmarks/plan_map.py --card h100 --cell GRU --type tf32 --out out    # one of one's own
     python benchmarks/plan_map.py --csv out/plans.csv    # every card, cell, type and pass as a table
 

@@ -1,6 +1,6 @@
 """The plan of the CUDA kernels over a grid of shapes, and what a step should take: predicted by csrc/cuda/plan.h.
 
-python benchmarks/plan_table.py            # the table of docs/performance.md
+python benchmarks/plan_table.py            # the table of docs/predicted.md
 python benchmarks/plan_table.py --sm 80    # for another architecture
 """
 

@@ -48,7 +48,11 @@ from rnnfast.benchmark.cores import Nearness
 
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "performance.md", ROOT / "examples" / "README.md")
+DOCUMENTS = (
+    README,
+    *(ROOT / "docs" / name for name in ("performance.md", "predicted.md")),
+    ROOT / "examples" / "README.md",
+)
 
 # The README's few numbers are of this suite.
 SUMMARY = "sizes"

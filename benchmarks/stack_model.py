@@ -1,6 +1,6 @@
 """What overlap would give stacks of layers and large input products: on paper, from what csrc/cuda/plan.h predicts.
 
-    python benchmarks/stack_model.py               # the tables of docs/performance.md
+    python benchmarks/stack_model.py               # the tables of docs/predicted.md
     python benchmarks/stack_model.py --card a100
 
 Today a call is a chain: of each layer the input product, then the recurrence; backward the recurrence, then the
@@ -365,7 +365,7 @@ def verdict(card: str = "h100") -> str:
 
 @functools.cache
 def all_tables() -> str:
-    """Markdown: what docs/performance.md has."""
+    """Markdown: what docs/predicted.md has."""
     return f"{table()}\n\n{sweep()}\n\n{verdict()}"
 
 

@@ -1,7 +1,7 @@
 """What a step of the step kernels (csrc/cuda/step/) should take on a Hopper card: a prediction of the cost model in
 csrc/cuda/plan/, where its constants stand with their sources. Those of limits.py are what nothing can beat.
 
-    python benchmarks/step_model.py            # the table of docs/performance.md
+    python benchmarks/step_model.py            # the table of docs/predicted.md
 
 A step takes its launch (here inside a CUDA graph), then the longest of: what all blocks read from L2 over L2's
 bandwidth, what the busiest SM reads over its own path to L2, its products, and weights from memory where L2 does not

@@ -93,7 +93,7 @@ inline SplitCost split_cost(const Request& r, const DeviceProperties& device) {
   const double hidden = double(r.hidden_size), state = double(r.projection_size ? r.projection_size : r.hidden_size);
   const double rows = double(r.batch), gates = cell.gates * hidden;
   CellWork work = cell_work(r, costs, element_bytes(r.arithmetic) != 2);
-  // Four units a thread share their addresses: 102 and 127 instructions a unit are counted (docs/performance.md) where
+  // Four units a thread share their addresses: 102 and 127 instructions a unit are counted (docs/predicted.md) where
   // other kernels have 210 and 300.
   constexpr double kShared = 0.5, kCopyInstructions = 20;
   work.instructions *= kShared;
