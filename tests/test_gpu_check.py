@@ -83,7 +83,7 @@ def test_first_run(tmp_path: Path) -> None:
     # Nothing is compiled, and torch is imported once to find out what is here.
     assert not any("nvcc" in call or "setup.py" in call for call in calls)
     assert sum("facts" in call for call in calls) == 1
-    assert done.stdout.rstrip().endswith("NVIDIA H100 80GB HBM3: 21 ok, 0 failed, 0 skipped")
+    assert done.stdout.rstrip().endswith("NVIDIA H100 80GB HBM3: 22 ok, 0 failed, 0 skipped")
     assert "rnnfast: abc123" in (machine.out / "table.txt").read_text()
     assert "1 tests passed" in done.stdout
     files = {"logs.txt", "table.txt", "tests.jsonl", "h100-microbench.jsonl"}

@@ -143,10 +143,13 @@ def test_a_race_is_told_by_the_kernel_s_lines(arguments: list[str]) -> None:
 
 
 def test_a_copy_that_is_not_waited_for_is_named_by_its_line() -> None:
-    """TSan has room for 63 characters, and the copy no frame in the kernel."""
+    """TSan has room for 63 characters, and the copy no frame in the kernel.
+
+    In float32 the vectors of this case are copied in so many pieces that TSan forgets who made the first.
+    """
     product = ROOT / "csrc/cuda/product.cuh"
     wait = f"product.cuh:{line_of('cp_async_wait<kDepth - 1>();', product)}"
-    done = bench("step", "lstm-float32", "--skip", wait, "--sanitizer", "thread")
+    done = bench("step", "lstm-float64", "--skip", wait, "--sanitizer", "thread")
     assert done.returncode == 66, done.stderr
     found = re.search(
         r"^  (?:Previous )?[Ww]rite of size \d+ at \S+ by cp_async at (csrc/cuda/\S+):(\d+), issued by "
