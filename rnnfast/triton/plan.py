@@ -72,7 +72,7 @@ FEW_ROWS = 32
 # H and P are multiples of 16, by whether rows are few. Where sizes are no such multiples, rows begin anywhere and are
 # read element by element: each has an address in registers, which leaves room for less.
 _STEP = {
-    (2, True, True): (Tiles(16, 32, 128, 4, 3), Tiles(16, 16, 128, 4, 3)),
+    (2, True, True): (Tiles(16, 32, 128, 4, 3), Tiles(16, 16, 64, 4, 4)),
     (2, True, False): (Tiles(64, 64, 64, 8, 3), Tiles(64, 32, 64, 8, 3)),
     (2, False, True): (Tiles(16, 32, 64, 4, 3), Tiles(16, 16, 64, 4, 3)),
     (2, False, False): (Tiles(64, 32, 32, 8, 3), Tiles(64, 16, 64, 8, 3)),
@@ -83,7 +83,7 @@ _STEP = {
 }
 # Without tensor cores, for any number of rows: float32 that is not TF32, and float64.
 _EXACT_STEP = {
-    4: (Tiles(16, 32, 32, 4, 2), Tiles(16, 32, 32, 8, 2)),
+    4: (Tiles(16, 32, 32, 4, 2), Tiles(16, 32, 16, 8, 2)),
     8: (Tiles(16, 16, 16, 4, 2), Tiles(16, 16, 16, 4, 2)),
 }
 
