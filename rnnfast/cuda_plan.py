@@ -161,7 +161,7 @@ def here(
     emulated: bool = False,
 ) -> Plan:
     """The plan that a call would take now: on this very device, with the plan that is preferred, TF32 as torch's flags
-    say, outside of a CUDA graph. (While one is captured launches cost less, and a call may take another plan.)
+    say. In a CUDA graph it is the same.
 
     Args:
         device: a CUDA device; with `emulated` it does not matter.

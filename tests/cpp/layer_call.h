@@ -246,4 +246,12 @@ template <class Calls, class Run> void run_in_turn(const Calls& calls, const Run
   });
 }
 
+// run(shape) of each, as shapes of a cell.
+template <class Run> void run_shapes(const std::vector<Shape>& shapes, Mode mode, const Run& run) {
+  run_in_turn(shapes, [&](Shape shape) {
+    shape.mode = mode;
+    run(shape);
+  });
+}
+
 }  // namespace rnnfast::test

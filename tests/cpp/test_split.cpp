@@ -100,23 +100,16 @@ const std::vector<Shape> kLargeProjected = {
     {.T = 4, .B = 40, .H = 256, .P = 128},
 };
 
-void run_shapes(const std::vector<Shape>& shapes, Mode mode, const TypeCase& type) {
-  run_in_turn(shapes, [&](Shape shape) {
-    shape.mode = mode;
-    run_both(shape, type);
-  });
-}
-
 void run_cell(Mode mode, const TypeCase& type) {
   // Reference and kernels share these: what is wrong there is wrong in both.
   check_cell_equations(mode);
-  run_shapes(kShapes, mode, type);
-  if (traits(mode).may_project) run_shapes(kProjected, mode, type);
+  run_shapes(kShapes, mode, [&](const Shape& shape) { run_both(shape, type); });
+  if (traits(mode).may_project) run_shapes(kProjected, mode, [&](const Shape& shape) { run_both(shape, type); });
 }
 
 [[maybe_unused]] void run_cell_large(Mode mode, const TypeCase& type) {
-  run_shapes(kLarge, mode, type);
-  if (traits(mode).may_project) run_shapes(kLargeProjected, mode, type);
+  run_shapes(kLarge, mode, [&](const Shape& shape) { run_both(shape, type); });
+  if (traits(mode).may_project) run_shapes(kLargeProjected, mode, [&](const Shape& shape) { run_both(shape, type); });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // What the plan knows of GPUs: the cards by architecture, and THE table of the constants of its cost model, each with
 // its unit and source. Plain host code, no torch, no CUDA.
 //
-// None of these constants was measured yet. A card's own come in as lines of kMeasured, which
-// `python benchmarks/plan_constants.py benchmarks/results/CARD-microbench.jsonl` prints from a result file of
+// None of these constants was measured yet; those of a library's products have no microbenchmark, which has no torch:
+// benchmarks/plan_check.py times the plan `split` beside what they predict. A card's own come in as lines of kMeasured,
+// which `python benchmarks/plan_constants.py benchmarks/results/CARD-microbench.jsonl` prints from a result file of
 // benchmarks/microbench; they replace the estimates of that architecture and say where they are from.
 #pragma once
 

@@ -12,7 +12,7 @@ namespace rnnfast::gpu {
 struct SplitForward : StepForward {
   const void* sums{};  // (D, B, G*H), of the projection (D, B, P), in the compute type: the product before this kernel
   void* states{};      // (D, B, P or H): the latest h_t of each row, before its first step hx
-  bool wide = false;   // all tensors allow for accesses of several units at once (kWidest)
+  bool wide = false;   // all tensors allow for accesses of several units at once: widest() of them
 };
 
 struct SplitBackward : StepBackward {
