@@ -175,7 +175,7 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
         unit("ops.cpp", "ops", torch_includes()),
         unit("cpu/ops_cpu.cpp", "ops_cpu", torch_includes()),
         unit("cpu/ops_plan.cpp", "ops_plan", torch_includes()),
-        unit("cpu/isa.cpp", "isa", []),
+        *(unit(f"cpu/{name}.cpp", name, []) for name in ("helpers", "isa", "job", "pool", "team")),
     ]
     for isa, flags in ISAS.get(platform.machine(), ISAS["other"]).items():
         for dtype in DTYPES:

@@ -5,5 +5,6 @@ STABLE_TORCH_LIBRARY(rnnfast, library) {
   rnnfast::define_layer_ops(library);
   library.def("matmul(Tensor a, Tensor b) -> Tensor");  // on the CPU alone
   library.def("use_cpu_isa(str name) -> str");
+  library.def("use_cpu_team(str name) -> str");
   library.def("core_latency(int rounds) -> float");
 }

@@ -95,6 +95,22 @@ def use_cpu_isa(name: str) -> str:
     return str(torch.ops.rnnfast.use_cpu_isa(name))
 
 
+def use_cpu_team(name: str) -> str:
+    """Says whose threads the C++ kernels use beside the caller's, for tests and measurements.
+
+    Args:
+        name: auto (chosen anew for each call), alone (none), pool (torch's pool, whatever its threads are doing) or
+            helpers (rnnfast's own threads, wherever they sleep); "" changes nothing.
+
+    Returns:
+        The one in use now. Results do not depend on it.
+
+    Raises:
+        RuntimeError: the name is unknown.
+    """
+    return str(torch.ops.rnnfast.use_cpu_team(name))
+
+
 def cpu_isa() -> str:
     """The instruction set that the C++ kernels use: avx512, avx2, portable ("" without the library)."""
     return "" if library_error is not None else use_cpu_isa("")
@@ -151,3 +167,7 @@ if library_error is None:
     _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)
+    _wanted = os.environ.get("RNNFAST_CPU_TEAM", "")
+    if _wanted and _wanted != use_cpu_team(""):
+        expected = "expected auto, alone, pool or helpers"
+        warnings.warn(f"RNNFAST_CPU_TEAM={_wanted}: {expected}; {use_cpu_team('')} is used", stacklevel=2)

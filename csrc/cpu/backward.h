@@ -1,8 +1,8 @@
-// Backward time loop, the mirror of forward.h: groups and thread shares are the same. The phases of a step:
+// Backward time loop, the mirror of forward.h: groups and shares are the same. The phases of a step:
 //   product  the later step's dgates times a tile of packed W_hh^T, for the gradient of h_t;
-//   project  with a projection, behind a barrier: that gradient times W_hr, for the gradient of `hidden`, o tanh(c);
+//   project  with a projection, in a round of its own: that gradient times W_hr, for the one of `hidden`, o tanh(c);
 //   cell     its derivative on the tile gives this step's dgates.
-// A barrier ends the step. A row whose first step is done gets one more product, for grad_hx.
+// A row whose first step is done gets one more product, for grad_hx.
 #pragma once
 
 #include "../cells.h"
@@ -27,22 +27,21 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
         tiles_(divide_up(params.state_size, kTileUnits)),
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
-        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_)) {}
+        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_)),
+        shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
+        preparing_shares_(shares_for(threads)) {}
 
-  int64_t run(int threads) {
+  int64_t run(Team& team) {
     place();
     if (const int64_t missing = workspace_.allocate()) return missing;
     place();
-    run_team(threads, [&](Team& team, int member) {
-      const int members = team.members();
-      pack(member, members);
-      const Assignment mine(p_.directions * groups_each_, member, members);
-      team.wait();  // packed weights are there
-      if (mine.idle) return;
-      for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride) {
-        initialize(g, mine.rank, mine.members_per_group);
-        steps(g, mine.rank, mine.members_per_group);
-      }
+    const Stage stages[] = {{1, preparing_shares_, 1},
+                            {p_.directions * groups_each_, shares_, turns() * rounds_a_turn()}};
+    team.run(stages, 2, [&](const Piece& piece) {
+      if (piece.stage == 0)
+        prepare(piece.share);
+      else
+        step_share(piece.group, piece.round, piece.share);
     });
     return 0;
   }
@@ -59,7 +58,6 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
 
   void place() {
     schedule_.place(p_.rows, workspace_);
-    barriers_ = workspace_.template take<Barrier>(p_.directions, groups_each_);
     groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
     const int64_t rows = divide_up(p_.rows.batch, groups_each_);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
@@ -68,10 +66,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
       group.dgates[1].place(workspace_, rows, gates_width_);
       if (Cell::kCarries) group.carry.place(workspace_, rows, round_up(p_.hidden_size, kTileUnits));
       if (projected()) group.dh.place(workspace_, rows, product(tiles_, kTileUnits));
-      if (groups_) {
-        groups_[g] = group;
-        barriers_[g] = Barrier();
-      }
+      if (groups_) groups_[g] = group;
     }
     for (int64_t d = 0; d < p_.directions; ++d) {
       packed_hh_[d] = workspace_.template take<Compute>(tiles_, kTileUnits, gates_width_);
@@ -79,11 +74,12 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
     }
   }
 
-  void pack(int member, int members) {
+  // One share of what must be there before the first turn: packed weights, and what rows without a step give.
+  void prepare(int64_t share) {
     const auto pack_all = [&](int64_t tiles, const Operand& weight, Compute* const* to, int64_t columns,
                               int64_t k_count) {
-      const Share share = share_of(p_.directions * tiles, member, members);
-      for (int64_t i = share.first; i < share.last; ++i) {
+      const Range range = share_of(p_.directions * tiles, share, preparing_shares_);
+      for (int64_t i = range.first; i < range.last; ++i) {
         const int64_t d = i / tiles, column = i % tiles * kTileUnits;
         pack_columns(at<Storage>(weight.data[d], column), weight.stride[d], columns - column, k_count,
                      to[d] + column * k_count, kTileUnits);
@@ -91,14 +87,15 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
     };
     pack_all(tiles_, p_.parameters[Kind::weight_hh], packed_hh_, p_.state_size, gates_width_);
     if (projected()) pack_all(hidden_tiles_, p_.parameters[Kind::weight_hr], packed_hr_, p_.hidden_size, p_.state_size);
+    for (int64_t g = 0; g < p_.directions * groups_each_; ++g) initialize(g, share);
   }
 
   // Rows without a step hand their final gradients straight on. Gradients beyond a row's length are zero.
-  void initialize(int64_t g, int rank, int members) {
+  void initialize(int64_t g, int64_t share) {
     const GroupRows rows = rows_of(g);
     const int64_t d = g / groups_each_;
-    const Share share = share_of(rows.count(), rank, members);
-    for (int64_t r = share.first; r < share.last; ++r) {
+    const Range range = share_of(rows.count(), share, preparing_shares_);
+    for (int64_t r = range.first; r < range.last; ++r) {
       if (r < rows.active(0)) continue;
       const auto copy = [&](const void* from, void* to, int64_t width) {
         const int64_t offset = (d * p_.rows.batch + rows.batch_index(r)) * width;
@@ -110,7 +107,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
       if (p_.grad_cx) copy(p_.grad_c_n, p_.grad_cx, p_.hidden_size);
     }
     const auto zero = [&](void* tensor, int64_t width) {
-      zero_beyond_lengths(rows, static_cast<Storage*>(tensor), p_.directions * width, d * width, width, rank, members);
+      zero_beyond_lengths(rows, static_cast<Storage*>(tensor), p_.directions * width, d * width, width, range);
     };
     zero(p_.grad_gates, gates_width_);
     zero(p_.grad_gates_hh, gates_width_);
@@ -228,7 +225,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   }
 
   // use(tile, r, sums): the products of a tile's units for one row, kBlocks sums.
-  template <class Use> void product_phase(const Step& step, Share my_tiles, const Use& use) const {
+  template <class Use> void product_phase(const Step& step, Range my_tiles, const Use& use) const {
     const StateBuffer<Compute>& later = step.group.dgates[step.from];
     for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
@@ -271,7 +268,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   }
 
   // The gradient of `hidden`, which the cell takes at once.
-  void project_phase(const Step& step, Share my_hidden_tiles) const {
+  void project_phase(const Step& step, Range my_hidden_tiles) const {
     const StateBuffer<Compute>& dh = step.group.dh;
     for (int64_t tile = my_hidden_tiles.first; tile < my_hidden_tiles.last; ++tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
@@ -289,43 +286,39 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
     }
   }
 
-  void steps(int64_t g, int rank, int members) {
+  // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial
+  // gradients.
+  int64_t turns() const { return schedule_.steps() + (p_.grad_hx || p_.grad_cx ? 1 : 0); }
+  int64_t rounds_a_turn() const { return projected() ? 2 : 1; }
+
+  // One share of a group's round. Between two rounds all is there that the one gives to the other, and nobody reads any
+  // more what the other writes over: the later step's dgates.
+  void step_share(int64_t g, int64_t round, int64_t share) const {
     const GroupRows rows = rows_of(g);
-    const int64_t d = g / groups_each_;
     const Group group = groups_[g];
-    const Share my_tiles = share_of(tiles_, rank, members);
-    const Share my_hidden_tiles = share_of(hidden_tiles_, rank, members);
-    int64_t started = 0;
-    int current = 0;
-    // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial
-    // gradients.
-    const int64_t last_turn = p_.grad_hx || p_.grad_cx ? 0 : 1;
-    for (int64_t s = schedule_.steps(); s >= last_turn; --s, current = 1 - current) {
-      const int64_t t = rows.time(s - 1);
-      const Step step{
-          rows,    group,       d,      t, s > 0 ? rows.active(t) : 0, s > 0 ? rows.active(rows.before(t)) : 0,
-          started, 1 - current, current};
-      product_phase(step, my_tiles,
-                    [&](int64_t tile, int64_t r, const Value* sums) { use_product(step, tile, r, sums); });
-      if (projected()) {
-        barriers_[g].wait(members);  // the gradient of every projected unit is there
-        project_phase(step, my_hidden_tiles);
-      }
-      started = step.active;
-      if (s == last_turn) break;
-      // The derivative of a phase that needs all units of a row before the cell (see forward.h) goes here: behind a
-      // barrier, from the gradients that the cell left in `dgates` to those of the products.
-      //
-      // dgates of this step are there for all, and nobody reads the later step's any more.
-      barriers_[g].wait(members);
-    }
+    const int64_t turn = round / rounds_a_turn();
+    const int64_t s = schedule_.steps() - turn, t = rows.time(s - 1);
+    const int current = static_cast<int>(turn & 1);
+    const Step step{rows,
+                    group,
+                    g / groups_each_,
+                    t,
+                    s > 0 ? rows.active(t) : 0,
+                    s > 0 ? rows.active(rows.before(t)) : 0,
+                    turn > 0 ? rows.active(rows.time(s)) : 0,
+                    1 - current,
+                    current};
+    if (projected() && round % 2 == 1) return project_phase(step, share_of(hidden_tiles_, share, shares_));
+    // The derivative of a phase that needs all units of a row before the cell (see forward.h) goes into a round of its
+    // own behind this one: from the gradients that the cell left in `dgates` to those of the products.
+    product_phase(step, share_of(tiles_, share, shares_),
+                  [&](int64_t tile, int64_t r, const Value* sums) { use_product(step, tile, r, sums); });
   }
 
   const BackwardParams& p_;
-  const int64_t tiles_, hidden_tiles_, gates_width_, groups_each_;
+  const int64_t tiles_, hidden_tiles_, gates_width_, groups_each_, shares_, preparing_shares_;
   Workspace workspace_;
   Schedule schedule_;
-  Barrier* barriers_ = nullptr;
   Group* groups_ = nullptr;
   Compute* packed_hh_[kMaxDirections]{};
   Compute* packed_hr_[kMaxDirections]{};

@@ -1,10 +1,10 @@
-// Forward time loop. Groups of rows and directions run independently; inside a group each thread owns some hidden
-// units. The phases of a step:
+// Forward time loop. Groups of rows and directions run independently; inside a group each share of a round (team.h) is
+// some hidden units. The phases of a step:
 //   product  h_{t-1} times a tile of packed W_hh, in registers;
 //   cell     on that tile while it is in L1: h_t into the other of two state buffers, or `hidden`, o tanh(c);
-//   project  with a projection, behind a barrier: h_t = W_hr hidden.
-// A barrier ends the step. The input projection is made a few steps at a time by the thread that uses it, so that it
-// stays in its cache instead of going to memory and back.
+//   project  with a projection, in a round of its own: h_t = W_hr hidden.
+// The input projection is made a few steps at a time by the thread that does the share, so that it stays in its cache
+// instead of going to memory and back.
 #pragma once
 
 #include "../cells.h"
@@ -31,7 +31,8 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kL) : 0),
         groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_)),
-        members_planned_(threads > params.directions * groups_each_ ? threads / (params.directions * groups_each_) : 1),
+        shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
+        preparing_shares_(shares_for(threads)),
         // With one row a step each weight is used once: reading it as it lies beats packing it, unless there are many
         // steps.
         direct_(params.rows.batch == 1 ? params.rows.steps < kDirectSteps
@@ -39,21 +40,17 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
         group_rows_(divide_up(params.rows.batch, groups_each_)),
         chunk_steps_(chunk_steps()) {}
 
-  int64_t run(int threads) {
+  int64_t run(Team& team) {
     place();
     if (const int64_t missing = workspace_.allocate()) return missing;
     place();
-    run_team(threads, [&](Team& team, int member) {
-      const int members = team.members();
-      pack(member, members);
-      const Assignment mine(p_.directions * groups_each_, member, members);
-      if (!mine.idle)
-        for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride)
-          initialize(g, mine.rank, mine.members_per_group);
-      team.wait();  // packed weights and initial states are there
-      if (mine.idle) return;
-      for (int64_t g = mine.first_group; g < mine.groups; g += mine.group_stride)
-        steps(g, member, mine.rank, mine.members_per_group);
+    const Stage stages[] = {{1, preparing_shares_, 1},
+                            {p_.directions * groups_each_, shares_, schedule_.steps() * rounds_a_step()}};
+    team.run(stages, 2, [&](const Piece& piece) {
+      if (piece.stage == 0)
+        prepare(piece.share);
+      else
+        step_share(piece.group, piece.round, piece.share, piece.member);
     });
     return 0;
   }
@@ -62,10 +59,10 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   static constexpr int64_t kDirectSteps = 8, kDirectRows = 24;
   static constexpr int64_t kMostChunkSteps = 256;
 
-  // Steps whose input projection fits a part of the L2 cache, one thread's share.
+  // Steps whose input projection fits a part of the L2 cache, of one share.
   int64_t chunk_steps() const {
     constexpr int64_t kChunkBytes = 448 << 10;
-    const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / members_planned_;
+    const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / shares_;
     int64_t steps = kChunkBytes / (step_bytes > 0 ? step_bytes : 1);
     if (steps > kMostChunkSteps) steps = kMostChunkSteps;
     if (steps > p_.rows.steps) steps = p_.rows.steps;
@@ -79,12 +76,13 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     Value* gates = nullptr;       // a chunk's input projection without bias: (tiles, rows of the chunk, kVectors)
   };
 
-  // The steps of a chunk: where the rows of each begin among the chunk's, and the input of all.
+  // The steps of a chunk, as one member sees them: where the rows of each begin among the chunk's, and the input of
+  // all.
   struct Chunk {
-    int64_t first_step = 0;
+    int64_t group = -1, first_step = 0;
     int64_t first_row[kMostChunkSteps];
     int64_t rows = 0;
-    const Compute* input = nullptr;
+    const Compute* input = nullptr;  // null until this member needs it
     int64_t input_stride = 0;
   };
 
@@ -98,7 +96,8 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     // The rows of consecutive steps follow each other in memory and in the group: no copy of the input is needed.
     input_in_place_ = sizeof(Storage) == sizeof(Compute) && groups_each_ == 1 && !p_.rows.lengths &&
                       (p_.rows.batch_sizes || p_.rows.batch_stride == 1);
-    barriers_ = workspace_.template take<Barrier>(p_.directions, groups_each_);
+    chunks_ = workspace_.template take<Chunk>(threads_);
+    for (int member = 0; chunks_ && member < threads_; ++member) chunks_[member] = Chunk();
     groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
     const int64_t rows = group_rows_, chunk_rows = product(chunk_steps_, rows);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
@@ -108,10 +107,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       if (Cell::kHasCell) group.c.place(workspace_, rows, product(tiles_, kTileUnits));
       if (projected()) group.hidden.place(workspace_, rows, product(tiles_, kTileUnits));
       group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
-      if (groups_) {
-        groups_[g] = group;
-        barriers_[g] = Barrier();
-      }
+      if (groups_) groups_[g] = group;
     }
     for (int64_t d = 0; d < p_.directions; ++d) {
       if (!direct_) packed_hh_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.state_size);
@@ -153,8 +149,9 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     }
   }
 
-  void pack(int member, int members) {
-    const Share tiles = share_of(p_.directions * tiles_, member, members);
+  // One share of what must be there before the first step: packed weights and initial states.
+  void prepare(int64_t share) {
+    const Range tiles = share_of(p_.directions * tiles_, share, preparing_shares_);
     for (int64_t i = tiles.first; i < tiles.last; ++i) {
       const int64_t d = i / tiles_, tile = i % tiles_;
       if (!direct_) pack_tile(Kind::weight_hh, d, tile, p_.state_size, packed_hh_[d]);
@@ -162,24 +159,25 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       pack_bias(d, tile);
     }
     if (projected()) {
-      const Share share = share_of(p_.directions * state_tiles_, member, members);
-      for (int64_t i = share.first; i < share.last; ++i) {
+      const Range state_tiles = share_of(p_.directions * state_tiles_, share, preparing_shares_);
+      for (int64_t i = state_tiles.first; i < state_tiles.last; ++i) {
         const int64_t d = i / state_tiles_, unit = i % state_tiles_ * kL;
         const int64_t stride = stride_of(Kind::weight_hr, d);
         pack_rows(at<Storage>(data_of(Kind::weight_hr, d), unit * stride), stride, p_.state_size - unit, p_.hidden_size,
                   packed_hr_[d] + unit * p_.hidden_size, kL);
       }
     }
+    for (int64_t g = 0; g < p_.directions * groups_each_; ++g) initialize(g, share);
   }
 
   // hx and cx into the state buffers (both of h: a row that starts late finds it in either); the states of rows without
   // a step.
-  void initialize(int64_t g, int rank, int members) {
+  void initialize(int64_t g, int64_t share) {
     const GroupRows rows = rows_of(g);
     const int64_t d = g / groups_each_;
     Group& group = groups_[g];
-    const Share share = share_of(rows.count(), rank, members);
-    for (int64_t r = share.first; r < share.last; ++r) {
+    const Range range = share_of(rows.count(), share, preparing_shares_);
+    for (int64_t r = range.first; r < range.last; ++r) {
       const int64_t b = rows.batch_index(r);
       const bool cut = rows.initial_cut(r), empty = r >= rows.active(0);
       const auto copy = [&](const void* from, void* final_state, Compute* to, Compute* to_too, int64_t width) {
@@ -195,10 +193,10 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       if (Cell::kHasCell) copy(p_.cx, p_.c_n, group.c.row(r), nullptr, p_.hidden_size);
     }
     zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size,
-                        p_.state_size, rank, members);
+                        p_.state_size, range);
     if (Cell::kHasCell)
       zero_beyond_lengths(rows, static_cast<Storage*>(p_.cell_states), p_.directions * p_.hidden_size,
-                          d * p_.hidden_size, p_.hidden_size, rank, members);
+                          d * p_.hidden_size, p_.hidden_size, range);
   }
 
   // One step of a group.
@@ -230,7 +228,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   // use(tile, first row, height, sums): the sums W_hh h of a tile's units for some rows, (height, kVectors).
-  template <class Use> void product_phase(const Step& step, Share my_tiles, const Use& use) const {
+  template <class Use> void product_phase(const Step& step, Range my_tiles, const Use& use) const {
     const StateBuffer<Compute>& h = step.group.h[step.from];
     for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
       if (direct_) {
@@ -297,7 +295,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   // h_t = W_hr hidden.
-  void project_phase(const Step& step, Share my_state_tiles) const {
+  void project_phase(const Step& step, Range my_state_tiles) const {
     const StateBuffer<Compute>& hidden = step.group.hidden;
     for (int64_t tile = my_state_tiles.first; tile < my_state_tiles.last; ++tile)
       for_row_tiles<1>(hidden.data, hidden.stride, 1, step.active, packed_hr_[step.d] + tile * kL * p_.hidden_size,
@@ -306,11 +304,17 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
                        });
   }
 
-  // The rows of the chunk that begins at step `first`, and where their input lies.
-  void gather(const GroupRows& rows, int64_t first, int member, Chunk& chunk) const {
-    const int64_t last = first + chunk_steps_ < schedule_.steps() ? first + chunk_steps_ : schedule_.steps();
+  int64_t chunk_end(const Chunk& chunk) const {
+    return chunk.first_step + chunk_steps_ < schedule_.steps() ? chunk.first_step + chunk_steps_ : schedule_.steps();
+  }
+
+  // Where the rows of the chunk that begins at step `first` stand.
+  void locate(const GroupRows& rows, int64_t group, int64_t first, Chunk& chunk) const {
+    chunk.group = group;
     chunk.first_step = first;
+    chunk.input = nullptr;
     chunk.rows = 0;
+    const int64_t last = chunk_end(chunk);
     if (input_in_place_) {
       const int64_t earliest = rows.time(rows.reversed ? last - 1 : first),
                     latest = rows.time(rows.reversed ? first : last - 1);
@@ -321,13 +325,20 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       chunk.input_stride = p_.input_size;
       return;
     }
+    for (int64_t s = first; s < last; ++s) {
+      chunk.first_row[s - first] = chunk.rows;
+      chunk.rows += rows.active(rows.time(s));
+    }
+  }
+
+  // The chunk's input for this member, where it does not lie row by row already.
+  void gather(const GroupRows& rows, int member, Chunk& chunk) const {
+    if (chunk.input) return;
     Compute* copy = input_copies_ + member * chunk_steps_ * group_rows_ * input_stride_;
     chunk.input = copy;
     chunk.input_stride = input_stride_;
-    for (int64_t s = first; s < last; ++s) {
+    for (int64_t s = chunk.first_step; s < chunk_end(chunk); ++s) {
       const int64_t t = rows.time(s), active = rows.active(t);
-      chunk.first_row[s - first] = chunk.rows;
-      chunk.rows += active;
       for (int64_t r = 0; r < active; ++r, copy += input_stride_) {
         const Storage* from = at<Storage>(p_.input, schedule_.data_row(t, rows.batch_index(r)) * p_.input_size);
         for (int64_t k = 0; k < p_.input_size; k += kL)
@@ -336,8 +347,8 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     }
   }
 
-  // The input projection of a chunk, for this thread's tiles.
-  void input_projection(const Group& group, int64_t d, const Chunk& chunk, Share my_tiles) const {
+  // The input projection of a chunk, for a share's tiles.
+  void input_projection(const Group& group, int64_t d, const Chunk& chunk, Range my_tiles) const {
     for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
       Value* to = gates_of_tile(group, tile);
       if (direct_)
@@ -353,36 +364,34 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     return group.gates + tile * chunk_steps_ * group_rows_ * kVectors;
   }
 
-  void steps(int64_t g, int member, int rank, int members) {
+  int64_t rounds_a_step() const { return projected() ? 2 : 1; }
+
+  // One share of a group's round. Between two rounds all is there that the one gives to the other, and nobody reads any
+  // more what the other writes over: h_{t-1}, whose buffer takes h_{t+1}.
+  void step_share(int64_t g, int64_t round, int64_t share, int member) const {
     const GroupRows rows = rows_of(g);
-    const int64_t d = g / groups_each_;
     const Group group = groups_[g];
-    const Share my_tiles = share_of(tiles_, rank, members);
-    const Share my_state_tiles = share_of(state_tiles_, rank, members);
-    Chunk chunk;
-    int current = 0;
-    for (int64_t s = 0; s < schedule_.steps(); ++s, current = 1 - current) {
-      if (s % chunk_steps_ == 0) {
-        gather(rows, s, member, chunk);
-        input_projection(group, d, chunk, my_tiles);
-      }
-      const int64_t t = rows.time(s);
-      const Step step{rows,    group,          d,
-                      t,       rows.active(t), rows.active(rows.after(t)),
-                      current, 1 - current,    chunk.first_row[s - chunk.first_step]};
-      // A phase that needs all units of a row before the cell, such as a normalisation, goes between these two: the
-      // product phase's sums into a buffer of the group, a barrier as below, then the new phase and the cell phase on
-      // the buffer's rows.
-      product_phase(step, my_tiles, [&](int64_t tile, int64_t first, int height, const Value* sums) {
-        cell_phase(step, tile, first, height, sums);
-      });
-      if (projected()) {
-        barriers_[g].wait(members);  // every unit's o tanh(c) is there
-        project_phase(step, my_state_tiles);
-      }
-      // h_t is there for all, and nobody reads h_{t-1} any more: its buffer may take h_{t+1}.
-      if (s + 1 < schedule_.steps()) barriers_[g].wait(members);
+    const int64_t s = round / rounds_a_step(), d = g / groups_each_;
+    const Range my_tiles = share_of(tiles_, share, shares_);
+    Chunk& chunk = chunks_[member];
+    if (chunk.group != g || s < chunk.first_step || s >= chunk.first_step + chunk_steps_)
+      locate(rows, g, s / chunk_steps_ * chunk_steps_, chunk);
+    const int64_t t = rows.time(s);
+    const int current = static_cast<int>(s & 1);
+    const Step step{rows,    group,          d,
+                    t,       rows.active(t), rows.active(rows.after(t)),
+                    current, 1 - current,    chunk.first_row[s - chunk.first_step]};
+    if (projected() && round % 2 == 1) return project_phase(step, share_of(state_tiles_, share, shares_));
+    if (s == chunk.first_step) {
+      gather(rows, member, chunk);
+      input_projection(group, d, chunk, my_tiles);
     }
+    // A phase that needs all units of a row before the cell, such as a normalisation, goes between these two: the
+    // product phase's sums into a buffer of the group; then, in a round of its own, the new phase and the cell phase on
+    // the buffer's rows.
+    product_phase(step, my_tiles, [&](int64_t tile, int64_t first, int height, const Value* sums) {
+      cell_phase(step, tile, first, height, sums);
+    });
   }
 
   // One row times one tile of weights as they lie.
@@ -398,14 +407,14 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
 
   const ForwardParams& p_;
   const int threads_;
-  const int64_t tiles_, state_tiles_, groups_each_, members_planned_;
+  const int64_t tiles_, state_tiles_, groups_each_, shares_, preparing_shares_;
   const bool direct_;
   const int64_t group_rows_, chunk_steps_;
   bool input_in_place_ = false;
   int64_t input_stride_ = 0;
   Workspace workspace_;
   Schedule schedule_;
-  Barrier* barriers_ = nullptr;
+  Chunk* chunks_ = nullptr;  // of each member
   Group* groups_ = nullptr;
   Compute* packed_hh_[kMaxDirections]{};
   Compute* packed_hr_[kMaxDirections]{};

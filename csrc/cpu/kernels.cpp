@@ -16,38 +16,38 @@ using Storage = StorageOf<DType::RNNFAST_DTYPE>::type;
 // Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
 // float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
 template <template <Mode, class, int> class Loop, Mode kMode, class Params>
-inline int64_t run_with_blocks(const Params& params, int64_t units, int threads) {
+inline int64_t run_with_blocks(const Params& params, int64_t units, Team& team) {
   if constexpr (std::is_same_v<Storage, float>) {
-    const int64_t blocks = divide_up(units, kLanes<float>), per_direction = threads / params.directions;
+    const int64_t blocks = divide_up(units, kLanes<float>), per_direction = team.planned() / params.directions;
     if (blocks == 1 || divide_up(blocks, 2) < per_direction)
-      return Loop<kMode, Storage, 1>(params, threads).run(threads);
+      return Loop<kMode, Storage, 1>(params, team.planned()).run(team);
   }
-  return Loop<kMode, Storage, 2>(params, threads).run(threads);
+  return Loop<kMode, Storage, 2>(params, team.planned()).run(team);
 }
 
 // Whatever the number of steps: they are not counted through.
 bool has_empty_results(const Recurrence& r) { return r.rows.batch == 0 || (r.hidden_size == 0 && r.state_size == 0); }
 
-int64_t forward(const ForwardParams& params, int threads) {
+int64_t forward(const ForwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   return with_mode(params.mode, [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
     // A forward tile holds every gate of a block.
     if constexpr (traits(kMode).gates > 1)
-      return ForwardLoop<kMode, Storage, 1>(params, threads).run(threads);
+      return ForwardLoop<kMode, Storage, 1>(params, team.planned()).run(team);
     else
-      return run_with_blocks<ForwardLoop, kMode>(params, params.hidden_size, threads);
+      return run_with_blocks<ForwardLoop, kMode>(params, params.hidden_size, team);
   });
 }
 
-int64_t backward(const BackwardParams& params, int threads) {
+int64_t backward(const BackwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   return with_mode(params.mode, [&](auto mode) {
-    return run_with_blocks<BackwardLoop, decltype(mode)::value>(params, params.state_size, threads);
+    return run_with_blocks<BackwardLoop, decltype(mode)::value>(params, params.state_size, team);
   });
 }
 
-int64_t matmul(const MatmulParams& params, int threads) { return MatmulLoop<Storage>(params).run(threads); }
+int64_t matmul(const MatmulParams& params, Team& team) { return MatmulLoop<Storage>(params).run(team); }
 
 }  // namespace
 

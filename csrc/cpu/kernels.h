@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../recurrence.h"
+#include "team.h"
 
 namespace rnnfast::cpu {
 
@@ -10,9 +11,9 @@ constexpr int64_t kUncountable = INT64_MAX;
 
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {
-  int64_t (*forward)(const ForwardParams&, int threads);
-  int64_t (*backward)(const BackwardParams&, int threads);
-  int64_t (*matmul)(const MatmulParams&, int threads);
+  int64_t (*forward)(const ForwardParams&, Team&);
+  int64_t (*backward)(const BackwardParams&, Team&);
+  int64_t (*matmul)(const MatmulParams&, Team&);
 };
 
 // Each is what kernels.cpp makes of one compilation. In the order of DType; setup.py has the same lists.
@@ -26,9 +27,5 @@ RNNFAST_DECLARE_KERNELS(portable)
 RNNFAST_DECLARE_KERNELS(avx2)
 RNNFAST_DECLARE_KERNELS(avx512)
 #endif
-
-// Splits [0, slots) over the threads of torch's pool and calls body(begin, end, context) on each; returns when all have
-// returned. Defined beside the ops, because the kernels include no torch header.
-void parallel_region(int64_t slots, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 }  // namespace rnnfast::cpu

@@ -1,6 +1,6 @@
 // Matrix product for the weight and input gradients: packed tiles of b, rows of a as they lie
-// (or transposed by the packing), k in blocks that keep a tile of b in L2. Threads share the packing, then the output
-// tiles.
+// (or transposed by the packing), k in blocks that keep a tile of b in L2. A round for each block's packing and one for
+// its output tiles.
 #pragma once
 
 #include "split.h"
@@ -39,23 +39,24 @@ template <class Storage> class MatmulLoop {
         // A transposed operand that few tiles of b use is read across its rows; packing it would take longer.
         pack_a_(sizeof(Storage) != sizeof(Compute) || (params.a_col != 1 && n_tiles_ > kTilesWorthPacking)) {}
 
-  int64_t run(int threads) {
+  int64_t run(Team& team) {
+    shares_ = shares_for(team.planned());
     if (direct_) {
-      run_direct(threads);
+      run_direct(team);
       return 0;
     }
     place();
     if (const int64_t missing = workspace_.allocate()) return missing;
     place();
-    run_team(threads, [&](Team& team, int member) {
-      const int members = team.members();
-      for (int64_t k = 0; k == 0 || k < p_.k; k += block_k_) {
-        const int64_t k_count = p_.k - k < block_k_ ? p_.k - k : block_k_;
-        if (k > 0) team.wait();  // nobody reads the last block's packed operands any more
-        pack(k, k_count, member, members);
-        team.wait();  // both packed operands are there
-        multiply(k, k_count, member, members);
-      }
+    const int64_t blocks = p_.k > block_k_ ? divide_up(p_.k, block_k_) : 1;
+    // The packed operands of a block of k are written over those of the last.
+    const Stage stage{1, shares_, 2 * blocks};
+    team.run(&stage, 1, [&](const Piece& piece) {
+      const int64_t k = piece.round / 2 * block_k_, k_count = p_.k - k < block_k_ ? p_.k - k : block_k_;
+      if (piece.round % 2 == 0)
+        pack(k, k_count, piece.share);
+      else
+        multiply(k, k_count, piece.share);
     });
     return 0;
   }
@@ -66,8 +67,8 @@ template <class Storage> class MatmulLoop {
     if (pack_a_) packed_a_ = workspace_.template take<Compute>(m_tiles_, kRows, block_k_);
   }
 
-  void pack(int64_t k, int64_t k_count, int member, int members) {
-    const Share tiles = share_of(n_tiles_, member, members);
+  void pack(int64_t k, int64_t k_count, int64_t share) {
+    const Range tiles = share_of(n_tiles_, share, shares_);
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       Compute* to = packed_b_ + tile * kWidth * block_k_;
       const int64_t column = tile * kWidth, left = p_.n - column;
@@ -85,7 +86,7 @@ template <class Storage> class MatmulLoop {
     // a's rows i..i+kRows as columns of (k_count, kRows): then the product reads both operands in order. A few k at a
     // time: transposed, one line of memory serves several tiles, and must still be in L1 when the next one wants it.
     constexpr int64_t kTurn = 16;
-    const Share rows = share_of(m_tiles_, member, members);
+    const Range rows = share_of(m_tiles_, share, shares_);
     for (int64_t kk = 0; kk < k_count; kk += kTurn) {
       const int64_t kk_last = kk + kTurn < k_count ? kk + kTurn : k_count;
       for (int64_t tile = rows.first; tile < rows.last; ++tile) {
@@ -113,11 +114,11 @@ template <class Storage> class MatmulLoop {
     }
   }
 
-  void multiply(int64_t k, int64_t k_count, int member, int members) {
-    const Share share = share_of(n_tiles_ * m_tiles_, member, members);
-    for (int64_t i = share.first; i < share.last;) {
+  void multiply(int64_t k, int64_t k_count, int64_t share) const {
+    const Range range = share_of(n_tiles_ * m_tiles_, share, shares_);
+    for (int64_t i = range.first; i < range.last;) {
       const int64_t n_tile = i / m_tiles_, m_first = i % m_tiles_;
-      const int64_t m_last = share.last - n_tile * m_tiles_ < m_tiles_ ? share.last - n_tile * m_tiles_ : m_tiles_;
+      const int64_t m_last = range.last - n_tile * m_tiles_ < m_tiles_ ? range.last - n_tile * m_tiles_ : m_tiles_;
       const Compute* b = packed_b_ + n_tile * kWidth * block_k_;
       for (int64_t m = m_first; m < m_last; ++m) {
         const int64_t row = m * kRows, height = p_.m - row < kRows ? p_.m - row : kRows;
@@ -133,10 +134,12 @@ template <class Storage> class MatmulLoop {
     }
   }
 
-  void run_direct(int threads) {
+  void run_direct(Team& team) {
     const int64_t blocks = divide_up(p_.n, kL);
-    const auto body = [&](Share share) {
-      for (int64_t block = share.first; block < share.last; ++block)
+    const Stage stage{1, shares_, 1};
+    team.run(&stage, 1, [&](const Piece& piece) {
+      const Range range = share_of(blocks, piece.share, shares_);
+      for (int64_t block = range.first; block < range.last; ++block)
         for (int64_t m = 0; m < p_.m; ++m) {
           if constexpr (sizeof(Storage) == sizeof(Compute)) {
             const Value acc = dot_rows(static_cast<const Compute*>(p_.a) + m * p_.a_row,
@@ -144,16 +147,13 @@ template <class Storage> class MatmulLoop {
             write(m, block * kL, &acc, 1, true);
           }
         }
-    };
-    if (threads == 1)
-      body({0, blocks});
-    else
-      run_team(threads, [&](Team& team, int member) { body(share_of(blocks, member, team.members())); });
+    });
   }
 
   const MatmulParams& p_;
   const int64_t n_tiles_, m_tiles_, block_k_;
   const bool direct_, pack_a_;
+  int64_t shares_ = 1;
   Workspace workspace_;
   Compute* packed_a_ = nullptr;
   Compute* packed_b_ = nullptr;

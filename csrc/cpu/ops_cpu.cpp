@@ -1,12 +1,10 @@
 // The ops on CPU tensors: checks, allocates, fills the params structs, calls the kernels.
-#include <pthread.h>
-
-#include <atomic>
-
 #include "../layer_ops.h"
 #include "core_latency.h"
 #include "isa.h"
 #include "memory.h"
+#include "pool.h"
+#include "split.h"
 
 // What the system still has is not what one allocation can get: not reported.
 rnnfast::DeviceMemory rnnfast::device_memory(const Tensor&) { return {}; }
@@ -22,19 +20,13 @@ namespace {
 
 [[maybe_unused]] const bool allocator_taught = teach_allocator();
 
-// The thread pool of libgomp does not survive a fork: its threads are not there in the child, and a parallel region
-// would wait for them for ever. A forked process works on one thread.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int at_fork_installed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-
-// Starting a region costs some microseconds, and so does a barrier each step: small work stays on the calling thread,
-// and no more threads take part than have something to do between two barriers.
-int threads_for(double flops, double flops_between_barriers) {
-  constexpr double kWorthRegion = 4e5, kWorthBarrier = 6e4;
-  if (flops < kWorthRegion || flops_between_barriers < kWorthBarrier || forked.load(std::memory_order_relaxed))
-    return 1;
+// Calling others costs some microseconds, and handing over to them each round less than one: small work stays on the
+// calling thread, and no more threads take part than have something to do in a round.
+int useful_threads(double flops, double flops_a_round) {
+  constexpr double kWorthCalling = 4e5, kWorthHandingOver = 6e4;
+  if (flops < kWorthCalling || flops_a_round < kWorthHandingOver) return 1;
   const int available = static_cast<int>(torch::stable::get_num_threads());
-  const double useful = 1 + flops_between_barriers / kWorthBarrier;
+  const double useful = 1 + flops_a_round / kWorthHandingOver;
   return useful < available ? static_cast<int>(useful) : available;
 }
 
@@ -44,12 +36,26 @@ void check_memory(const char* op, const Tensor& like, int64_t missing) {
   if (missing) fail_for_memory(op, "the workspace", missing, like, "", false);
 }
 
-int threads_for(const Recurrence& r, int64_t row_count) {
-  const double per_row = 2.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
-  // Two directions need no barrier.
-  const double between = r.directions > 1 ? 1e9 : per_row * row_count / (r.rows.steps ? r.rows.steps : 1);
-  return threads_for(per_row * row_count, between);
-}
+// For one pass through time.
+struct Need {
+  int threads;
+  double alone_seconds;
+
+  // input_size: of an input that is multiplied too.
+  Need(const Recurrence& r, int64_t row_count, int64_t input_size) {
+    const double weights = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
+    const int64_t steps = r.rows.steps ? r.rows.steps : 1;
+    const double flops = 2 * weights * row_count;
+    // Two directions hand nothing over.
+    threads = useful_threads(flops, r.directions > 1 ? 1e9 : flops / steps);
+    alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes) +
+                    2.0 * r.directions * traits(r.mode).gates * r.hidden_size * input_size * row_count / kFlops;
+  }
+
+ private:
+  // Of a weight as it is computed with.
+  static constexpr double kTypicalBytes = 4;
+};
 
 struct CpuBackend {
   static Tensor empty(const Wanted& wanted) {
@@ -64,10 +70,14 @@ struct CpuBackend {
     p.input = context.hold("input", context.like);
     for (const KindTraits& kind : kKinds)
       if (!kind.multiplies_steps()) hold_parameters(kind, context, p, places);
-    check_memory(context.op, context.like, kernels(p.dtype).forward(p, threads_for(p, context.row_count)));
+    const Need need(p, context.row_count, p.input_size);
+    Team team(need.threads, need.alone_seconds);
+    check_memory(context.op, context.like, kernels(p.dtype).forward(p, team));
   }
   static void backward(const BackwardParams& p, const Context& context, const Places&) {
-    check_memory(context.op, context.like, kernels(p.dtype).backward(p, threads_for(p, context.row_count)));
+    const Need need(p, context.row_count, 0);
+    Team team(need.threads, need.alone_seconds);
+    check_memory(context.op, context.like, kernels(p.dtype).backward(p, team));
   }
 };
 
@@ -92,7 +102,10 @@ Tensor matmul(Tensor a, Tensor b) {
   Tensor c = LayerOps<CpuBackend>::empty(context, "the product", {m.m, m.n});
   m.c = mutable_data_of(c);
   m.c_row = m.n;
-  if (m.m && m.n) check_memory(op, a, kernels(m.dtype).matmul(m, threads_for(2.0 * m.m * m.n * m.k, 1e9)));
+  if (!m.m || !m.n) return c;
+  const double flops = 2.0 * m.m * m.n * m.k;
+  Team team(useful_threads(flops, flops), flops / kFlops);
+  check_memory(op, a, kernels(m.dtype).matmul(m, team));
   return c;
 }
 
@@ -103,11 +116,17 @@ std::string use_cpu_isa(std::string name) {
   return used;
 }
 
+std::string use_cpu_team(std::string name) {
+  const std::string used(use_team(name));
+  RNNFAST_CHECK(!used.empty(), "rnnfast::use_cpu_team: name: expected auto, alone, pool or helpers, got ", name);
+  return used;
+}
+
 double core_latency(int64_t rounds) {
   RNNFAST_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
   RNNFAST_CHECK(rounds <= kMostRounds, "rnnfast::core_latency: rounds: expected at most ", kMostRounds, ", got ",
                 rounds);
-  if (forked.load(std::memory_order_relaxed)) return 0;
+  if (is_forked()) return 0;
   return core_to_core_seconds(static_cast<int>(torch::stable::get_num_threads()), rounds);
 }
 
@@ -121,5 +140,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("use_cpu_isa", TORCH_BOX(&rnnfast::cpu::use_cpu_isa));
+  library.impl("use_cpu_team", TORCH_BOX(&rnnfast::cpu::use_cpu_team));
   library.impl("core_latency", TORCH_BOX(&rnnfast::cpu::core_latency));
 }

@@ -73,8 +73,8 @@ class Schedule {
   int64_t* offsets_ = nullptr;
 };
 
-// The rows that one group of threads carries through time: every `stride`th of the sorted rows, so that all groups
-// shrink alike. The group's row r is sorted row first + r * stride. One direction of the recurrence.
+// The rows of one group, which are carried through time together: every `stride`th of the sorted rows, so that all
+// groups shrink alike. The group's row r is sorted row first + r * stride. One direction of the recurrence.
 struct GroupRows {
   const Schedule& schedule;
   int64_t first, stride;
@@ -106,13 +106,12 @@ struct GroupRows {
   bool initial_cut(int64_t r) const { return !reversed && r < active(0) && cut_before(0, r); }
 };
 
-// Zeroes the rows beyond each row's length in a (rows, width) tensor of the group's direction.
+// Zeroes what is beyond the lengths of some of the group's rows in a (rows, width) tensor of its direction.
 template <class Storage>
 inline void zero_beyond_lengths(const GroupRows& rows, Storage* tensor, int64_t row_stride, int64_t offset,
-                                int64_t width, int rank, int members) {
+                                int64_t width, Range range) {
   if (!rows.schedule.has_lengths() || !tensor) return;
-  const Share share = share_of(rows.count(), rank, members);
-  for (int64_t r = share.first; r < share.last; ++r) {
+  for (int64_t r = range.first; r < range.last; ++r) {
     const int64_t b = rows.batch_index(r);
     for (int64_t t = rows.schedule.length(b); t < rows.schedule.steps(); ++t)
       std::memset(static_cast<void*>(tensor + rows.schedule.data_row(t, b) * row_stride + offset), 0,

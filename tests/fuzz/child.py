@@ -40,6 +40,7 @@ from setup import ISAS  # noqa: E402
 COMPARED = 0.2  # of the calls that can be
 counted: collections.Counter[str] = collections.Counter()
 isas: list[str] = []
+TEAMS = ("auto", "alone", "pool", "helpers")
 
 
 class Progress:
@@ -106,7 +107,7 @@ def at_once(works: list[Callable[[], None]]) -> None:
 
 
 def several_calls(rng: random.Random) -> None:
-    """Calls at once, and another ISA meanwhile."""
+    """Calls at once, and another ISA and team meanwhile."""
     made = [rng.choice([calls.well_formed, calls.well_formed, calls.malformed])(rng) for _ in range(rng.choice([2, 3]))]
     made.append(made[0])  # the same tensors
     Progress.show("\n".join(call.describe() for call in made))
@@ -120,6 +121,7 @@ def several_calls(rng: random.Random) -> None:
     def change_isa() -> None:
         for isa in rng.choices(isas, k=20):
             torch.ops.rnnfast.use_cpu_isa(isa)
+            torch.ops.rnnfast.use_cpu_team(rng.choice(TEAMS))
 
     at_once([*(lambda call=call: work(call) for call in made), change_isa])
 
@@ -168,7 +170,12 @@ def steering_changes(rng: random.Random) -> None:
 
 def small_op(rng: random.Random) -> None:
     rounds, name = rng.choice([1, 3, 20, 0, -1, -(2**63)]), rng.choice(["", "AVX2", "avx", "x" * 1000, "avx2\0", *isas])
-    for op, value, fine in (("core_latency", rounds, rounds > 0), ("use_cpu_isa", name, name in ("", *isas))):
+    team = rng.choice(["", "Auto", "pool\0", "x" * 1000, *TEAMS])
+    for op, value, fine in (
+        ("core_latency", rounds, rounds > 0),
+        ("use_cpu_isa", name, name in ("", *isas)),
+        ("use_cpu_team", team, team in ("", *TEAMS)),
+    ):
         one_call(rng, lambda _, op=op, value=value, fine=fine: OpCall(
             op, {"value": value}, rng.choice([1, 2]), well_formed=fine, must_raise=not fine, comparable=False
         ))  # fmt: skip
@@ -189,6 +196,7 @@ def run_case(seed: int) -> None:
     rng = random.Random(f"{seed} {Progress.number}")
     torch.manual_seed(rng.getrandbits(63))
     torch.ops.rnnfast.use_cpu_isa(rng.choice(isas))
+    torch.ops.rnnfast.use_cpu_team(rng.choice(TEAMS))
     (case,) = rng.choices(list(CASES), list(CASES.values()))
     case(rng)
 
