@@ -7,6 +7,8 @@ program that trains one model is in the first state. Besides, a crash ends one c
 The processes are forks of a server that has imported torch and nothing else: rnnfast, and the threads of torch's pool,
 which do not survive a fork, come in each anew.
 
+(`Worker` is one such process. The candidates of a case with pauses have one each: service.py.)
+
 On a GPU, where a process takes seconds to begin, one serves all cases until it dies: `Processes(lasting=True)`.
 """
 
@@ -18,7 +20,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
+from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -130,36 +134,50 @@ class _Answer:
     end: str | None = None
 
 
-class Processes:
-    """Starts the processes. Ctrl-C is the parent's business: it ends them.
+class Ended(Exception):
+    """Of a process that gave no answer; the text says how it came to its end."""
+
+
+class Worker:
+    """A process that answers. Ctrl-C is the parent's business: it ends the process, as every error here does.
 
     Args:
-        lasting: one process measures case after case, for devices that take seconds to initialise. Where it dies, or
-            the device is lost to it, another takes its place.
-        most: seconds that a case may take; its process is ended then, and the case counts as failed. None: any number.
+        serve: what it does, given its end of a pipe.
     """
 
-    def __init__(self, lasting: bool = False, most: float | None = None) -> None:
-        self._lasting = lasting
-        self._most = most
-        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+    def __init__(self, serve: Callable[[Connection], None]) -> None:
+        self._serve = serve
+        self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._process: ForkServerProcess | None = None
         self._pipe: Connection | None = None
 
-    def _start(self) -> Connection:
-        if self._process is not None and self._pipe is not None and self._process.is_alive():
-            return self._pipe
-        self._end()
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @property
+    def process(self) -> int | None:
+        """The process's number."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Starts the process, unless it runs."""
+        if self._process is not None and self._process.is_alive():
+            return
+        self.end()
         with _interrupts_later():
             self._pipe, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process = self._context.Process(target=self._serve, args=(there,), daemon=True)
             process.start()
             self._process = process
             there.close()
-        return self._pipe
 
-    def _end(self) -> int | None:
+    def end(self) -> int | None:
         """Ends the process; what it ended with, if it had ended by itself."""
         status = None
         if self._process is not None:
@@ -171,6 +189,64 @@ class Processes:
             self._pipe.close()
         self._process = self._pipe = None
         return status
+
+    def tell(self, message: object) -> None:
+        """Sends a message to the process.
+
+        Raises:
+            Ended: it has died.
+        """
+        with self._ending():
+            self._open().send(message)
+
+    def answer(self, most: float | None = None) -> Any:
+        """What the process says next.
+
+        Args:
+            most: seconds that this may take; the process is ended then. None: any number.
+
+        Raises:
+            Ended: it has died, or is ended.
+        """
+        with self._ending():
+            pipe = self._open()
+            if not pipe.poll(most):
+                raise Ended(f"ended after {most:g} s")
+            return pipe.recv()
+
+    def _open(self) -> Connection:
+        if self._pipe is None:
+            raise Ended("the process was not started, or is ended")
+        return self._pipe
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever is raised inside ends the process."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            # It has closed its end of the pipe: it is about to end, if it has not.
+            if self._process is not None:
+                self._process.join(PATIENCE)
+            raise Ended(died(self.end())) from error
+        except BaseException:
+            self.end()
+            raise
+
+
+class Processes:
+    """Measures cases in processes of their own.
+
+    Args:
+        lasting: one process measures case after case, for devices that take seconds to initialise. Where it dies, or
+            the device is lost to it, another takes its place.
+        most: seconds that a case may take; its process is ended then, and the case counts as failed. None: any number.
+    """
+
+    def __init__(self, lasting: bool = False, most: float | None = None) -> None:
+        self._lasting = lasting
+        self._most = most
+        self._worker = Worker(_serve)
 
     def measure(self, case: Case, workload: str, settings: Settings, skipped: Skipped) -> list[Row]:
         """As `measure_here`, in a process of its own, or in the lasting one.
@@ -201,22 +277,13 @@ class Processes:
     def _ask(self, case: Case, workload: str, settings: Settings) -> _Answer:
         """What a process says of a case."""
         try:
-            pipe = self._start()
-            pipe.send((case, workload, settings))
-            if not pipe.poll(self._most):
-                self._end()
-                return _Answer(end=f"ended after {self._most:g} s")
-            rows, reasons, lost = pipe.recv()
-        except (EOFError, ConnectionError):
-            # It has closed its end of the pipe: it is about to end, if it has not.
-            if self._process is not None:
-                self._process.join(PATIENCE)
-            return _Answer(end=died(self._end()))
-        except BaseException:
-            self._end()
-            raise
+            self._worker.start()
+            self._worker.tell((case, workload, settings))
+            rows, reasons, lost = self._worker.answer(self._most)
+        except Ended as end:
+            return _Answer(end=str(end))
         if lost or not self._lasting:
-            self._end()
+            self._worker.end()
         return _Answer(rows, reasons, "the device was lost" if lost else None)
 
 

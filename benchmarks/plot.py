@@ -6,7 +6,9 @@ For every suite that has the shapes for it:
   <device>-<suite>-ratio-<workload>-<backend>.png  heat map, H x B for each cell and type: torch.nn's time over ours
   <device>-<suite>-time-<workload>.png             microseconds a step against H, with the limit
   <device>-<suite>-scaling.png                     microseconds a step against T and against B
-and for the rows that are in no heat map:
+for the rows of cases with a pause or neighbours:
+  <device>-<suite>-latency.png                     microseconds a step: 50th to 90th percentile (plot_service.py)
+and for the others that are in no heat map:
   <device>-<suite>-bars.png                        a bar for each case and backend: torch.nn's time over ours
 It says which it made of each file, and of those that it could not make which shapes they need. Each figure carries a
 fingerprint of the result file that it shows (`fingerprint`), so that a test can tell a stale one.
@@ -27,7 +29,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from records import CELLS, DTYPES, GRAPH, RESULTS, WORKLOADS, Record, Row, in_order, is_ours, load_all, mean_ratio
+from records import (
+    CELLS,
+    DTYPES,
+    GRAPH,
+    ONE_THREAD,
+    RESULTS,
+    WORKLOADS,
+    Record,
+    Row,
+    base,
+    in_order,
+    is_ours,
+    is_served,
+    load_all,
+    mean_ratio,
+)
 
 FIGURES = RESULTS.parent.parent / "docs" / "figures"
 
@@ -36,14 +53,14 @@ SOURCE = "Source"
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; and no two lines differ by colour alone.
 COLOURS = {"torch.nn": "#555555", "cpu": "#d55e00", "cuda": "#d55e00", "triton": "#0072b2", "reference": "#cc79a7"}
-COLOURS["emulated"] = "#000000"
-MARKERS = {"torch.nn": "s", "cpu": "o", "cuda": "o", "triton": "^", "reference": "D"}
-BACKENDS = ("cpu", "cuda", "cuda-graph", "triton", "triton-graph")
+COLOURS |= {"emulated": "#000000", "cpu-one-thread": "#0072b2"}
+MARKERS = {"torch.nn": "s", "cpu": "o", "cpu-one-thread": "^", "cuda": "o", "triton": "^", "reference": "D"}
+BACKENDS = ("cpu", "cpu-one-thread", "cuda", "cuda-graph", "triton", "triton-graph")
 # The bars' colours of other libraries.
 OTHER_COLOURS = ("#009e73", "#e69f00", "#56b4e9", "#999933")
 # One layer, one direction, rows of full length.
 PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0}
-PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets"
+PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets, no pause or neighbours"
 # So many different values make a heat map or a line.
 LEAST_HIDDEN, LEAST_BATCHES, LEAST_SERIES = 3, 2, 3
 # More panels side by side cannot be read in a README's width.
@@ -74,7 +91,7 @@ def source_of(figure: Path) -> str | None:
 
 def is_plain(row: Row) -> bool:
     """Whether cell, H, B, T and type describe the row: everything else is as in `PLAIN`."""
-    return all(row[key] == value for key, value in PLAIN.items())
+    return all(row[key] == value for key, value in PLAIN.items()) and not is_served(row)
 
 
 def plain(record: Record) -> list[Row]:
@@ -121,8 +138,8 @@ class Figure:
 
     Args:
         name: of the file.
-        kind: "ratio", "time", "scaling" or "bars".
-        workload: that is shown; "" for a scaling and for bars, which show all.
+        kind: "ratio", "time", "scaling", "latency" or "bars".
+        workload: that is shown; "" for a scaling, latencies and bars, which show all.
         backend: that is shown; "" where all are.
     """
 
@@ -145,10 +162,10 @@ def has_series(rows: Sequence[Row]) -> bool:
 
 
 def unmapped(record: Record) -> list[Row]:
-    """The rows that no heat map shows, which are those of the bars."""
+    """The rows that no heat map shows, nor a figure of latencies: those of the bars."""
     rows = plain(record)
     mapped = {workload for workload in workloads_of(rows) if is_grid(of_workload(rows, workload))}
-    return [row for row in record.rows if not (is_plain(row) and row["workload"] in mapped)]
+    return [row for row in record.rows if not (is_served(row) or (is_plain(row) and row["workload"] in mapped))]
 
 
 def figures_of(record: Record) -> list[Figure]:
@@ -163,6 +180,8 @@ def figures_of(record: Record) -> list[Figure]:
             figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
     if any(has_series(of_workload(rows, workload)) for workload in workloads_of(rows)):
         figures.append(Figure(f"{stem}-scaling.png", "scaling"))
+    if any(map(is_served, record.rows)):
+        figures.append(Figure(f"{stem}-latency.png", "latency"))
     if unmapped(record):
         figures.append(Figure(f"{stem}-bars.png", "bars"))
     return figures
@@ -203,6 +222,7 @@ def described(record: Record, figure: Figure) -> str:
         "ratio": "heat map of the ratios over H and B",
         "time": "time of a step against H",
         "scaling": "time of a step against T or B",
+        "latency": "times of single calls with pauses or beside neighbours",
         "bars": "bars of the ratio of each case",
     }
     words = [what[figure.kind], figure.workload, f"suite {record.suite}", record.device]
@@ -431,9 +451,13 @@ def looks(backends: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
     others = in_order((), [name for name in backends if not is_ours(name)])
     found = {}
     for name in backends:
-        base, graph = name.removesuffix(GRAPH), name.endswith(GRAPH)
-        colour = COLOURS[base] if is_ours(name) else OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
-        found[name] = ("rnnfast, " * is_ours(name) + base + " in a CUDA graph" * graph, colour, graph)
+        eager, graph, single = name.removesuffix(GRAPH), name.endswith(GRAPH), name.endswith(ONE_THREAD)
+        if is_ours(name):
+            colour = COLOURS.get(eager, COLOURS[base(name)])
+        else:
+            colour = OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+        how = " in a CUDA graph" * graph + ", one thread" * single
+        found[name] = ("rnnfast, " * is_ours(name) + base(name) + how, colour, graph)
     return found
 
 
@@ -504,6 +528,10 @@ def drawn(record: Record, figure: Figure, dpi: int = 100) -> bytes:
         picture = time_figure(record, figure.workload)
     elif figure.kind == "scaling":
         picture = scaling_figure(record)
+    elif figure.kind == "latency":
+        import plot_service  # which draws with what stands here
+
+        picture = plot_service.latency_figure(record)
     else:
         picture = bars_figure(record)
     return rendered(picture, record, dpi)

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import plan_map
 import plan_table
 import stack_model
 import step_model
-from plot import Figure, described, figures_of
+from plot import BACKENDS, Figure, described, figures_of
 from records import (
     BESIDE,
     CELLS,
@@ -37,7 +38,10 @@ from records import (
     Record,
     Row,
     changes,
+    condition,
+    in_conditions,
     in_order,
+    is_served,
     load_all,
     loaded,
     mean_ratio,
@@ -193,6 +197,44 @@ def packed(records: Sequence[Record]) -> str:
     )
 
 
+def serves(record: Record) -> bool:
+    """Whether it has cases with pauses or neighbours: these stand in a block of their own."""
+    return any(map(is_served, record.data["rows"]))
+
+
+def service(records: Sequence[Record]) -> str:
+    """A table: of each condition and backend the mean ratios of the medians and of the 90th percentiles, and the worst
+    of the former; then the figures."""
+    if not records:
+        return "There is no result file of the suite `service` yet."
+    parts = []
+    for record in records:
+        rows = [row for row in record.rows if is_served(row)]
+        backends = in_order(BACKENDS, [row["backend"] for row in rows])
+        what = (
+            "Ratio of torch.nn's time of a call to the backend's: of the calls that were timed in turn the median, its"
+        )
+        what += " worst case, and the ratio of the 90th percentiles of both."
+        parts.append(paragraph(f"{what} Suite `{record.suite}`, {versions(record)}."))
+        lines = ["| condition | cases |" + "".join(f" {name}: median | worst | 90th percentile |" for name in backends)]
+        lines.append("| --- | ---: |" + " ---: | --- | ---: |" * len(backends))
+        for words in in_conditions(rows):
+            own = [row for row in rows if condition(row) == words]
+            line = [words, str(len({row["case"] for row in own}))]
+            for group in ([row for row in own if row["backend"] == name] for name in backends):
+                if not group:
+                    line += ["", "", ""]
+                    continue
+                low = worst(group)
+                far = statistics.geometric_mean(row["torch_p90_us_per_step"] / row["p90_us_per_step"] for row in group)
+                line += [f"{mean_ratio(group):.2f}", f"{low['ratio']:.2f} ({low['cell']}, {shape(low)})", f"{far:.2f}"]
+            lines.append("| " + " | ".join(line) + " |")
+        parts.append("\n".join(lines))
+        if beside := sum(loaded([row]) for row in rows):
+            parts.append(f"{beside} of the {len(rows)} rows were timed {BESIDE}.")
+    return "\n\n".join([*parts, *filter(None, [figures(records)])])
+
+
 def demo(results: Path, name: str) -> str:
     """What a demo's run said, and its chart."""
     data = read(results, f"{name}-cpu.json")
@@ -215,7 +257,7 @@ def textbook(results: Path) -> str:
 
 def figures(records: Sequence[Record]) -> str:
     """Links to each device's figures: over H and B of the grid, or of the first suite that has such, a scaling, and the
-    bars of the suites that have no heat map."""
+    bars and latencies of the suites that have no heat map."""
     links = []
     for device in dict.fromkeys(record.device for record in records):
         drawn = {record.suite: (record, figures_of(record)) for record in records if record.device == device}
@@ -226,7 +268,7 @@ def figures(records: Sequence[Record]) -> str:
             (record, figure) for record, figure in pairs if record.suite == shown and figure.kind in ("ratio", "time")
         ]
         chosen += [(record, figure) for record, figure in pairs if figure.kind == "scaling"][-1:]
-        chosen += [(record, figure) for record, figure in pairs if figure.kind == "bars"]
+        chosen += [(record, figure) for record, figure in pairs if figure.kind in ("bars", "latency")]
         links += [link(record, figure, "figures") for record, figure in chosen]
     return "\n\n".join(links)
 
@@ -342,7 +384,8 @@ def gpu(records: Sequence[Record]) -> str:
 def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     """What makes each block's text, by name."""
     records = [record for record in load_all(results) if record.suite not in NOT_SHOWN]
-    cpu = [record for record in records if record.device == "cpu"]
+    cpu = [record for record in records if record.device == "cpu" and not serves(record)]
+    served = [record for record in records if record.device == "cpu" and serves(record)]
     cards = [record for record in records if record.device != "cpu"]
     return {
         "cpu summary": lambda: summary(cpu),
@@ -350,6 +393,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu speeds": lambda: speeds(cpu),
         "cpu slower": lambda: slower(cpu),
         "cpu packed": lambda: packed(cpu),
+        "cpu service": lambda: service(served),
         "cpu figures": lambda: figures(cpu),
         "character model": lambda: demo(results, "charlm-lstm"),
         "digits": lambda: demo(results, "digits-gru"),

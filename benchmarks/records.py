@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,14 +37,15 @@ ROUNDING = 0.02
 # So many rows are explained one by one.
 MOST_EXPLAINED = 10
 
-# rnnfast's own backends. Behind a name: the same inside a CUDA graph. What is neither one of these nor torch.nn is a
-# peer, another library or one's own, whose ratios say nothing of rnnfast.
+# rnnfast's own backends. Behind a name: the same inside a CUDA graph, or in a process with one thread. What is neither
+# one of these nor torch.nn is a peer, another library or one's own, whose ratios say nothing of rnnfast.
 OURS = ("cpu", "cuda", "triton", "reference", "emulated")
 TORCH = "torch"
 GRAPH = "-graph"
+ONE_THREAD = "-one-thread"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
-SUITES = ("sizes", "grid", "flashrnn", "corners", "deepbench", "models", "lengths", "packed", "one-step")
+SUITES = ("sizes", "grid", "flashrnn", "corners", "deepbench", "models", "lengths", "packed", "one-step", "service")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WORKLOADS = ("inference", "training", "streaming")
@@ -153,14 +155,42 @@ def load_all(folder: Path = RESULTS) -> list[Record]:
     return sorted(records, key=lambda r: (r.device != "cpu", r.device, rank(SUITES, r.suite)))
 
 
+def base(backend: str) -> str:
+    """The name without what says how it was run."""
+    return backend.removesuffix(GRAPH).removesuffix(ONE_THREAD)
+
+
 def is_ours(backend: str) -> bool:
     """Whether it is one of rnnfast's own backends."""
-    return backend.removesuffix(GRAPH) in OURS
+    return base(backend) in OURS
 
 
 def is_peer(backend: str) -> bool:
     """Whether it is neither rnnfast's nor torch.nn's."""
-    return backend.removesuffix(GRAPH) not in (*OURS, TORCH)
+    return base(backend) not in (*OURS, TORCH)
+
+
+def is_served(row: Row) -> bool:
+    """Whether it is of a case with a pause or neighbours; earlier files have neither."""
+    return bool(row.get("pause_ms") or row.get("neighbours"))
+
+
+def condition(row: Row) -> str:
+    """The pause and the neighbours of the row's case, in words; "" where it has neither."""
+    pause, beside = row.get("pause_ms") or 0, row.get("neighbours") or 0
+    words = [f"pause of {pause:g} ms"] * bool(pause) + [f"{beside} neighbour" + "s" * (beside > 1)] * bool(beside)
+    return ", ".join(words)
+
+
+def shape_of(row: Row) -> str:
+    """The name of the row's case without its condition."""
+    return re.sub(r"(-pause.+?ms)?(-neighbours\d+)?$", "", row["case"]) if is_served(row) else str(row["case"])
+
+
+def in_conditions(rows: Iterable[Row]) -> list[str]:
+    """The different conditions of the rows: the pauses by length, then neighbours by number."""
+    keys = {(row.get("neighbours") or 0, row.get("pause_ms") or 0, condition(row)) for row in rows}
+    return [words for *_, words in sorted(keys)]
 
 
 def worst(rows: Sequence[Row]) -> Row:
@@ -228,8 +258,10 @@ def bench_options(row: Row) -> str:
 
 
 def worst_of(records: Sequence[Record], count: int) -> list[str]:
-    """The options of so many different cases with the lowest ratios; `python -m rnnfast bench` has no peers."""
-    own = (row for record in records for row in record.rows if not is_peer(row["backend"]))
+    """The options of so many different cases with the lowest ratios; `python -m rnnfast bench` has neither peers nor
+    cases with pauses or neighbours."""
+    rows = (row for record in records for row in record.rows)
+    own = (row for row in rows if not is_peer(row["backend"]) and not is_served(row))
     rows = sorted(own, key=lambda row: row["ratio"])
     return list(dict.fromkeys(bench_options(row) for row in rows))[:count]
 

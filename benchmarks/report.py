@@ -39,7 +39,9 @@ TEMPLATE = "report.html.j2"
 # Of the figures: sharp on screens with small pixels too. The page shows them as large as those of the docs.
 DPI, SHOWN_DPI = 150, 100
 # The order of a suite's figures.
-KINDS = ("ratio", "bars", "time", "scaling")
+KINDS = ("ratio", "latency", "bars", "time", "scaling")
+# Columns that only cases of a service fill.
+P90 = "torch.nn p90 µs/step, p90 µs/step"
 # Beyond that from the 20th to the 80th percentile, as a part of the ratio, a row is marked.
 WIDE = 0.2
 
@@ -244,8 +246,8 @@ def what_changed(before: Sequence[Record], now: Sequence[Record]) -> Table:
 def all_rows(records: Sequence[Record], noise: dict[int, list[str]]) -> Table:
     """Every row of the files, also those that failed."""
     columns = heads("device, suite, case, workload, backend") + heads("ratio", True) + heads("noise, results")
-    columns += heads("p20 to p80, torch.nn µs/step, µs/step, limit µs/step, % of limit", True)
-    columns += heads("peak MB, torch.nn peak MB", True)
+    columns += heads("p20 to p80, torch.nn µs/step, µs/step", True) + heads(P90, True)
+    columns += heads("limit µs/step, % of limit, peak MB, torch.nn peak MB", True)
     lines = []
     for record in records:
         for row in record.data["rows"]:
@@ -266,6 +268,7 @@ def all_rows(records: Sequence[Record], noise: dict[int, list[str]]) -> Table:
                     spread,
                     number(row["torch_us_per_step"]),
                     number(time),
+                    *(number(row.get(key)) for key in ("torch_p90_us_per_step", "p90_us_per_step")),
                     number(limit),
                     number(100 * limit / time if limit and time else None, ".0f"),
                     *(number(None if peak is None else peak / 1e6) for peak in peaks),
@@ -311,6 +314,8 @@ def page(records: Sequence[Record], before: Sequence[Record] | None) -> str:
     several = len({record.device for record in records}) > 1
     needless = [] if several else ["device"]
     rows_needless = needless if any(noise.values()) else [*needless, "noise"]
+    if not any(row.get("p90_us_per_step") for row in rows):
+        rows_needless = [*rows_needless, *(head for head, _ in heads(P90))]
     suites = [
         Suite(
             record.suite + f" ({record.device})" * several,

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,9 +33,24 @@ from rich.console import Console
 from rich.table import Table
 
 import peers
+import service
 from isolation import Processes, measure_here
 from limits import at_least, better, describe, this_machine
-from records import BESIDE, CELLS, RESULTS, WORKLOADS, Row, contradictions, loaded, mean_ratio, rank, worst
+from records import (
+    BESIDE,
+    CELLS,
+    RESULTS,
+    WORKLOADS,
+    Row,
+    condition,
+    contradictions,
+    in_conditions,
+    is_served,
+    loaded,
+    mean_ratio,
+    rank,
+    worst,
+)
 from rnnfast.benchmark import Case
 from rnnfast.benchmark.case import DTYPES
 from rnnfast.benchmark.command import add_measuring_options, listed, number
@@ -60,7 +76,12 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
     result = Table(title=f"{suite}: {where['device']}, torch {where['torch']}", caption=RATIO)
     for name in ("case", "workload", "backend"):
         result.add_column(name, no_wrap=True)
-    heads = ["torch.nn\nus/step", "\nus/step", "\nratio", "\np20 to p80", "limit\nus/step", "% of\nlimit"]
+    times = {"torch_us_per_step": "torch.nn\nus/step", "us_per_step": "\nus/step"}
+    if any(map(is_served, rows)):
+        # Of other cases than a service's there are medians alone.
+        times = {"torch_us_per_step": "torch.nn us/step\np50", "torch_p90_us_per_step": "\np90"}
+        times |= {"us_per_step": "us/step\np50", "p90_us_per_step": "\np90"}
+    heads = [*times.values(), "\nratio", "\np20 to p80", "limit\nus/step", "% of\nlimit"]
     heads += ["\nGflop/s", "\nGB/s", "\ntokens/s", "peak\nMB"]
     packed = any(PACKED_KEYS[0] in row for row in rows)
     if packed:
@@ -71,7 +92,7 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
     for row in rows:
         peak = row["peak_memory_bytes"]
         cells = [row["case"], row["workload"], row["backend"]]
-        cells += [written(row[key], ".2f") for key in ("torch_us_per_step", "us_per_step", "ratio")]
+        cells += [written(row.get(key), ".2f") for key in (*times, "ratio")]
         cells += [f"{row['p20']:.2f} to {row['p80']:.2f}" if row["p20"] is not None else ""]
         cells += [written(row["limit_us_per_step"], ".2f"), written(row["percent_of_limit"], ".0f")]
         cells += [
@@ -88,9 +109,11 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
 
 
 def summary(suite: str, rows: Sequence[Row]) -> Table:
-    """For each cell, type, workload and backend the geometric mean of the ratios and the worst case."""
+    """For each cell, type, workload and backend, and a service's conditions, the geometric mean of the ratios and the
+    worst case."""
     result = Table(title=suite, caption=RATIO)
-    for name in ("cell", "type", "workload", "backend"):
+    served = any(map(is_served, rows))
+    for name in ("cell", "type", "workload", "backend", *["condition"] * served):
         result.add_column(name, no_wrap=True)
     for name in ("cases", "geometric mean", "worst"):
         result.add_column(name, justify="right", no_wrap=True)
@@ -99,10 +122,10 @@ def summary(suite: str, rows: Sequence[Row]) -> Table:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["correct"] and row["ratio"] is not None:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for key in sorted(
-        groups, key=lambda key: (rank(CELLS, key[0]), rank(DTYPES, key[1]), rank(WORKLOADS, key[2]), key[3])
-    ):
+            group = (*(row[key] for key in keys), *[condition(row)] * served)
+            groups.setdefault(group, []).append(row)
+    orders = (CELLS, DTYPES, WORKLOADS, (), in_conditions(rows))
+    for key in sorted(groups, key=lambda key: tuple(map(rank, orders, key))):
         low = worst(groups[key])
         result.add_row(
             *key, str(len(groups[key])), f"{mean_ratio(groups[key]):.2f}", f"{low['ratio']:.2f}", low["case"]
@@ -168,13 +191,14 @@ def parse() -> argparse.Namespace:
         "--in-process",
         action="store_true",
         help="all cases in this process, for a debugger; otherwise (Linux) each has one of its own on a CPU, and on a "
-        "GPU they share one, which is started anew if it dies",
+        "GPU they share one, which is started anew if it dies; cases with a pause or neighbours always have several",
     )
     parser.add_argument(
         "--case-limit",
         type=seconds,
         metavar="SECONDS",
-        help="a case that takes longer is ended and counts as failed (not with --in-process)",
+        help="a case that takes longer is ended and counts as failed (not with --in-process); of one with a pause or "
+        "neighbours, a candidate whose preparation or turn does",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default benchmarks/results)")
     options = parser.parse_args()
@@ -229,7 +253,12 @@ def main() -> int:
     in_process = options.in_process or not sys.platform.startswith("linux")
     # On a GPU each process would first have to initialise the device, for seconds.
     processes = Processes(lasting=options.device.type != "cpu", most=options.case_limit)
-    measurer: Measurer = measure_here if in_process else processes.measure
+    usual: Measurer = measure_here if in_process else processes.measure
+    served: Measurer = partial(service.measure, most=options.case_limit)
+
+    def measurer(case: Case, *more: Any) -> list[Row]:
+        return (served if case.served else usual)(case, *more)
+
     suites: list[Suite] = []
     for name, cases in options.suites.items():
         suite = Suite(name, cases, options, measurer, conditions)

@@ -11,6 +11,7 @@ file (`read`), and nowhere else.
   that it is not made for; packed rows with two directions and several layers.
 * `models`: layers of real models. Layer sizes are the source's; where it leaves batch or length open, they are a usual
   choice that a processor can do in seconds.
+* `service`: one call at a time with pauses in between, or beside other processes that compute.
 * `smoke`: as small as can be, for tests.
 """
 
@@ -172,6 +173,15 @@ MODELS = [
 ]
 
 
+def service() -> list[Case]:
+    """Small batches, called with pauses of each length; some of them without, beside busy neighbours."""
+    shapes = [*(("LSTM", 1, hidden) for hidden in (208, 256, 320)), ("LSTM", 8, 256), ("LSTM", 12, 144)]
+    shapes += [("GRU", 1, 256), ("GRU", 1, 320), ("RNN", 1, 256)]
+    beside = [("LSTM", 1, 256), ("LSTM", 8, 256), ("GRU", 1, 256)]
+    cases = [Case(*shape, pause_ms=pause, source=OWN) for shape, pause in product(shapes, (1.0, 10.0, 50.0, 200.0))]
+    return cases + [Case(*shape, neighbours=count, source=OWN) for shape, count in product(beside, (1, 2))]
+
+
 SUITES: dict[str, list[Case]] = {
     "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
@@ -195,6 +205,7 @@ SUITES: dict[str, list[Case]] = {
     "flashrnn": flashrnn(),
     "deepbench": deepbench(),
     "models": MODELS,
+    "service": service(),
     "smoke": [
         Case("LSTM", 2, 8, steps=3),
         Case("GRU", 3, 8, steps=4, packed=True),

@@ -108,9 +108,14 @@ class Suite:
         self.measurer = measurer
         self.conditions = conditions
         chosen = [case for case in in_types(cases, options.dtype) if options.cases.search(case.name)]
+        self.skipped: list[str] = []
         # Each once: cases that differ in their types alone are one with --dtype.
-        self.work = list(dict.fromkeys((case, workload) for case in chosen for workload in options.workload))
-        usual = {(case, workload) for case in cases for workload in WORKLOADS_TIMED}
+        asked = dict.fromkeys((case, workload) for case in chosen for workload in options.workload)
+        self.work = [(case, workload) for case, workload in asked if case.why_not(workload) is None]
+        for case, workload in asked:
+            if (why := case.why_not(workload)) is not None:
+                self.skip(f"workload {workload}", why)
+        usual = {(case, workload) for case in cases for workload in WORKLOADS_TIMED if case.why_not(workload) is None}
         backends = options.backends
         # Whether it has all that there is without options that choose.
         self.whole = usual <= set(self.work) and (
@@ -118,7 +123,6 @@ class Suite:
         )
         # What was measured, by its place in the suite.
         self.measured: dict[int, list[Row]] = {}
-        self.skipped: list[str] = []
         self.interrupted = self.out_of_time = False
 
     @property

@@ -181,13 +181,13 @@ def test_an_error_of_the_device_fails_the_case_and_not_the_suite(processes):
 def lasting():
     processes = Processes(lasting=True, most=30)
     yield processes
-    processes._end()
+    processes._worker.end()
 
 
 def process_of(processes):
     (row,) = processes.measure(TINY, "inference", SETTINGS, nothing_skipped)
     assert row["correct"]
-    return processes._process.pid
+    return processes._worker.process
 
 
 @pytest.mark.parametrize("case", [Exits("GRU", 2, 8), Crashes("GRU", 2, 8)])

@@ -60,7 +60,7 @@ def written(folder, value, name="my.json"):
 
 def test_a_suite_from_a_file(tmp_path):
     every = {"input_size": 3, "layers": 2, "directions": 2, "dtype": "float64", "resets": 0.5, "proj_size": 4}
-    every |= {"packed": False, "lengths": False, "model": "mine", "source": "here"}
+    every |= {"pause_ms": 0.5, "neighbours": 3, "packed": False, "lengths": False, "model": "mine", "source": "here"}
     path = written(tmp_path, [TINY, {**TINY, **every}, {**TINY, "resets": 1}])
     assert shapes.read(path) == ("my", [Case(**TINY), Case(**TINY, **every), Case(**TINY, resets=1)])
     assert shapes.read(written(tmp_path, {"name": "other", "cases": [TINY]}))[0] == "other"
@@ -95,6 +95,12 @@ def test_a_suite_from_a_file(tmp_path):
         ([{**TINY, "packed": True, "lengths": True}], "case 0: lengths: expected one of packed and lengths"),
         ([{**TINY, "packed": True, "resets": 0.1}], "case 0: resets: expected 0 for rows of different lengths"),
         ([{**TINY, "packed": True, "steps": 1}], "case 0: steps: expected at least 2"),
+        ([{**TINY, "pause_ms": -1}], "case 0: pause_ms: expected milliseconds, 0 to 60000, got -1"),
+        ([{**TINY, "pause_ms": "50ms"}], "case 0: pause_ms: expected a number, got '50ms'"),
+        ('[{"cell": "GRU", "batch": 1, "hidden_size": 1, "pause_ms": NaN}]', "case 0: pause_ms: expected milliseconds"),
+        ([{**TINY, "neighbours": 0.5}], "case 0: neighbours: expected an integer, got 0.5"),
+        ([{**TINY, "neighbours": -2}], "case 0: neighbours: expected a number of processes, 0 to 1024, got -2"),
+        ([{**TINY, "neighbours": True}], "case 0: neighbours: expected an integer, got True"),
         ([TINY, {**TINY, "cell": "GRU"}, TINY], "case 2: expected a name of its own, got that of case 0"),
     ],
     ids=lambda value: str(value)[:60],
@@ -340,6 +346,7 @@ def test_what_an_error_leaves_is_written(tmp_path, suite, monkeypatch):
         ("torchrl.py", RIGHT, "torchrl.py: 'torchrl' is taken; expected a file of another name"),
         ("cpu.py", RIGHT, "cpu.py: 'cpu' is taken"),
         ("my-graph.py", RIGHT, "my-graph.py: 'my-graph' is taken"),
+        ("cpu-one-thread.py", RIGHT, "cpu-one-thread.py: 'cpu-one-thread' is taken"),
         (
             "unknown",
             None,
@@ -492,6 +499,8 @@ def test_ours_are_rnnfasts_backends():
     assert records.GRAPH == comparison.GRAPH
     assert [records.is_ours(name) for name in ("cuda-graph", "emulated", "torch-graph", "mine")] == [1, 1, 0, 0]
     assert [records.is_peer(name) for name in ("cuda-graph", "emulated", "torch-graph", "mine")] == [0, 0, 0, 1]
+    assert records.is_ours("cpu-one-thread")
+    assert not records.is_peer("cpu-one-thread")
 
 
 def test_peers_are_no_part_of_all(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,8 @@ pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib: pip
 pytest.importorskip("jinja2", reason="the page is written with jinja2: pip install rnnfast[bench]")
 
 import plot
+import plot_service
+import readme
 import records
 import report
 import shapes
@@ -164,9 +166,71 @@ def test_omitted_cases_are_told(tmp_path: Path) -> None:
     assert (len(labels), labels[-1]) == (60, Case("LSTM", 60, 16, packed=True).name)
 
 
+def served(case: Case, backend: str, middle: float, far: float, **changes: Any) -> Row:
+    """A row of a case with a pause or neighbours; torch.nn takes 10 and 40."""
+    times = {"p50_us_per_step": middle, "p90_us_per_step": far}
+    times |= {"torch_p50_us_per_step": 10.0, "torch_p90_us_per_step": 40.0}
+    return row(case, 10.0 / middle, backend=backend, **times, **changes)
+
+
+PLAIN = Case("LSTM", 1, 16)
+PAUSE, BESIDE = Case("LSTM", 1, 16, pause_ms=50.0), Case("LSTM", 1, 16, neighbours=2)
+SERVED = [
+    served(case, backend, 5.0, 8.0) for case in (BESIDE, PAUSE) for backend in ("cpu", "cpu-one-thread", "theirs")
+]
+
+
+def test_single_calls_have_a_figure_of_their_own(tmp_path: Path) -> None:
+    # As many sizes as a heat map needs, which would mix the conditions.
+    many = [served(Case(case.cell, case.batch, case.hidden_size, pause_ms=1), "cpu", 5.0, 8.0) for case in GRID]
+    assert [figure.kind for figure in plot.figures_of(record(tmp_path, "many", many))] == ["latency"]
+    made = record(tmp_path, "service", [*SERVED, row(PACKED)])
+    assert [figure.name for figure in plot.figures_of(made)] == ["cpu-service-latency.png", "cpu-service-bars.png"]
+    assert [each["case"] for each in plot.unmapped(made)] == [PACKED.name]
+    picture = plot_service.latency_figure(made)
+    (axis,) = picture.axes
+    assert axis.get_title() == PLAIN.name
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["pause of 50 ms", "2 neighbours"]
+    markers = {line.get_label(): list(line.get_xdata()) for line in axis.lines if not line.get_label().startswith("_")}
+    sides = ["torch.nn", "rnnfast, cpu", "rnnfast, cpu, one thread", "theirs"]
+    assert markers == {side: [10.0, 10.0] if side == "torch.nn" else [5.0, 5.0] for side in sides}
+    whiskers = {
+        tuple(segment[:, 0]) for lines in axis.collections for segment in getattr(lines, "get_segments", list)()
+    }
+    assert whiskers == {(10.0, 40.0), (5.0, 8.0)}
+    assert plot.drawn(made, plot.figures_of(made)[0]).startswith(b"\x89PNG")
+
+
+def test_the_page_has_the_percentiles_of_single_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "now", "service", [*SERVED, row(PACKED)])
+    _, page = written(tmp_path / "now", monkeypatch)
+    lines = page.table("All rows")
+    assert [line["p90 µs/step"] for line in lines] == 6 * ["8.00"] + ["-"]
+    assert lines[0]["torch.nn p90 µs/step"] == "40.00"
+    assert page.all("img")[0]["alt"].startswith("times of single calls with pauses or beside neighbours, suite service")
+
+
+def test_readme_has_a_table_of_single_calls(tmp_path: Path) -> None:
+    assert "no result file" in readme.service([])
+    failed = served(PAUSE, "theirs", 5.0, 8.0) | {"ratio": None, "correct": False}
+    made = record(tmp_path, "service", [*SERVED, served(Case("GRU", 1, 16, pause_ms=50), "cpu", 20.0, 10.0), failed])
+    text = readme.service([made])
+    assert "| pause of 50 ms | 2 | 1.00 | 0.50 (GRU, B=1, H=16) | 4.47 | 2.00 | 2.00 (LSTM, B=1, H=16) | 5.00 |" in text
+    assert "\n| 2 neighbours | 1 | 2.00 |" in text
+    assert "(figures/cpu-service-latency.png)" in text
+    # They have no part in what is said of the other suites.
+    for path in records.RESULTS.glob("cpu-*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with_them, without = readme.blocks(tmp_path), readme.blocks()
+    for name in ("cpu speeds", "cpu slower", "cpu worst", "cpu figures"):
+        assert with_them[name]() == without[name]()
+    assert with_them["cpu service"]() == text
+
+
 def test_backends_look_different() -> None:
     looks = plot.looks(["cuda", "cuda-graph", "triton", "reference", "onnxruntime", "scripted"])
     assert len({look[1:] for look in looks.values()}) == 6
+    assert len({look[1] for look in plot.looks(["cpu", "cpu-one-thread", "onnxruntime"]).values()}) == 3
     assert [look[0] for look in looks.values()] == [
         "rnnfast, cuda",
         "rnnfast, cuda in a CUDA graph",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from records import ONE_THREAD
 from rnnfast.backends import NAMES as BACKENDS
 from rnnfast.benchmark import Call, Case, Data, Impossible, Peer
 from rnnfast.benchmark.comparison import GRAPH
@@ -101,7 +102,7 @@ def chosen(text: str) -> list[str]:
                 raise argparse.ArgumentTypeError(f"{expected}; got {word!r}")
             found[name] = word
             continue
-        if name in NAMES or name in (*BACKENDS, "torch", "emulated") or name.endswith(GRAPH):
+        if name in NAMES or name in (*BACKENDS, "torch", "emulated") or name.endswith((GRAPH, ONE_THREAD)):
             raise argparse.ArgumentTypeError(f"{word}: {name!r} is taken; expected a file of another name")
         if name in found and found[name] != str(Path(word).resolve()):
             raise argparse.ArgumentTypeError(f"{word}: {name!r} is given twice; expected files of different names")

@@ -23,6 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WORKLOADS = ("inference", "training", "streaming")
 # The calls of one step that are timed together: more say no more.
 STREAMED = 16
+# More of either are most likely a mistake: milliseconds taken for microseconds, a machine's processes for its cores.
+MOST_PAUSE_MS, MOST_NEIGHBOURS = 60_000, 1024
 
 # What a field of `Case` must be, by the name of its type.
 KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}
@@ -55,6 +57,8 @@ class Case:
         resets: how likely it is that the state is zeroed before a step of a row. torch.nn is called once for every
             stretch of steps in which no row is reset.
         proj_size: P, LSTM only; 0 means no projection.
+        pause_ms: milliseconds for which nothing is called before every call, as a service waits for its next request.
+        neighbours: other processes that compute meanwhile, each with one busy thread.
         model: the model that the shape is taken from.
         source: where that can be read.
 
@@ -74,6 +78,8 @@ class Case:
     lengths: bool = False
     resets: float = 0.0
     proj_size: int = 0
+    pause_ms: float = 0.0
+    neighbours: int = 0
     model: str = ""
     source: str = ""
 
@@ -103,6 +109,13 @@ class Case:
             raise ValueError(f"directions: expected 1 or 2, got {self.directions}")
         if not 0 <= self.resets <= 1:
             raise ValueError(f"resets: expected a probability, 0 to 1, got {self.resets}")
+        # Written so that NaN is refused.
+        if not 0 <= self.pause_ms <= MOST_PAUSE_MS:
+            raise ValueError(f"pause_ms: expected milliseconds, 0 to {MOST_PAUSE_MS}, got {self.pause_ms}")
+        if not 0 <= self.neighbours <= MOST_NEIGHBOURS:
+            raise ValueError(
+                f"neighbours: expected a number of processes, 0 to {MOST_NEIGHBOURS}, got {self.neighbours}"
+            )
         if self.proj_size and self.cell != "LSTM":
             raise ValueError(f"proj_size: expected 0, as only an LSTM has a projection, got {self.proj_size}")
         if self.proj_size >= self.hidden_size:
@@ -131,6 +144,8 @@ class Case:
         parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
         parts += [self.dtype] * (self.dtype != "float32")
         parts += ["packed"] * self.packed + ["lengths"] * self.lengths + ["resets"] * (self.resets > 0)
+        parts += [f"pause{self.pause_ms:g}ms"] * (self.pause_ms > 0)
+        parts += [f"neighbours{self.neighbours}"] * (self.neighbours > 0)
         return (f"{self.model} " if self.model else "") + "-".join(parts)
 
     @property
@@ -150,8 +165,23 @@ class Case:
             "packed": self.packed,
             "lengths": self.lengths,
             "resets": self.resets,
+            "pause_ms": self.pause_ms,
+            "neighbours": self.neighbours,
             "model": self.model,
         }
+
+    @property
+    def served(self) -> bool:
+        """Whether it is timed as a service sees it: single calls, with pauses or beside neighbours (`turns.py`)."""
+        return self.pause_ms > 0 or self.neighbours > 0
+
+    def why_not(self, workload: str) -> str | None:
+        """Why the case has no such workload; None where it has."""
+        if workload == "training" and self.served:
+            return "a case with a pause or neighbours is a service's, which does not train"
+        if workload == "streaming" and (self.ragged or self.resets):
+            return "a streaming step has neither lengths nor resets"
+        return None
 
     @property
     def ragged(self) -> bool:
@@ -311,10 +341,10 @@ def make_call(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) ->
         "training" the output and the gradients of input and weights, for one fixed gradient of the output.
 
     Raises:
-        Impossible: "streaming" of rows with lengths or resets.
+        Impossible: the case has no such workload.
     """
-    if workload == "streaming" and (case.ragged or case.resets):
-        raise Impossible("a streaming step has neither lengths nor resets")
+    if (why := case.why_not(workload)) is not None:
+        raise Impossible(why)
     cuts = _stretches(data.resets) if data.resets is not None and not is_ours(layer) else []
     layer.train(workload == "training")
     if is_ours(layer) and data.lengths is not None:

@@ -49,7 +49,7 @@ def default_backends(device: torch.device) -> list[str]:
 
 
 @dataclass
-class _Candidate:
+class Candidate:
     """One of those that are timed. `failure` says why it is not; a candidate has calls (one an input) or a failure."""
 
     name: str
@@ -82,22 +82,22 @@ class _Candidate:
         return statistics.median(self.samples)
 
 
-class _PeerError(Exception):
+class PeerError(Exception):
     """An error of a peer's call while it and others are timed."""
 
-    def __init__(self, peer: _Candidate, error: Exception) -> None:
+    def __init__(self, peer: Candidate, error: Exception) -> None:
         super().__init__(peer.name)
         self.peer = peer
         self.why = raised(error)
 
 
 @contextlib.contextmanager
-def _blamed(peer: _Candidate) -> Iterator[None]:
+def _blamed(peer: Candidate) -> Iterator[None]:
     """Surrounds a sample of a peer, so that it costs its calls nothing: what they raise is known to be the peer's."""
     try:
         yield
     except Exception as error:
-        raise _PeerError(peer, error) from error
+        raise PeerError(peer, error) from error
 
 
 def raised(error: Exception) -> str:
@@ -112,9 +112,9 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _attempt(name: str, build: Callable[[_Candidate], None], asked: bool = True) -> _Candidate:
+def _attempt(name: str, build: Callable[[Candidate], None], asked: bool = True) -> Candidate:
     """A candidate with `build` run on it; an error of the library becomes its failure."""
-    candidate = _Candidate(name, asked)
+    candidate = Candidate(name, asked)
     try:
         with candidate.context():
             build(candidate)
@@ -126,7 +126,7 @@ def _attempt(name: str, build: Callable[[_Candidate], None], asked: bool = True)
     return candidate
 
 
-def _check(candidate: _Candidate, truth: Sequence[Tensor], theirs: Sequence[Tensor], tf32: bool) -> None:
+def _check(candidate: Candidate, truth: Sequence[Tensor], theirs: Sequence[Tensor], tf32: bool) -> None:
     """Checks what the candidate's first call gives; a wrong one loses its calls and is never timed."""
     why = compare(truth, theirs, candidate.calls[0](), tf32)
     if why is not None:
@@ -166,24 +166,16 @@ def measure(
         Impossible: the case has no such workload, or the device no graphs.
         ValueError: there is no such backend.
     """
-    names = list(default_backends(device) if backends is None else backends)
-    for name in names:
-        if name != "torch" + GRAPH and name.removesuffix(GRAPH) not in (*NAMES, "emulated"):
-            raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(NAMES)}, torch-graph")
-    if device.type != "cuda" and any(name.endswith(GRAPH) for name in names):
-        raise Impossible("CUDA graphs need a CUDA device")
+    if case.served:
+        raise Impossible("a case with a pause or neighbours needs a process for each candidate: benchmarks/run.py")
+    names = checked_names(backends, device)
     with settings(device, tf32):
         torch.manual_seed(0)
         theirs, ours = make_layers(case, device)
         data = [make_data(case, device)]
         if device.type == "cuda" and data[0].values.nbytes < LARGE:
             data += [make_data(case, device, seed) for seed in range(1, INPUTS)]
-
-        def baseline(candidate: _Candidate) -> None:
-            candidate.calls = [make_call(theirs, case, workload, each) for each in data]
-            candidate.peak = peak_memory(candidate.calls[0], device)
-
-        torch_nn = _attempt("torch", baseline)
+        torch_nn = _baseline(case, workload, theirs, data, device)
         if torch_nn.failure is not None:
             return failed_rows(case, workload, names, device, f"torch.nn: {torch_nn.failure}")
         candidates = _candidates(
@@ -200,7 +192,7 @@ def measure(
     for candidate in candidates:
         in_a_graph = candidate.name.endswith(GRAPH) and candidate is not graph
         against = graph if in_a_graph and graph and graph.samples else torch_nn
-        row = _row(case, workload, candidate, against)
+        row = row_of(case, workload, candidate, against)
         row["torch_peak_memory_bytes"] = torch_nn.peak
         row.update(conditions)
         if device.type == "cuda":
@@ -220,6 +212,62 @@ def measure(
     return rows
 
 
+def checked_names(backends: Sequence[str] | None, device: torch.device) -> list[str]:
+    """The names of rnnfast's backends that are compared; None: `default_backends`.
+
+    Raises:
+        Impossible: the device has no graphs.
+        ValueError: there is no such backend.
+    """
+    names = list(default_backends(device) if backends is None else backends)
+    for name in names:
+        if name != "torch" + GRAPH and name.removesuffix(GRAPH) not in (*NAMES, "emulated"):
+            raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(NAMES)}, torch-graph")
+    if device.type != "cuda" and any(name.endswith(GRAPH) for name in names):
+        raise Impossible("CUDA graphs need a CUDA device")
+    return names
+
+
+def alone(case: Case, workload: str, name: str, peer: Peer | None = None) -> Candidate:
+    """One of those that `measure` would compare on the CPU, checked, for who times it in a process of its own: the
+    weights and the input are the same in each.
+
+    Args:
+        case, workload: as for `measure`.
+        name: "torch", one of rnnfast's backends, or a peer's.
+        peer: what builds the call of a peer.
+
+    Raises:
+        Impossible: the peer does not have what the case needs, or the case no such workload.
+    """
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    theirs, ours = make_layers(case, device)
+    data = [make_data(case, device)]
+    torch_nn = _baseline(case, workload, theirs, data, device)
+    if name == "torch" or torch_nn.failure is not None:
+        return torch_nn
+
+    def impossible(name: str, why: str) -> None:
+        raise Impossible(why)
+
+    names, others = ([name], {}) if peer is None else ([], {name: peer})
+    (found,) = _candidates(case, workload, theirs, ours, data, names, torch_nn, others, impossible, device, tf32=False)
+    return found
+
+
+def _baseline(
+    case: Case, workload: str, theirs: torch.nn.RNNBase, data: Sequence[Data], device: torch.device
+) -> Candidate:
+    """torch.nn's candidate."""
+
+    def build(candidate: Candidate) -> None:
+        candidate.calls = [make_call(theirs, case, workload, each) for each in data]
+        candidate.peak = peak_memory(candidate.calls[0], device)
+
+    return _attempt("torch", build)
+
+
 def failed_rows(case: Case, workload: str, backends: Sequence[str] | None, device: torch.device, why: str) -> list[Row]:
     """The rows of a case that could not be measured at all.
 
@@ -228,7 +276,7 @@ def failed_rows(case: Case, workload: str, backends: Sequence[str] | None, devic
         why: becomes each row's ``failure``.
     """
     names = default_backends(device) if backends is None else backends
-    return [_row(case, workload, _Candidate(name, failure=why), None) for name in names]
+    return [row_of(case, workload, Candidate(name, failure=why), None) for name in names]
 
 
 def _candidates(
@@ -238,18 +286,18 @@ def _candidates(
     ours: torch.nn.RNNBase,
     data: Sequence[Data],
     names: Sequence[str],
-    torch_nn: _Candidate,
+    torch_nn: Candidate,
     peers: Mapping[str, Peer],
     skipped: Callable[[str, str], None],
     device: torch.device,
     tf32: bool,
-) -> list[_Candidate]:
+) -> list[Candidate]:
     """All that is compared with torch.nn's call, checked; where there are graphs, torch.nn in one too."""
     coarse = tf32 and device.type == "cuda"
     truth = exact(theirs, case, workload, data[0])
     yardstick = [value.detach().clone() for value in torch_nn.calls[0]()]
 
-    def of_backend(candidate: _Candidate) -> None:
+    def of_backend(candidate: Candidate) -> None:
         candidate.calls = [make_call(ours, case, workload, each) for each in data]
         with torch.set_grad_enabled(workload == "training"):
             candidate.plan = explain(ours, data[0].rows).kernel
@@ -257,7 +305,7 @@ def _candidates(
         if candidate.calls:
             candidate.peak = peak_memory(candidate.calls[0], device)
 
-    def in_graph(candidate: _Candidate) -> None:
+    def in_graph(candidate: Candidate) -> None:
         layer = theirs if candidate.name == "torch" + GRAPH else ours
         candidate.calls = [capture(make_call(layer, case, workload, each)) for each in data]
         candidate.plan = "CUDA graph"
@@ -295,14 +343,14 @@ def _peer(
     truth: Sequence[Tensor],
     yardstick: Sequence[Tensor],
     coarse: bool,
-) -> _Candidate:
+) -> Candidate:
     """A peer's candidate, checked. It has torch.nn's own weights and the input of all in its hands: where it changes
     them they are put back, since the others go on with them.
 
     Raises:
         Impossible: the peer does not have what the case needs.
     """
-    candidate = _Candidate(name)
+    candidate = Candidate(name)
     shared: dict[str, Tensor] = {f"the weights ({key})": value for key, value in theirs.named_parameters()}
     for number, each in enumerate(data):
         of_case = {"the input": each.values, "the lengths": each.lengths, "the resets": each.resets}
@@ -343,7 +391,7 @@ def _peer(
     return candidate
 
 
-def _time(candidates: Sequence[_Candidate], seconds: float, device: torch.device) -> Row:
+def _time(candidates: Sequence[Candidate], seconds: float, device: torch.device) -> Row:
     """Fills in the samples of the candidates that have calls.
 
     Returns:
@@ -372,18 +420,18 @@ def _time(candidates: Sequence[_Candidate], seconds: float, device: torch.device
                 taken = interleave(calls, seconds, device, contexts, look)
             break
         # The others are timed again without it: their rounds are to be whole.
-        except _PeerError as error:
+        except PeerError as error:
             error.peer.fail(f"{error.why} while it was timed")
     for candidate, samples in zip(runners, taken, strict=True):
         candidate.samples = samples
     for candidate in runners:
-        _check_again(candidate)
+        check_again(candidate)
     if distances:
         apart["core_to_core_ns"] = round(sorted(distances)[-1 - len(distances) // 5], 1)
     return {**apart, **watch.fields}
 
 
-def _check_again(candidate: _Candidate) -> None:
+def check_again(candidate: Candidate) -> None:
     """A peer that was right at first may have stopped to be so while it was timed."""
     if candidate.check is None:
         return
@@ -401,8 +449,8 @@ def _padded_and_dense(
     theirs: torch.nn.RNNBase,
     ours: torch.nn.RNNBase,
     data: Data,
-    candidates: Sequence[_Candidate],
-) -> list[_Candidate]:
+    candidates: Sequence[Candidate],
+) -> list[Candidate]:
     """What a packed case is compared with besides: torch.nn's and rnnfast's calls on the same rows padded (results
     beyond a row's end are nobody's), then on a dense batch of exactly as many tokens."""
     if not case.packed or not candidates or not candidates[0].calls:
@@ -411,13 +459,13 @@ def _padded_and_dense(
     padded, _ = pad_packed_sequence(data.rows)
     dense = torch.randn(case.steps, case.batch, case.inputs).to(data.values)
     return [
-        _Candidate(name, candidates[0].asked, [make_call(layer, case, workload, Data(rows))])
+        Candidate(name, candidates[0].asked, [make_call(layer, case, workload, Data(rows))])
         for rows in (padded, dense)
         for layer, name in ((theirs, "torch"), (ours, candidates[0].name))
     ]
 
 
-def _us_per_step(case: Case, workload: str, candidate: _Candidate | None) -> float | None:
+def _us_per_step(case: Case, workload: str, candidate: Candidate | None) -> float | None:
     if candidate is None or not candidate.samples:
         return None
     return rounded(candidate.seconds() * 1e6 / timed_steps(case, workload))
@@ -428,7 +476,7 @@ def rounded(value: float) -> float:
     return max(round(value, DIGITS), 10.0**-DIGITS)
 
 
-def _row(case: Case, workload: str, candidate: _Candidate, against: _Candidate | None) -> Row:
+def row_of(case: Case, workload: str, candidate: Candidate, against: Candidate | None) -> Row:
     """The result file's fields in their order, then what may be useful besides."""
     us, torch_us = _us_per_step(case, workload, candidate), _us_per_step(case, workload, against)
     timed = us is not None and against is not None and against.samples

@@ -1,7 +1,8 @@
 """What other processes compute beside a case: a compiler next to it makes a ratio of anything.
 
 What they take is the time for which the processors were busy less the time that this process and its children took,
-both as the kernel counts them. The load average and the pressure of /proc/pressure are no use here: they count the
+both as the kernel counts them. (Children count when they have ended. Of a case's processes that are there all the while
+the numbers are given.) The load average and the pressure of /proc/pressure are no use here: they count the
 threads of the case itself, the first over a minute besides. Only the processors on which this process may run are
 looked at (a container's, where it has some of its own), and time that a hypervisor gave to other machines is others'.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ LOOK, LEAST = 0.1, 0.05
 
 @dataclass(frozen=True)
 class Reading:
-    """The clocks at one moment, in seconds: the wall's, those of the processors (all together), and this process's."""
+    """The clocks at one moment, in seconds: the wall's, those of the processors (all together), and our processes'."""
 
     wall: float
     busy: float
@@ -43,9 +45,20 @@ def processors() -> set[int]:
         return set(range(os.cpu_count() or 1))
 
 
-def read() -> Reading | None:
+def taken_by(process: int) -> float:
+    """Seconds of processors that a process took, by its number; 0 where it is gone."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    # Behind the program's name, in brackets, which may have spaces of its own: the state, ten more, user, system.
+    words = text.rpartition(")")[2].split()
+    return TICK * (int(words[11]) + int(words[12]))
+
+
+def read(ours: Iterable[int] = ()) -> Reading | None:
     """The clocks now; None where the system has none for single processors (macOS, Windows), or writes them in a way of
-    its own (some sandboxes)."""
+    its own (some sandboxes). `ours` are numbers of processes whose time is no other's."""
     try:
         import resource
 
@@ -61,7 +74,7 @@ def read() -> Reading | None:
     idle = sum(times[IDLE] + times[IOWAIT] for times in mine)
     counted = sum(map(sum, mine))
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    own = sum(each.ru_utime + each.ru_stime for each in usage)
+    own = sum(each.ru_utime + each.ru_stime for each in usage) + sum(map(taken_by, ours))
     return Reading(time.monotonic(), counted - idle, counted, own, len(mine))
 
 
@@ -84,13 +97,13 @@ def others_between(before: Reading | None, after: Reading | None) -> float | Non
     return round(max(0.0, busy - error) / seconds, 3)
 
 
-def look(seconds: float = LOOK) -> float | None:
-    """How many cores other processes take now; sleeps for so many seconds."""
-    before = read()
+def look(seconds: float = LOOK, ours: Sequence[int] = ()) -> float | None:
+    """How many cores other processes take now, without those whose numbers are given; sleeps for so many seconds."""
+    before = read(ours)
     if before is None or seconds < LEAST:
         return None
     time.sleep(seconds)
-    return others_between(before, read())
+    return others_between(before, read(ours))
 
 
 def room(threads: int) -> float:
@@ -111,8 +124,9 @@ class Watch:
     """Surrounds what is timed, and knows then what others took.
 
     Args:
-        threads: of what is timed.
+        threads: that are busy meanwhile and no load: those of what is timed, and of its neighbours.
         seconds: that it takes about: the looks before and after are no longer than a tenth of it each.
+        ours: numbers of the case's processes beside this one, which are there all the while.
 
     Attributes:
         fields: of a result file's row: ``load_before``, ``others_busy`` and ``load_after`` are the cores that others
@@ -120,18 +134,19 @@ class Watch:
             cannot be told, as in less than `LEAST` seconds. ``contended``: whether ``others_busy`` was too much.
     """
 
-    def __init__(self, threads: int, seconds: float) -> None:
+    def __init__(self, threads: int, seconds: float, ours: Sequence[int] = ()) -> None:
         self.threads = threads
+        self.ours = ours
         self.seconds = min(LOOK, seconds / 10)
         self.fields: dict[str, float | bool | None] = {}
 
     def __enter__(self) -> Watch:
-        self.fields["load_before"] = look(self.seconds)
-        self._begin = read()
+        self.fields["load_before"] = look(self.seconds, self.ours)
+        self._begin = read(self.ours)
         return self
 
     def __exit__(self, *error: object) -> None:
-        others = others_between(self._begin, read())
+        others = others_between(self._begin, read(self.ours))
         self.fields["others_busy"] = others
-        self.fields["load_after"] = look(self.seconds)
+        self.fields["load_after"] = look(self.seconds, self.ours)
         self.fields["contended"] = contended(others, self.threads)
