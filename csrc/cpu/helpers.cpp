@@ -20,7 +20,7 @@ std::atomic<Helper*> all[kMostMembers];
 std::atomic<int> count{0};
 
 // The cores that this thread may use, without the one that it is on: a kernel that wakes a thread beside the one that
-// waked it lets the two take turns, for milliseconds, while other cores are idle. (Set at each waking: the caller may
+// woke it lets the two take turns, for milliseconds, while other cores are idle. (Set at each waking: the caller may
 // be another one, or have moved.)
 bool other_cores(cpu_set_t& cores) {
   if (sched_getaffinity(0, sizeof cores, &cores) != 0) return false;
@@ -89,7 +89,7 @@ void Helper::call(Job* job, int member, bool gives_way) {
   job_ = job;
   member_ = member;
   gives_way_ = gives_way;
-  // The order that a release gives is enough for the helper; the exchange tells whether it has to be waked.
+  // The order that a release gives is enough for the helper; the exchange tells whether it has to be woken.
   if (state_.exchange(called, std::memory_order_acq_rel) != reserved_asleep) return;
   cpu_set_t cores;
   if (other_cores(cores)) pthread_setaffinity_np(thread_, sizeof cores, &cores);

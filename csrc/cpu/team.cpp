@@ -3,7 +3,7 @@
 //   the pool, if its threads are running (they spin for milliseconds after each region of torch's): whoever else is
 //       given the work would share cores with them;
 //   helpers that are still awake from the last call;
-//   helpers that have to be waked, where the call is long enough to gain by it.
+//   helpers that have to be woken, where the call is long enough to gain by it.
 // A helper that gets no core is not waited for, so nothing has to be known of how busy the cores are. The pool is: its
 // regions end when all of its threads have been there. After a call that waited for it, it is left out for a while.
 #include "team.h"
@@ -129,7 +129,7 @@ void Team::choose(double alone_seconds) {
   if (most == planned_ && my.pool_is_there(now)) return take_pool();
   reserve(most, false, 0);
   if (size_ >= most) return;
-  // Others have to be waked, as many as gain more than that takes the caller. They stay awake: calls that follow each
+  // Others have to be woken, as many as gain more than that takes the caller. They stay awake: calls that follow each
   // other, each of them too short, count as one.
   if (now - my.last_end > kAwakeNs) my.alone_seconds = 0;
   my.alone_seconds += alone_seconds;
