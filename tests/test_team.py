@@ -39,8 +39,8 @@ def as_before() -> Iterator[None]:
 
 
 def build(folder: Path, sanitizer: str, cpu: Path = ROOT / "csrc/cpu") -> Path:
-    program = folder / f"test_team-{sanitizer}"
-    sources = [ROOT / "tests/cpp/test_team.cpp", *(cpu / unit.name for unit in UNITS)]
+    program = folder / f"team_checks-{sanitizer}"
+    sources = [ROOT / "tests/cpp/team_checks.cpp", *(cpu / unit.name for unit in UNITS)]
     command = [*cxx_compiler().split(), *COMMON_FLAGS, "-O1", "-g1", SANITIZERS[sanitizer], f"-I{cpu}"]
     subprocess.run([*command, *map(str, sources), "-o", str(program), "-pthread"], check=True)
     return program

@@ -2,7 +2,7 @@
 // come one after the other, nothing of a call is touched after it, and nobody is needed but the caller. The data are
 // plain memory, so that TSan and ASan see what is not in order.
 //
-//     test_team MODE SECONDS SEED       MODE: one of random, alone, late, stuck, choice
+//     team_checks MODE SECONDS SEED       MODE: one of random, alone, late, stuck, choice
 #include <pthread.h>
 #include <unistd.h>
 
@@ -42,7 +42,7 @@ using namespace rnnfast::cpu;
 
 void check(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "test_team: %s\n", what);
+  std::fprintf(stderr, "team_checks: %s\n", what);
   std::exit(1);
 }
 
