@@ -220,7 +220,8 @@ def test_readme_has_a_table_of_single_calls(tmp_path: Path) -> None:
     assert "(figures/cpu-service-latency.png)" in text
     # They have no part in what is said of the other suites.
     for path in records.RESULTS.glob("cpu-*.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+        if not (tmp_path / path.name).exists():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
     with_them, without = readme.blocks(tmp_path), readme.blocks()
     for name in ("cpu speeds", "cpu slower", "cpu worst", "cpu figures"):
         assert with_them[name]() == without[name]()
