@@ -168,6 +168,8 @@ if library_error is None:
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)
     _wanted = os.environ.get("RNNFAST_CPU_TEAM", "")
-    if _wanted and _wanted != use_cpu_team(""):
-        expected = "expected auto, alone, pool or helpers"
-        warnings.warn(f"RNNFAST_CPU_TEAM={_wanted}: {expected}; {use_cpu_team('')} is used", stacklevel=2)
+    try:
+        use_cpu_team(_wanted)
+    except RuntimeError as _error:
+        _why = str(_error).splitlines()[0]
+        warnings.warn(f"RNNFAST_CPU_TEAM={_wanted}: {_why}; {use_cpu_team('')} is used", stacklevel=2)

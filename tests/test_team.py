@@ -3,6 +3,7 @@ the results are the same to the bit."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -74,6 +75,8 @@ def neighbours() -> Iterator[None]:
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("mode", ["random", "late", "stuck", "choice"])
 def test_every_piece_is_done_once_and_in_order(programs: dict[str, Path], mode: str, sanitizer: str) -> None:
+    if mode == "choice" and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("with one core nobody is ever called")
     assert run(programs[sanitizer], mode) == f"{mode}: passed\n"
 
 
@@ -205,12 +208,18 @@ def test_results_do_not_depend_on_who_was_there(name: str, threads: int) -> None
         for value, expected in zip(results_and_gradients(name), want, strict=True):
             assert torch.equal(value, expected), source
         if source == "helpers":
-            assert helpers() > 0
+            assert helpers()
 
 
-def helpers() -> int:
-    """How many there are in this process."""
-    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")].count("rnnfast")
+def helpers() -> list[str]:
+    """What the system tells of each that is in this process."""
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        # A thread of the pool may end meanwhile.
+        with contextlib.suppress(OSError):
+            if (thread / "comm").read_text().strip() == "rnnfast":
+                found.append((thread / "status").read_text())
+    return found
 
 
 def digest(name: str) -> str:
@@ -303,7 +312,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch, test_team
 torch.set_num_threads(16)
 for _ in range(20): test_team.forward_digest("rows")
-print(test_team.helpers())
+print(len(test_team.helpers()))
 """
     assert int(in_new_process(code)) < len(os.sched_getaffinity(0))
     assert int(in_new_process(code, RNNFAST_CPU_TEAM="helpers")) >= 1
@@ -315,12 +324,10 @@ def test_helpers_take_no_signals_but_their_own_faults() -> None:
     ops.use_cpu_team("helpers")
     torch.set_num_threads(2)
     forward_digest("rows")
-    statuses = [
-        name.parent / "status" for name in Path("/proc/self/task").glob("*/comm") if "rnnfast" in name.read_text()
-    ]
+    statuses = helpers()
     assert statuses
     for status in statuses:
-        line = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk:"))
+        line = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
         blocked = {number + 1 for number in range(64) if int(line.split()[1], 16) >> number & 1}
         assert blocked >= {signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1}
         assert not blocked & {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}

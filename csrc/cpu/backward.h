@@ -295,8 +295,8 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   // more what the other writes over: the later step's dgates.
   void step_share(int64_t g, int64_t round, int64_t share) const {
     const GroupRows rows = rows_of(g);
-    const Group group = groups_[g];
-    const int64_t turn = round / rounds_a_turn();
+    const Group& group = groups_[g];
+    const int64_t turn = projected() ? round / 2 : round;
     const int64_t s = schedule_.steps() - turn, t = rows.time(s - 1);
     const int current = static_cast<int>(turn & 1);
     const Step step{rows,

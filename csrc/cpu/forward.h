@@ -370,8 +370,8 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   // more what the other writes over: h_{t-1}, whose buffer takes h_{t+1}.
   void step_share(int64_t g, int64_t round, int64_t share, int member) const {
     const GroupRows rows = rows_of(g);
-    const Group group = groups_[g];
-    const int64_t s = round / rounds_a_step(), d = g / groups_each_;
+    const Group& group = groups_[g];
+    const int64_t s = projected() ? round / 2 : round, d = g / groups_each_;
     const Range my_tiles = share_of(tiles_, share, shares_);
     Chunk& chunk = chunks_[member];
     if (chunk.group != g || s < chunk.first_step || s >= chunk.first_step + chunk_steps_)

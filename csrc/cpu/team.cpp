@@ -12,7 +12,7 @@
 #include <sys/resource.h>
 
 #include <atomic>
-#include <cstdlib>
+#include <iterator>
 
 #include "helpers.h"
 #include "pool.h"
@@ -34,14 +34,7 @@ bool find_choice(std::string_view name, Choice& choice) {
   return false;
 }
 
-std::atomic<Choice>& in_force() {
-  static std::atomic<Choice> chosen{[] {
-    Choice from_environment = Choice::automatic;
-    if (const char* name = std::getenv("RNNFAST_CPU_TEAM")) find_choice(name, from_environment);
-    return from_environment;
-  }()};
-  return chosen;
-}
+std::atomic<Choice> in_force{Choice::automatic};
 
 // What a caller loses by waking a thread, and when that is there. Seconds, of virtual machines, where they are longest.
 constexpr double kWakeSeconds = 60e-6;
@@ -102,17 +95,17 @@ thread_local Experience experience;
 }  // namespace
 
 std::string_view use_team(std::string_view name) {
-  Choice chosen = in_force().load(std::memory_order_relaxed);
+  Choice chosen = in_force.load(std::memory_order_relaxed);
   if (!name.empty()) {
     if (!find_choice(name, chosen)) return "";
-    in_force().store(chosen, std::memory_order_relaxed);
+    in_force.store(chosen, std::memory_order_relaxed);
   }
   return kChoices[static_cast<int>(chosen)];
 }
 
 Team::Team(int planned, double alone_seconds) : planned_(planned < kMostMembers ? planned : kMostMembers) {
   if (planned_ < 2 || is_forked()) return;
-  switch (in_force().load(std::memory_order_relaxed)) {
+  switch (in_force.load(std::memory_order_relaxed)) {
     case Choice::alone: break;
     case Choice::pool: take_pool(); break;
     case Choice::helpers: reserve(planned_, true, kMostMembers); break;

@@ -1,5 +1,6 @@
 // A call's work, and the threads that do it. The calling thread needs nobody: it can do all of it, and whoever else is
-// really running makes it faster. Nobody waits for a thread, only for a piece of work that a thread has begun.
+// really running makes it faster. Nobody waits for a thread, only for a piece of work that a thread has begun. (But for
+// regions of torch's pool, which end when all its threads have been there: hence team.cpp's choice.)
 //
 // Work is cut into stages, one after the other. A stage has groups, which know nothing of each other; a group has
 // rounds, one after the other (the steps of a sequence, say); and a round has shares, which any member may do, at the
@@ -61,7 +62,8 @@ class Team {
   int size() const { return size_; }
   ThreadSource source() const { return source_; }
 
-  // body(piece) for every piece; returns when all are done. Everything that a round wrote is visible in the next. Once.
+  // body(piece) for every piece; returns when all are done. Everything that a round wrote is visible in the next.
+  // Afterwards the team is the caller alone.
   template <class Body> void run(const Stage* stages, int stage_count, const Body& body) {
     Work work{{},
               stage_count,
