@@ -3,17 +3,42 @@
 kernel-break X,Y,Z THREAD [NAME]   stop where this thread of this block begins a kernel in whose name NAME is found
 cuda-thread                        which CUDA thread this is
 cuda-threads                       where all threads are, and what they wait for
+$cuda_thread(), $cuda_block("z")   the running thread's number in its block, and its block's index: for conditions
+
+All but cuda-threads reads memory and calls nothing in the program: gdb 13 and older cannot call a function on a
+processor with AMX, whose registers they do not know.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
 import gdb
 from gdb.FrameDecorator import FrameDecorator
 
-SELF = "rnnfast::emulator::self()"
+
+def running() -> gdb.Value | None:
+    """The emulator's Fiber of the CUDA thread that runs, or None on the host."""
+    fiber = gdb.parse_and_eval("rnnfast::emulator::scheduler()::instance.current")
+    return fiber.dereference() if int(fiber) else None
+
+
+def name_of(fiber: gdb.Value) -> str:
+    """As name_of() in csrc/emulator/report.cpp, which gdb cannot call everywhere."""
+    kernel = fiber["block"]["grid"]["name"]["_M_dataplus"]["_M_p"].string()
+    block = ",".join(str(int(fiber["block_index"][axis])) for axis in "xyz")
+    return f"kernel {kernel}, block ({block}), thread {int(fiber['linear_thread'])}"
+
+
+def last_site(fiber: gdb.Value) -> str:
+    """Its last synchronisation and where, or "" before the first."""
+    site = fiber["site"]["_M_impl"]
+    if not int(site):
+        return ""
+    file, line = os.path.normpath(site["_M_file_name"].string()), int(site["_M_line"])
+    return f"{fiber['what'].string()} {file}:{line}"
 
 
 def first_line(entry: int) -> int:
@@ -29,14 +54,25 @@ def require_process() -> None:
         raise gdb.GdbError("the program has ended, or not begun")
 
 
+def require_calls() -> None:
+    """Raises where this gdb cannot call a function of the program; a call that fails half-way would derange it."""
+    try:
+        for _ in range(2):
+            gdb.execute("set var $mxcsr = $mxcsr ^ 0x20")
+    except gdb.error as error:
+        # Of other processors than x86 there is no such register, and no such trouble.
+        if "extended state" in str(error):
+            raise gdb.GdbError(f"cuda-threads needs gdb 14 or newer on a processor with AMX: {error}") from error
+
+
 class AtKernel(gdb.Breakpoint):
     """At the first line of a kernel, in one of its threads."""
 
     def __init__(self, entry: int, block: str, thread: str) -> None:
         super().__init__(f"*{first_line(entry)}")
-        index = zip("xyz", block.split(","), strict=True)
-        same = [f"{SELF}.block_index.{axis} == {number}" for axis, number in index]
-        self.condition = " && ".join([f"{SELF}.linear_thread == {thread}", *same])
+        axes = zip("xyz", block.split(","), strict=True)
+        same = [f'$cuda_block("{axis}") == {number}' for axis, number in axes]
+        self.condition = " && ".join([f"$cuda_thread() == {thread}", *same])
 
 
 class AtLaunch(gdb.Breakpoint):
@@ -92,7 +128,10 @@ class CudaThread(gdb.Command):
 
     def invoke(self, argument: str, from_tty: bool) -> None:
         require_process()
-        gdb.execute('printf "%s\\n", rnnfast::emulator::who_runs().c_str()')
+        fiber = running()
+        if fiber is not None:
+            last = last_site(fiber)
+            print(name_of(fiber) + (f", last at {last}" if last else ""))
 
 
 class CudaThreads(gdb.Command):
@@ -103,7 +142,33 @@ class CudaThreads(gdb.Command):
 
     def invoke(self, argument: str, from_tty: bool) -> None:
         require_process()
+        require_calls()
         gdb.execute("call (void)rnnfast::emulator::print_threads()")
+
+
+class CudaThreadNumber(gdb.Function):
+    """$cuda_thread(): the running CUDA thread's number in its block, -1 on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda_thread")
+
+    def invoke(self) -> int:
+        fiber = running()
+        return -1 if fiber is None else int(fiber["linear_thread"])
+
+
+class CudaBlock(gdb.Function):
+    """$cuda_block("z"): the running CUDA thread's block index along an axis, -1 on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda_block")
+
+    def invoke(self, axis: gdb.Value) -> int:
+        letter = axis.string()
+        if letter not in ("x", "y", "z"):
+            raise gdb.GdbError(f'$cuda_block: expected "x", "y" or "z", got "{letter}"')
+        fiber = running()
+        return -1 if fiber is None else int(fiber["block_index"][letter])
 
 
 class KernelFrames:
@@ -121,7 +186,7 @@ class KernelFrames:
 
 kernel_frames = KernelFrames()
 gdb.frame_filters[kernel_frames.name] = kernel_frames
-for command in (KernelBreak, CudaThread, CudaThreads):
-    command()
+for each in (KernelBreak, CudaThread, CudaThreads, CudaThreadNumber, CudaBlock):
+    each()
 for setting in ("pagination off", "confirm off", "print thread-events off", "breakpoint pending on"):
     gdb.execute(f"set {setting}")
