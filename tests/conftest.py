@@ -3,6 +3,8 @@
 Tests marked `exhaustive` are deselected by default (pyproject.toml): `pytest -m exhaustive` runs them.
 """
 
+import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ TOO_SLOW = {"test_any_number_of_threads", "test_seventy_thousand_steps"}
 ON_A_CARD = Path(__file__).parent / "gpu"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, seen = [], Counter[tuple[str, str]]()
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -51,7 +53,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[backend, name] % usual != 1 % usual:
                 item.add_marker(pytest.mark.exhaustive)
         kept.append(item)
-    items[:] = kept
+    part, parts = part_of_exhaustive(os.environ.get("RNNFAST_TEST_PART", ""))
+    left_out = {i for i in kept if i.get_closest_marker("exhaustive") is not None and part_of(i, parts) != part}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in kept if item not in left_out]
+
+
+def part_of(item: pytest.Item, parts: int) -> int:
+    return zlib.crc32(item.nodeid.encode()) % parts
+
+
+def part_of_exhaustive(text: str) -> tuple[int, int]:
+    """RNNFAST_TEST_PART, part/parts: which of the exhaustive tests are taken, by their names; "" takes all."""
+    if not text:
+        return 0, 1
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 0 <= int(part) < int(parts)):
+        raise pytest.UsageError(f"RNNFAST_TEST_PART: expected part/parts with part from 0 on, as in 0/4, got {text!r}")
+    return int(part), int(parts)
 
 
 @pytest.fixture(autouse=True)
