@@ -5,8 +5,8 @@ cuda-thread                        which CUDA thread this is
 cuda-threads                       where all threads are, and what they wait for
 $cuda_thread(), $cuda_block("z")   the running thread's number in its block, and its block's index: for conditions
 
-All but cuda-threads reads memory and calls nothing in the program: gdb 13 and older cannot call a function on a
-processor with AMX, whose registers they do not know.
+All but cuda-threads reads memory and calls nothing in the program: gdb 13.1 cannot call a function on a processor
+with AMX, whose registers it does not know.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def require_calls() -> None:
     except gdb.error as error:
         # Of other processors than x86 there is no such register, and no such trouble.
         if "extended state" in str(error):
-            raise gdb.GdbError(f"cuda-threads needs gdb 14 or newer on a processor with AMX: {error}") from error
+            raise gdb.GdbError(
+                f"cuda-threads: this gdb cannot call a function on a processor with AMX, a newer one may: {error}"
+            ) from error
 
 
 class AtKernel(gdb.Breakpoint):
