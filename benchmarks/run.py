@@ -34,7 +34,7 @@ from rich.table import Table
 
 import peers
 import service
-from isolation import Processes, measure_here
+from isolation import Processes, Settings, Skipped, measure_here
 from limits import at_least, better, describe, this_machine
 from records import (
     BESIDE,
@@ -256,8 +256,9 @@ def main() -> int:
     usual: Measurer = measure_here if in_process else processes.measure
     served: Measurer = partial(service.measure, most=options.case_limit)
 
-    def measurer(case: Case, *more: Any) -> list[Row]:
-        return (served if case.served else usual)(case, *more)
+    def measurer(case: Case, workload: str, settings: Settings, skipped: Skipped) -> list[Row]:
+        in_turns = case.served or (not in_process and service.needs_turns(case, workload, settings))
+        return (served if in_turns else usual)(case, workload, settings, skipped)
 
     suites: list[Suite] = []
     for name, cases in options.suites.items():

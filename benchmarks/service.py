@@ -1,9 +1,11 @@
-"""Measures a case with a pause or neighbours (`Case.served`): each candidate in a process of its own, in turns.
+"""Measures each candidate of a case in a process of its own, in turns: a case with a pause or neighbours
+(`Case.served`), and one with a peer whose threads stay awake (`needs_turns`).
 
 In one process the pools of two libraries would disturb each other: they spin for milliseconds behind each call. What a
 turn is, and when the next one begins, stands in `rnnfast/benchmark/turns.py`. The weights, the input and the number of
 threads are the same in all processes, and each checks the results of its own candidate before it is timed. torch.nn has
-one, each of rnnfast's backends, its backend `cpu` a second one with a single thread, and each peer.
+one, each of rnnfast's backends, and each peer; with a pause or neighbours the backend `cpu` has a second one with a
+single thread.
 
 Neighbours compute in processes of their own while the candidates take their turns. They are no load that a case should
 wait for or that its rows warn of: the time that they take is not counted.
@@ -182,12 +184,22 @@ class Runner:
         return None
 
 
-def names_of(settings: Settings) -> list[tuple[str, str | None]]:
+def needs_turns(case: Case, workload: str, settings: Settings) -> bool:
+    """Whether the candidates must have a process each: calls of a service, or a peer whose threads stay awake, which
+    would slow down all others in one process with it."""
+    if case.served:
+        return True
+    return (
+        settings.device.type == "cpu" and workload != "training" and any(map(peers.threads_stay_awake, settings.peers))
+    )
+
+
+def names_of(case: Case, settings: Settings) -> list[tuple[str, str | None]]:
     """The candidates beside torch.nn: names, and of peers what stands for them."""
     found: list[tuple[str, str | None]] = []
     for name in checked_names(settings.backends, settings.device):
         found.append((name, None))
-        if name == THREADED and settings.threads > 1:
+        if case.served and name == THREADED and settings.threads > 1:
             found.append((name + ONE_THREAD, None))
     return found + [(peers.name_of(each), each) for each in settings.peers]
 
@@ -211,7 +223,7 @@ def ready(task: Task, worker: Worker, most: float | None) -> Candidate:
 
 
 def measure(case: Case, workload: str, settings: Settings, skipped: Skipped, most: float | None = None) -> list[Row]:
-    """As `isolation.measure_here`, of a case with a pause or neighbours.
+    """As `isolation.measure_here`, where the candidates need a process each (`needs_turns`).
 
     Args:
         case, workload, settings, skipped: as there.
@@ -222,7 +234,7 @@ def measure(case: Case, workload: str, settings: Settings, skipped: Skipped, mos
             raise Impossible(why)
         if settings.device.type != "cpu":
             raise Impossible("a case with a pause or neighbours is timed on the CPU")
-        names = names_of(settings)
+        names = names_of(case, settings)
     except Impossible as reason:
         skipped(f"workload {workload}", str(reason))
         return []

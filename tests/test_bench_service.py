@@ -196,6 +196,20 @@ def peer(layer, case, workload, data):
 """
 
 
+# Leaves a file with the number of its process.
+PROCESS = """
+import os
+from pathlib import Path
+from rnnfast.benchmark.case import make_call
+
+THREADS_STAY_AWAKE = {awake}
+
+def peer(layer, case, workload, data):
+    Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
+    return make_call(layer, case, workload, data)
+"""
+
+
 def spans(path):
     return [tuple(map(float, line.split())) for line in path.with_suffix(".log").read_text().splitlines()]
 
@@ -304,9 +318,43 @@ def test_peers_that_are_wrong_or_fail_cost_only_themselves(tmp_path):
 
 def test_backend_cpu_has_a_second_row_with_one_thread():
     settings = replace(SETTINGS, threads=2, peers=["onnxruntime", "/far/away/mine.py"])
-    assert [name for name, _ in service.names_of(settings)] == ["cpu", "cpu-one-thread", "onnxruntime", "mine"]
-    assert [name for name, _ in service.names_of(replace(settings, threads=1, peers=[]))] == ["cpu"]
-    assert service.names_of(replace(settings, backends=["reference"], peers=[])) == [("reference", None)]
+    assert [name for name, _ in service.names_of(PAUSED, settings)] == ["cpu", "cpu-one-thread", "onnxruntime", "mine"]
+    assert [name for name, _ in service.names_of(PAUSED, replace(settings, threads=1, peers=[]))] == ["cpu"]
+    assert service.names_of(PAUSED, replace(settings, backends=["reference"], peers=[])) == [("reference", None)]
+    # Without a condition only the peer is why it is measured here.
+    assert [name for name, _ in service.names_of(TINY, settings)] == ["cpu", "onnxruntime", "mine"]
+
+
+def test_a_peer_whose_threads_stay_awake_has_a_process_of_its_own(tmp_path):
+    awake, asleep = tmp_path / "awake.py", tmp_path / "asleep.py"
+    asleep.write_text(RECORDS)
+    awake.write_text(RECORDS + "\nTHREADS_STAY_AWAKE = True\n")
+    assert service.needs_turns(PAUSED, "inference", SETTINGS)
+    for found, expected in [([], False), ([asleep], False), ([asleep, awake], True), (["onnxruntime"], True)]:
+        settings = replace(SETTINGS, peers=list(map(str, found)))
+        assert service.needs_turns(TINY, "inference", settings) is expected
+        # Nor does onnxruntime train, or run on a GPU.
+        assert not service.needs_turns(TINY, "training", settings)
+        assert not service.needs_turns(TINY, "inference", replace(settings, device=torch.device("cuda")))
+
+
+@needs_linux
+@pytest.mark.parametrize("awake", [False, True])
+def test_the_suites_give_each_candidate_a_process_where_a_peer_needs_it(tmp_path, monkeypatch, capsys, awake):
+    paths = [tmp_path / "one.py", tmp_path / "two.py"]
+    paths[0].write_text(PROCESS.format(awake=False))
+    paths[1].write_text(PROCESS.format(awake=awake))
+    (tmp_path / "mine.json").write_text(json.dumps([{"cell": "GRU", "batch": 2, "hidden_size": 8, "steps": 5}]))
+    command = ["run.py", "--shapes", tmp_path / "mine.json", "--workload", "inference", "--seconds", "0.02"]
+    command += ["--peers", ",".join(map(str, paths)), "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert run.main() == 0
+    capsys.readouterr()
+    rows = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["cpu", "one", "two"]
+    assert all(row["correct"] and row["ratio"] > 0 for row in rows)
+    one, two = (path.with_suffix(".pid").read_text() for path in paths)
+    assert (one != two) is awake
 
 
 def test_the_number_of_threads_is_the_parents_or_one():

@@ -6,6 +6,9 @@ the data it builds the call that `rnnfast.benchmark.measure` checks, as it check
 what the case needs; nothing is timed then. The files in this folder are asked for by name, any other by its path, which
 ends in .py (docs/benchmarks.md); its name is that of the file.
 
+A file whose library keeps its threads running behind a call says ``THREADS_STAY_AWAKE = True``: on the CPU the
+candidates of a case then have a process each (`service.py`).
+
 What several files need stands here.
 """
 
@@ -17,6 +20,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +44,11 @@ def name_of(which: str) -> str:
     return Path(which).stem if which.endswith(".py") else which
 
 
+def threads_stay_awake(which: str) -> bool:
+    """Whether a peer's file says that its threads go on running behind a call: ``THREADS_STAY_AWAKE = True``."""
+    return bool(getattr(_module(which), "THREADS_STAY_AWAKE", False))
+
+
 def load(which: str) -> Peer:
     """The function of a peer.
 
@@ -49,6 +58,14 @@ def load(which: str) -> Peer:
     Raises:
         ValueError: there is no such file, it does not import, or it has no function ``peer``.
     """
+    function = getattr(_module(which), "peer", None)
+    if not callable(function):
+        raise ValueError(f"{which}: expected a function peer(layer, case, workload, data), found none")
+    found: Peer = function
+    return found
+
+
+def _module(which: str) -> ModuleType:
     path = Path(which) if which.endswith(".py") else FOLDER / f"{which}.py"
     module_name = f"peer {path.resolve()}"
     if module_name not in sys.modules:
@@ -66,11 +83,7 @@ def load(which: str) -> Peer:
             del sys.modules[module_name]
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} does not import: {why}") from error
-    function = getattr(sys.modules[module_name], "peer", None)
-    if not callable(function):
-        raise ValueError(f"{path}: expected a function peer(layer, case, workload, data), found none")
-    found: Peer = function
-    return found
+    return sys.modules[module_name]
 
 
 def named(which: Iterable[str]) -> dict[str, Peer]:

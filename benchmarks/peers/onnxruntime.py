@@ -13,6 +13,9 @@ from peers import library, need, weights
 from rnnfast.benchmark import Call, Case, Data
 from rnnfast.benchmark.case import GATES, STREAMED
 
+# Behind a call the threads of its pool spin for milliseconds, on the cores of whoever has the next turn.
+THREADS_STAY_AWAKE = True
+
 # Where ONNX has the gate that stands at each place in its order: LSTM i o f c of torch's i f g o; GRU z r h of r z n.
 ONNX_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
