@@ -27,7 +27,8 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
         tiles_(divide_up(params.state_size, kTileUnits)),
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
-        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_)),
+        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_,
+                                       product(gates_width_, params.state_size, sizeof(Compute)))),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)) {}
 
@@ -227,7 +228,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   // use(tile, r, sums): the products of a tile's units for one row, kBlocks sums.
   template <class Use> void product_phase(const Step& step, Range my_tiles, const Use& use) const {
     const StateBuffer<Compute>& later = step.group.dgates[step.from];
-    for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
+    for_tiles(my_tiles, step.from, [&](int64_t tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
         for (int i = 0; i < height; ++i) use(tile, first + i, sums + i * kBlocks);
       };
@@ -239,7 +240,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
                              packed_hh_[step.d] + tile * kTileUnits * gates_width_, gates_width_, on_rows, fetch);
       const Value zeros[kBlocks] = {};
       for (int64_t r = step.started; r < step.active; ++r) use(tile, r, zeros);
-    }
+    });
   }
 
   // What becomes of a row's products: the gradient of h_t, for the cell phase or the project phase; of a row whose
@@ -270,7 +271,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   // The gradient of `hidden`, which the cell takes at once.
   void project_phase(const Step& step, Range my_hidden_tiles) const {
     const StateBuffer<Compute>& dh = step.group.dh;
-    for (int64_t tile = my_hidden_tiles.first; tile < my_hidden_tiles.last; ++tile) {
+    for_tiles(my_hidden_tiles, step.from, [&](int64_t tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
         for (int i = 0; i < height; ++i)
           for (int block = 0; block < kBlocks; ++block) {
@@ -283,7 +284,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
       for (int64_t r = step.active; p_.grad_cx && r < step.started; ++r)
         for (int64_t unit = tile * kTileUnits; unit < p_.hidden_size && unit < (tile + 1) * kTileUnits; unit += kL)
           write_grad_cx(step, r, unit);
-    }
+    });
   }
 
   // One turn more than steps: the last only finishes the rows that are left, where anyone wants their initial

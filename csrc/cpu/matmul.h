@@ -139,14 +139,14 @@ template <class Storage> class MatmulLoop {
     const Stage stage{1, shares_, 1};
     team.run(&stage, 1, [&](const Piece& piece) {
       const Range range = share_of(blocks, piece.share, shares_);
-      for (int64_t block = range.first; block < range.last; ++block)
-        for (int64_t m = 0; m < p_.m; ++m) {
-          if constexpr (sizeof(Storage) == sizeof(Compute)) {
-            const Value acc = dot_rows(static_cast<const Compute*>(p_.a) + m * p_.a_row,
-                                       at<Storage>(p_.b, block * kL * p_.b_col), p_.b_col, p_.n - block * kL, p_.k);
-            write(m, block * kL, &acc, 1, true);
-          }
+      for (int64_t block = range.first; block < range.last; ++block) {
+        if constexpr (sizeof(Storage) == sizeof(Compute)) {
+          Value acc[kDirectRows];
+          dot_all_rows(static_cast<const Compute*>(p_.a), p_.a_row, p_.m, at<Storage>(p_.b, block * kL * p_.b_col),
+                       p_.b_col, p_.n - block * kL, p_.k, acc, 1);
+          for (int64_t m = 0; m < p_.m; ++m) write(m, block * kL, acc + m, 1, true);
         }
+      }
     });
   }
 

@@ -16,12 +16,22 @@ inline Range share_of(int64_t count, int64_t share, int64_t shares) {
   return {count * share / shares, count * (share + 1) / shares};
 }
 
+// The tiles of a share at step or turn number `step`: forth and back in turn. Where their weights do not fit the cache,
+// those that were read last are the first to be read again, and are still there.
+template <class Use> inline void for_tiles(Range tiles, int64_t step, const Use& use) {
+  if (step % 2 == 0)
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) use(tile);
+  else
+    for (int64_t tile = tiles.last - 1; tile >= tiles.first; --tile) use(tile);
+}
+
 // Rates of current cores, measured: bytes and operations a second; seconds.
 constexpr double kFlops = 180e9;    // one core, register-tiled product
 constexpr double kBytesL2 = 150e9;  // one core's L2
 constexpr double kBytesL3 = 35e9;   // one core's share beyond it
 constexpr double kL2 = 900e3;       // bytes of weights that stay there
 constexpr double kHandOver = 0.5e-6;
+constexpr double kBytesHandedOver = 6e9;  // of what another core has just written
 
 // A product whose weights were read before.
 inline double product_seconds(double flops, double weight_bytes) {
@@ -30,8 +40,11 @@ inline double product_seconds(double flops, double weight_bytes) {
 }
 
 // How many groups the rows of each direction are split into. In each group the hidden units are split over some
-// threads, which hand h over at each step (not where there is one thread).
-inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t element_size, int64_t unit_tiles) {
+// threads, which hand h over at each step (not where there is one thread). `packed_bytes`: of a direction's weights
+// that are packed before the first step. All threads do that together, and each then reads the whole of it, if it has
+// rows of its own, or the part that it has packed itself.
+inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t element_size, int64_t unit_tiles,
+                                 int64_t packed_bytes) {
   const int64_t per_direction = threads / p.directions;
   if (per_direction <= 1 || p.rows.batch < 2) return 1;
   const double weights = static_cast<double>(product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size));
@@ -39,7 +52,9 @@ inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t eleme
   const int64_t groups = per_direction < p.rows.batch ? per_direction : p.rows.batch;
   const double rows_share = static_cast<double>((p.rows.batch + groups - 1) / groups) / p.rows.batch;
   const double units_share = static_cast<double>((unit_tiles + per_direction - 1) / per_direction) / unit_tiles;
-  const double by_rows = product_seconds(flops * rows_share, weights);
+  const double handed_over = packed_bytes * (1.0 - 1.0 / per_direction) / kBytesHandedOver;
+  const double by_rows =
+      product_seconds(flops * rows_share, weights) + handed_over / (p.rows.steps > 0 ? p.rows.steps : 1);
   const double by_units =
       product_seconds(flops * units_share, weights * units_share) + kHandOver * (p.projected ? 2 : 1);
   return by_rows < by_units ? groups : 1;

@@ -146,42 +146,75 @@ template <int kStep, class Compute> RNNFAST_INLINE void transpose_level(Vector<C
   }
 }
 
-// Lane j of the result is the sum over the lanes of x[j].
-template <int kStep, class Compute> RNNFAST_INLINE Vector<Compute> sum_lanes(Vector<Compute>* x) {
-  constexpr int kCount = kLanes<Compute>;
-  using Lanes = std::make_integer_sequence<int, kCount>;
+// Lane j of the result is the sum over the lanes of x[j], of as many vectors as a vector has lanes. Of the first half
+// of them, level by level: what the last level has still to add, lane j and lane j + kCount / 2.
+template <int kStep, int kVectorCount, class Compute> RNNFAST_INLINE Vector<Compute> sum_lanes(Vector<Compute>* x) {
+  using Lanes = std::make_integer_sequence<int, kLanes<Compute>>;
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount; i += 2 * kStep)
+  for (int i = 0; i < kVectorCount; i += 2 * kStep)
     x[i] = exchange_lanes<kStep, true>(x[i], x[i + kStep], Lanes{}) +
            exchange_lanes<kStep, false>(x[i], x[i + kStep], Lanes{});
-  if constexpr (kStep * 2 < kCount)
-    return sum_lanes<kStep * 2, Compute>(x);
+  if constexpr (kStep * 2 < kVectorCount)
+    return sum_lanes<kStep * 2, kVectorCount, Compute>(x);
   else
     return x[0];
 }
 
-// Dot products of a vector with as many rows of a row-major matrix as a vector has lanes: lane j gets row j. Rows from
-// `rows` on repeat the last one. No packing: for weights that are read only once or twice.
-template <class Compute, class Storage>
-inline Vector<Compute> dot_rows(const Compute* x, const Storage* matrix, int64_t stride, int64_t rows,
-                                int64_t k_count) {
+// Dot products of kRows vectors with as many rows of a row-major matrix as a vector has lanes: lane j of sums[i *
+// sums_step] gets the product of x[i * x_stride] and the matrix's row j; rows from `rows` on repeat the last one. No
+// packing: for weights that are read as they lie. Each sum is made in the same order for every kRows.
+template <int kRows, class Compute, class Storage>
+[[gnu::noinline]] void dot_rows(const Compute* x, int64_t x_stride, const Storage* matrix, int64_t stride, int64_t rows,
+                                int64_t k_count, Vector<Compute>* sums, int64_t sums_step) {
   constexpr int kCount = kLanes<Compute>;
-  const Storage* row[kCount];
+  // All rows of the matrix at once, or half of them, so that the registers hold the sums.
+  constexpr int kParts = kRows == 1 || kRows * kCount <= kVectorRegisters - 4 ? 1 : 2, kPart = kCount / kParts;
+  Vector<Compute> part[kParts][kRows];
+  for (int p = 0; p < kParts; ++p) {
+    const Storage* row[kPart];
 #pragma GCC unroll 16
-  for (int j = 0; j < kCount; ++j) row[j] = matrix + (j < rows ? j : rows - 1) * stride;
-  Vector<Compute> sum[kCount] = {};
-  int64_t k = 0;
-  for (; k + kCount <= k_count; k += kCount) {
-    const Vector<Compute> value = load<Compute>(x + k);
+    for (int j = 0; j < kPart; ++j) row[j] = matrix + (p * kPart + j < rows ? p * kPart + j : rows - 1) * stride;
+    Vector<Compute> sum[kRows][kPart] = {};
+    const auto add = [&](int64_t k, auto... count) {
+      Vector<Compute> value[kRows];
+#pragma GCC unroll 3
+      for (int i = 0; i < kRows; ++i) value[i] = load<Compute>(x + i * x_stride + k, count...);
 #pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) sum[j] += value * load<Compute>(row[j] + k);
+      for (int j = 0; j < kPart; ++j) {
+        const Vector<Compute> weight = load<Compute>(row[j] + k, count...);
+#pragma GCC unroll 3
+        for (int i = 0; i < kRows; ++i) sum[i][j] += value[i] * weight;
+      }
+    };
+    int64_t k = 0;
+    for (; k + kCount <= k_count; k += kCount) add(k);
+    if (k < k_count) add(k, k_count - k);
+#pragma GCC unroll 3
+    for (int i = 0; i < kRows; ++i) part[p][i] = sum_lanes<1, kPart, Compute>(sum[i]);
   }
-  if (k < k_count) {
-    const Vector<Compute> value = load<Compute>(x + k, k_count - k);
-#pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) sum[j] += value * load<Compute>(row[j] + k, k_count - k);
+#pragma GCC unroll 3
+  for (int i = 0; i < kRows; ++i) {
+    if constexpr (kParts == 2) {
+      using Lanes = std::make_integer_sequence<int, kCount>;
+      sums[i * sums_step] = exchange_lanes<kPart, true>(part[0][i], part[1][i], Lanes{}) +
+                            exchange_lanes<kPart, false>(part[0][i], part[1][i], Lanes{});
+    } else {
+      sums[i * sums_step] = part[0][i];
+    }
   }
-  return sum_lanes<1, Compute>(sum);
+}
+
+// The same for `x_rows` vectors.
+template <class Compute, class Storage>
+inline void dot_all_rows(const Compute* x, int64_t x_stride, int64_t x_rows, const Storage* matrix, int64_t stride,
+                         int64_t rows, int64_t k_count, Vector<Compute>* sums, int64_t sums_step) {
+  int64_t i = 0;
+  for (; i + 3 <= x_rows; i += 3)
+    dot_rows<3>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
+  if (x_rows - i == 2)
+    dot_rows<2>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
+  else if (x_rows - i == 1)
+    dot_rows<1>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
 }
 
 // Packs `kLanes` rows of a row-major matrix (from `rows` on: zeros) as one vector column of a tile, for k in [0,

@@ -1,0 +1,36 @@
+// Which weights of a forward call are packed into the order in which the products read them, and which are read as they
+// lie: row by row, each a dot product (`dot_rows`), whose lanes are summed at the end.
+//
+// Packing a weight takes about as long as K / 8 of the sums that it saves, for rows of K weights, and memory to write
+// to and read again. So few rows of input are multiplied by the weights as they lie; and, with one row a step, all:
+// each step reads all weights, which takes longer than to sum some lanes. The bounds are measured
+// (docs/performance.md).
+#pragma once
+
+#include "split.h"
+
+namespace rnnfast::cpu {
+namespace {
+
+// One matrix of weights as its product sees it.
+struct WeightUse {
+  int64_t rows;         // by which it is multiplied, in the whole call
+  int64_t rows_a_step;  // of these, at once
+  int64_t k;            // weights in a row of the matrix
+  int64_t lanes;        // of a vector
+  bool narrow;          // 16-bit weights: each use widens them once more
+  int64_t share_bytes;  // of what one thread would have packed of it
+};
+
+inline bool reads_as_it_lies(const WeightUse& use) {
+  constexpr int64_t kLongRow = 192, kMostAtOnce = 24, kMostInSteps = 40;
+  const bool ragged = use.k % use.lanes != 0;  // its rows do not begin where cache lines do
+  const bool beyond_cache = static_cast<double>(use.share_bytes) > kL2 * (use.narrow ? 3 : 2);
+  if (use.rows_a_step == 1 && (beyond_cache || (!use.narrow && !ragged)) && use.k >= kLongRow) return true;
+  const int64_t least = use.narrow ? 4 : 8, rows = use.k / (use.narrow ? 32 : 8),
+                most = ragged || use.rows_a_step == use.rows ? kMostAtOnce : kMostInSteps;
+  return use.rows < (rows < least ? least : rows > most ? most : rows);
+}
+
+}  // namespace
+}  // namespace rnnfast::cpu
