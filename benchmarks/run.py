@@ -197,8 +197,8 @@ def parse() -> argparse.Namespace:
         "--case-limit",
         type=seconds,
         metavar="SECONDS",
-        help="a case that takes longer is ended and counts as failed (not with --in-process); of one with a pause or "
-        "neighbours, a candidate whose preparation or turn does",
+        help="a case that takes longer is ended and counts as failed (not with --in-process); where "
+        "candidates have a process each, the one whose preparation or turn does",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default benchmarks/results)")
     options = parser.parse_args()

@@ -186,12 +186,13 @@ class Runner:
 
 def needs_turns(case: Case, workload: str, settings: Settings) -> bool:
     """Whether the candidates must have a process each: calls of a service, or a peer whose threads stay awake, which
-    would slow down all others in one process with it."""
+    would slow down all others in one process with it. Packed rows are compared with padded ones in one process, and
+    what trains is timed there."""
     if case.served:
         return True
-    return (
-        settings.device.type == "cpu" and workload != "training" and any(map(peers.threads_stay_awake, settings.peers))
-    )
+    if settings.device.type != "cpu" or workload == "training" or case.packed:
+        return False
+    return any(map(peers.threads_stay_awake, settings.peers))
 
 
 def names_of(case: Case, settings: Settings) -> list[tuple[str, str | None]]:

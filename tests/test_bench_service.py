@@ -333,7 +333,8 @@ def test_a_peer_whose_threads_stay_awake_has_a_process_of_its_own(tmp_path):
     for found, expected in [([], False), ([asleep], False), ([asleep, awake], True), (["onnxruntime"], True)]:
         settings = replace(SETTINGS, peers=list(map(str, found)))
         assert service.needs_turns(TINY, "inference", settings) is expected
-        # Nor does onnxruntime train, or run on a GPU.
+        # Nor does onnxruntime train, take packed rows, or run on a GPU.
+        assert not service.needs_turns(replace(TINY, packed=True), "inference", settings)
         assert not service.needs_turns(TINY, "training", settings)
         assert not service.needs_turns(TINY, "inference", replace(settings, device=torch.device("cuda")))
 

@@ -6,8 +6,8 @@ the data it builds the call that `rnnfast.benchmark.measure` checks, as it check
 what the case needs; nothing is timed then. The files in this folder are asked for by name, any other by its path, which
 ends in .py (docs/benchmarks.md); its name is that of the file.
 
-A file whose library keeps its threads running behind a call says ``THREADS_STAY_AWAKE = True``: on the CPU the
-candidates of a case then have a process each (`service.py`).
+A file whose library keeps its threads running behind a call says ``THREADS_STAY_AWAKE = True``: the candidates of a
+case then have a process each (`service.needs_turns`).
 
 What several files need stands here.
 """

@@ -27,8 +27,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
         tiles_(divide_up(params.state_size, kTileUnits)),
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
-        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_,
-                                       product(gates_width_, params.state_size, sizeof(Compute)))),
+        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_, packed_bytes())),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)) {}
 
@@ -48,6 +47,11 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   }
 
  private:
+  int64_t packed_bytes() const {
+    const int64_t hr = projected() ? product(p_.state_size, p_.hidden_size, sizeof(Compute)) : 0;
+    return sum(product(gates_width_, p_.state_size, sizeof(Compute)), hr);
+  }
+
   struct Group {
     StateBuffer<Compute> dgates[2];  // of the later step and of this one: (rows, G*H), of W_hh h
     StateBuffer<Compute> carry;      // what reaches the earlier step beside the product (cells.h): (rows, H)

@@ -457,7 +457,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   const int64_t tiles_, state_tiles_;
   const bool direct_hh_, direct_hr_, direct_ih_;  // read as they lie (packing.h)
   const int64_t groups_each_, shares_, preparing_shares_, group_rows_, chunk_steps_;
-  const bool packs_ih_early_;  // before the first step, else within each product
+  const bool packs_ih_early_;  // before the first step; else tile by tile, or not at all
   bool input_in_place_ = false;
   int64_t input_stride_ = 0;
   Workspace workspace_;

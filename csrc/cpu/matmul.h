@@ -32,7 +32,7 @@ template <class Storage> class MatmulLoop {
         block_k_(params.k < 1         ? 1
                  : params.k < kBlockK ? params.k
                                       : kBlockK),
-        // Few rows and row-major weights: each weight is used once or twice, so packing would cost more than the
+        // Few rows and row-major weights: each weight is used a few times, so packing would cost more than the
         // product.
         direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 &&
                 sizeof(Storage) == sizeof(Compute)),

@@ -1,10 +1,11 @@
 // Which weights of a forward call are packed into the order in which the products read them, and which are read as they
 // lie: row by row, each a dot product (`dot_rows`), whose lanes are summed at the end.
 //
-// Packing a weight takes about as long as K / 8 of the sums that it saves, for rows of K weights, and memory to write
-// to and read again. So few rows of input are multiplied by the weights as they lie; and, with one row a step, all:
-// each step reads all weights, which takes longer than to sum some lanes. The bounds are measured
-// (docs/performance.md).
+// Packing takes about as long as it saves in K / 8 rows of input, for rows of K weights, where each such product has to
+// sum its lanes; and memory to write to and to read again. So few rows of input are multiplied by the weights as they
+// lie. With one row a step long rows of weights are read as they lie by any number of steps: to read them takes longer
+// than to sum the lanes. Not so from the cache where each vector of a ragged row crosses two of its lines, or where
+// 16-bit weights have to be widened. The bounds are measured (docs/performance.md).
 #pragma once
 
 #include "split.h"

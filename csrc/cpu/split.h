@@ -16,10 +16,11 @@ inline Range share_of(int64_t count, int64_t share, int64_t shares) {
   return {count * share / shares, count * (share + 1) / shares};
 }
 
-// The tiles of a share at step or turn number `step`: forth and back in turn. Where their weights do not fit the cache,
-// those that were read last are the first to be read again, and are still there.
-template <class Use> inline void for_tiles(Range tiles, int64_t step, const Use& use) {
-  if (step % 2 == 0)
+// The tiles of a share, forth at even `turn`s and back at odd ones (a step's number, or that of its state buffer).
+// Where their weights do not fit the cache, those that were read last are the first to be read again, and are still
+// there.
+template <class Use> inline void for_tiles(Range tiles, int64_t turn, const Use& use) {
+  if (turn % 2 == 0)
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) use(tile);
   else
     for (int64_t tile = tiles.last - 1; tile >= tiles.first; --tile) use(tile);
