@@ -210,7 +210,7 @@ def result_cases() -> Iterator[Any]:
 
 
 @needs_library
-@pytest.mark.parametrize(("shape", "dtype", "isa"), result_cases())
+@pytest.mark.parametrize(("shape", "dtype", "isa"), list(result_cases()))
 def test_results_and_gradients_against_float64(shape: Shape, dtype: torch.dtype, isa: str) -> None:
     ops.use_cpu_isa(isa)
     torch.manual_seed(7)
