@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import rnnfast
 import setup
 from rnnfast import ops
+from rnnfast.benchmark.case import GATES
 from setup import COMMON_FLAGS, cxx_compiler
 from test_build import in_new_process, needs_library
 from tolerances import check
@@ -41,7 +42,7 @@ class Shape(NamedTuple):
 
     @property
     def gates(self) -> int:
-        return {"LSTM": 4, "GRU": 3, "RNN": 1}[self.cell]
+        return GATES[self.cell]
 
     def uses(self, threads: int) -> dict[str, tuple[int, int, int, int]]:
         """Of each matrix: rows, rows a step, weights in a row, weights of a share."""
