@@ -12,6 +12,7 @@ from .cells import GRUCell, LSTMCell, MGUCell, RNNCell
 from .explanation import explain
 from .modules import GRU, LSTM, MGU, RNN
 from .patch import accelerate, exporting, restore
+from .quantized_modules import quantize_weights
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "exporting",
     "functional",
+    "quantize_weights",
     "restore",
 ]
 

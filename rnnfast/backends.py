@@ -43,6 +43,7 @@ class Backend:
         automatic: whether `auto` may take it.
         for_developers: whether it is listed only where it was loaded.
         load: brings it into the process, where asking for it does that.
+        quantized: the op `quantized_layer`, None where weights must not be quantized.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Backend:
     automatic: bool = True
     for_developers: bool = False
     load: Callable[[], None] | None = None
+    quantized: Callable[..., Any] | None = None
 
     def use(self, namespace: str) -> None:
         """Makes the ops of a namespace, with derivatives, those of this backend."""
@@ -93,6 +95,7 @@ _CPU = _of_library(
     "cpu", "rnnfast", lambda: libraries.cpu_problem(), libraries.cpu_error is None, devices=("cpu", "meta"),
     describe=lambda: f"C++ kernels, instruction set {ops.cpu_isa()}",
     kernel=lambda *_: f"C++ time loop ({ops.cpu_isa()})",
+    quantized=ops.quantized_layer("rnnfast") if libraries.cpu_error is None else None,
 )  # fmt: skip
 _CUDA = _of_library(
     "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
@@ -122,6 +125,7 @@ _REFERENCE = Backend(
     automatic=False,
 )  # fmt: skip
 
+# Its op for quantized weights is defined, and handed over, by registration.py.
 # In the order in which `auto` asks them.
 BACKENDS = {backend.name: backend for backend in (_CPU, _CUDA, _TRITON, _REFERENCE, _EMULATED)}
 # What may be asked for, but for what only developers have.
@@ -216,6 +220,26 @@ def select(tensor: Tensor) -> str:
             f"the module to {'the CPU' if devices[0] == 'cpu' else 'a CUDA device'}, or leave the choice to 'auto'"
         )
     return name
+
+
+def select_quantized(tensor: Tensor) -> str:
+    """As `select`, for weights that are quantized.
+
+    Raises:
+        RuntimeError: the tensor is not on the CPU, or a backend was asked for by name that takes no such weights.
+    """
+    name = asked_for()
+    if name != "auto" and BACKENDS[name].quantized is None:
+        takes = " and ".join(repr(backend.name) for backend in BACKENDS.values() if backend.quantized is not None)
+        raise RuntimeError(
+            f"rnnfast: backend {name!r} was asked for by name, but quantized weights are taken by {takes} alone"
+        )
+    if not tensor.is_cpu:
+        raise RuntimeError(
+            f"rnnfast: layers whose weights are quantized run on the CPU alone, the input is on {tensor.device}: move "
+            "it and the module there"
+        )
+    return select(tensor)
 
 
 def _automatic(device: str) -> str | None:

@@ -34,6 +34,11 @@ class Cell(nn.RNNCellBase):
 
     __prepare_scriptable__ = as_torch_nn
 
+    # What runs the step, and I and H, where the weights are such as the backends do not know: quantized.
+    _kernel: Any = None
+    _sizes: tuple[int, int] | None = None
+    _check_weights = staticmethod(check_weights)
+
     def _mode(self) -> str:
         raise NotImplementedError
 
@@ -60,9 +65,9 @@ class Cell(nn.RNNCellBase):
             made = "without" if weights[-1] is None else "with"
             raise RuntimeError(f"{type(self).__name__}: bias={self.bias}, but the cell was made {made} biases")
         batch, features = input.shape
-        if features != self.input_size and features != weights[0].shape[1]:
-            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {weights[0].shape[1]}")
-        hidden_size = weights[1].shape[1]
+        input_size, hidden_size = self._sizes or (weights[0].shape[1], weights[1].shape[1])
+        if features != self.input_size and features != input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {input_size}")
         if hidden_size != self.hidden_size and (not states or self.hidden_size == 0):
             raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {self.hidden_size}, expected {hidden_size}")
         for i, state in enumerate(states):
@@ -74,7 +79,7 @@ class Cell(nn.RNNCellBase):
                 size = shape[1] if len(shape) > 1 and shape[1] != hidden_size else list(shape)
                 raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {size}, expected {hidden_size}")
             check_alike(input, state, "hidden")
-        check_weights(input, weights)
+        self._check_weights(input, weights)
 
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks, then one step for input (N, I) or (I,). Returns h', c' (c' None without a cell state)."""
@@ -87,7 +92,7 @@ class Cell(nn.RNNCellBase):
         weights = self._weights()
         states = () if h is None else (h,) if c is None else (h, c)
         self._check(input, states, weights)
-        if mode in ("LSTM", "GRU") and input.is_cpu and torch.is_autocast_enabled("cpu"):
+        if mode in ("LSTM", "GRU") and input.is_cpu and torch.is_autocast_enabled("cpu") and self._kernel is None:
             # On the CPU autocast lowers only the products inside torch.nn's LSTMCell and GRUCell: the result has the
             # wider of the autocast type and the state's type. Here all of the step runs in that type.
             carried = states[-1] if states else input
@@ -115,10 +120,11 @@ class Cell(nn.RNNCellBase):
             # Nothing to compute; the product keeps the result attached to the graph, as it is in torch.nn.
             empty = nn.functional.linear(input, weights[0])
             return empty, empty.clone() if CELLS[mode].has_cell_state else None
-        if _grad_enabled() and torch_runs_cell(mode, input, h, c, weights):
+        kernel = self._kernel
+        if _grad_enabled() and kernel is None and torch_runs_cell(mode, input, h, c, weights):
             return _torchs_step(mode, input, h, c, weights)
         output, _, c_n, _ = run_layers(
-            mode, input, h, c, weights, _ONE_STEP, bias=bool(self.bias), training=self.training
+            mode, input, h, c, weights, _ONE_STEP, bias=bool(self.bias), training=self.training, kernel=kernel
         )
         return output, c_n
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_plan, libraries, ops
-from .backends import BACKENDS, asked_for, select, torch_runs_cell, torch_runs_layers, why_reference
+from .backends import BACKENDS, asked_for, select, select_quantized, torch_runs_cell, torch_runs_layers, why_reference
 from .cells import Cell
 from .modules import Recurrent
 from .sequences import Sequences
@@ -83,7 +83,10 @@ def explain(module: Any, input: Any) -> Explanation:
     if not isinstance(module, (Cell, Recurrent)):
         return Explanation("torch.nn", "torch.nn's own", "a module of torch.nn; rnnfast.accelerate(model) swaps it")
     mode, weights = module._mode(), module._weights()
-    training = torch.is_grad_enabled() and (data.requires_grad or any(weight.requires_grad for weight in weights))
+    quantized: str | None = getattr(module, "weights_type", None)
+    # With quantized weights there is no training.
+    wanted = torch.is_grad_enabled() and (data.requires_grad or any(weight.requires_grad for weight in weights))
+    training = wanted and quantized is None
     torchs: str | None = None
     if training and not packed:
         if isinstance(module, Cell):
@@ -95,13 +98,15 @@ def explain(module: Any, input: Any) -> Explanation:
     if torchs:
         return Explanation("torch.nn", "torch's own op for one step, in training", torchs)
 
-    name, asked = select(data), asked_for()
+    name, asked = (select if quantized is None else select_quantized)(data), asked_for()
     reason = f"asked for by name ({asked!r})" if asked != "auto" else f"the fastest available for {data.device.type!r}"
     found = Explanation(name, BACKENDS[name].kernel(mode, module, data), reason)
     on_meta = data.device.type == "meta"
     if name in ("cuda", "emulated") or (on_meta and name == "cpu"):
         found = _with_plan(found, module, input, mode, training)
     about = []
+    if quantized is not None:
+        about.append(f"{quantized} weights packed once{', unpacked in every call' if name == 'reference' else ''}")
     if name != "reference":
         about.append("with reserve for backward" if training else "inference")
     elif asked == "auto":

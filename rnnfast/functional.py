@@ -18,7 +18,7 @@ from .autograd import Layer, apply_layer, layer_in_graph, mark_layer_in_graph
 from .backends import BACKENDS, select, torch_runs_layers
 from .cell_types import CELLS, NONLINEARITIES
 from .sequences import RowOptions, Sequences, dense_sequences, packed_sequences
-from .signatures import KINDS, LayerArguments, kinds_of, nested, place_weights
+from .signatures import LayerArguments, kinds_of, nested, place_weights, shapes_of
 
 Tensors = Sequence[Tensor]
 
@@ -42,6 +42,7 @@ def run_layers(
     dropout: float = 0.0,
     training: bool = False,
     return_cell_states: bool = False,
+    kernel: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs stacked layers. The caller has checked the arguments.
 
@@ -53,24 +54,35 @@ def run_layers(
         sequences: how the rows lie, and which count.
         dropout: probability, between layers and in training only.
         return_cell_states: whether every c_t of the last layer is wanted.
+        kernel: what runs each layer, where it is not for the input to say: it takes the arguments of the op `layer` in
+            float32, with weights as only it knows them, and returns that op's results.
 
     Returns:
         output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None without a cell state; cell_states
         (rows, D*H), every c_t of the last layer, None unless asked for.
+
+    Raises:
+        RuntimeError: return_cell_states with a kernel of the caller's, which returns no c_t.
     """
     if _autocast_active():
         device = input.device.type
         if _autocast_available(device) and torch.is_autocast_enabled(device):
-            input, hx, cx, weights = _autocast(mode, device, input, hx, cx, weights)
+            cast = _autocast if kernel is None else _to_float32
+            input, hx, cx, weights = cast(mode, device, input, hx, cx, weights)
             # From here on the types are what they should be; autocast must not touch the products inside.
             with torch.autocast(device, enabled=False):
                 return run_layers(
                     mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers,
                     bidirectional=bidirectional, dropout=dropout, training=training,
-                    return_cell_states=return_cell_states,
+                    return_cell_states=return_cell_states, kernel=kernel,
                 )  # fmt: skip
 
-    run = _choose(mode, input, hx, cx, weights, sequences, return_cell_states)
+    if kernel is None:
+        run = _choose(mode, input, hx, cx, weights, sequences, return_cell_states)
+    elif return_cell_states:
+        raise RuntimeError("return_cell_states: quantized layers do not return every c_t, only the last one")
+    else:
+        run = kernel
     has_cell_state = CELLS[mode].has_cell_state
     if num_layers == 1 and not return_cell_states:
         # The shortest way, for calls of one step: no loop, no slices.
@@ -207,6 +219,17 @@ def _autocast(
         None if cx is None else cast(cx),
         [cast(weight) for weight in weights],
     )
+
+
+def _to_float32(
+    mode: str, device: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensors]:
+    """`_autocast` for a kernel that computes in float32 alone, whose weights are no matter of autocast."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+    return cast(input), None if hx is None else cast(hx), None if cx is None else cast(cx), weights
 
 
 # What there are kernels for. Autocast would make any other type one of these without a word, token ids among them.
@@ -457,15 +480,14 @@ def _check_weights(
     if kinds == kinds_of(bias, False) and hidden_size != state_size:
         expected_hh = [gates * hidden_size, hidden_size]
         raise ValueError(f"{name}: weight_hh should be {expected_hh}, got {list(weights[1].shape)}")
-    sizes = {"gates": gates * hidden_size, "state": state_size, "hidden": hidden_size}
+    shapes = shapes_of(gates, input.size(-1), hidden_size, state_size)
     for index, weight in enumerate(weights):
         layer, kind = index // (each * directions), kinds[index % each]
-        sizes["input"] = input.size(-1) if layer == 0 else directions * state_size
-        expected = [sizes[size] for size in KINDS[kind].shape]
-        if list(weight.shape) != expected:
-            raise ValueError(
-                f"{name}: weights[{index}], {kind} of layer {layer}, should be {expected}, got {list(weight.shape)}"
-            )
+        if index == each * directions:
+            shapes = shapes_of(gates, directions * state_size, hidden_size, state_size)
+        if weight.shape != shapes[kind]:
+            expected, got = list(shapes[kind]), list(weight.shape)
+            raise ValueError(f"{name}: weights[{index}], {kind} of layer {layer}, should be {expected}, got {got}")
         if weight.dtype != weights[0].dtype:
             raise ValueError(f"{name}: weights[{index}] should be {weights[0].dtype} as weights[0], got {weight.dtype}")
         if weight.device != input.device:

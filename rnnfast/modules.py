@@ -77,6 +77,8 @@ class Recurrent(nn.RNNBase):
     _rnnfast_layer = True
     # All but the RNN: their mode whatever the attribute says, which torch.nn does not ask there either.
     _own_mode: str | None = None
+    # What runs each layer, where the weights are such as the backends do not know: quantized.
+    _kernel: Any = None
 
     __prepare_scriptable__ = as_torch_nn
 
@@ -104,6 +106,8 @@ class Recurrent(nn.RNNBase):
                     raise RuntimeError(f"{type(self).__name__}: parameter {name} is missing")
         return weights
 
+    _check_weights = staticmethod(check_weights)
+
     def _check(self, input: Tensor, batch: int, h: Tensor | None, c: Tensor | None) -> tuple[str, list[Tensor]]:
         """torch.nn's checks, in its order and words, for `input` (T, N, I), (N, T, I) or packed rows: mode, weights."""
         weights = self._weights()
@@ -118,10 +122,7 @@ class Recurrent(nn.RNNBase):
             weights = self._first_weights(weights)
         dtype, weight_dtype = input.dtype, weights[0].dtype
         if dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({dtype}) does not match weight dtype ({weight_dtype}). "
-                f"Convert input: input.to({weight_dtype}), or convert model: model.to({dtype})"
-            )
+            self._refuse_input(dtype, weight_dtype)
         if dtype not in COMPUTED_TYPES:
             refuse_type(dtype, "input")
         if input.shape[-1] != self.input_size:
@@ -139,7 +140,7 @@ class Recurrent(nn.RNNBase):
         if c is not None:
             self._check_state(c, batch, self.hidden_size, "hidden[1]")
             check_alike(input, c, "hidden")
-        check_weights(input, weights)
+        self._check_weights(input, weights)
         if self.dropout != 0:
             self._check_dropout()
         return mode, weights
@@ -172,6 +173,13 @@ class Recurrent(nn.RNNBase):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{type(self).__name__}: {name} should be of type bool, got: {type(value).__name__}")
+
+    def _refuse_input(self, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+        """Raises ValueError, as the input is not of the type of the weights."""
+        raise ValueError(
+            f"RNN input dtype ({dtype}) does not match weight dtype ({weight_dtype}). "
+            f"Convert input: input.to({weight_dtype}), or convert model: model.to({dtype})"
+        )
 
     def _refuse_sizes(self, weight_hh: Tensor, state_size: int) -> None:
         """Raises what fits `mode`, `hidden_size` or `proj_size` that are not those of the weights."""
@@ -226,7 +234,7 @@ class Recurrent(nn.RNNBase):
         return run_layers(
             mode, input, h, c, weights, sequences, bias=self.bias,
             num_layers=self.num_layers, bidirectional=bool(self.bidirectional), dropout=self.dropout,
-            training=self.training, return_cell_states=cell_states,
+            training=self.training, return_cell_states=cell_states, kernel=self._kernel,
         )  # fmt: skip
 
     def _run_unbatched(
@@ -286,7 +294,7 @@ class Recurrent(nn.RNNBase):
         output, h_n, c_n, every_c = run_layers(
             mode, input, h, c, weights, Sequences(batch_sizes), bias=self.bias, num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional), dropout=self.dropout, training=self.training,
-            return_cell_states=cell_states,
+            return_cell_states=cell_states, kernel=self._kernel,
         )  # fmt: skip
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)

@@ -54,6 +54,11 @@ def without_derivatives(namespace: str) -> Kernels:
     return Kernels(*map(_without_derivative, overloads(namespace)))
 
 
+def quantized_layer(namespace: str) -> Callable[..., Any]:
+    """The op of that name, of a namespace that has it: of inference alone, so its derivative is an error."""
+    return _without_derivative(getattr(torch.ops, namespace).quantized_layer.default)
+
+
 def on_cuda(kernels: Kernels) -> Kernels:
     """The ops for CUDA tensors: torch's TF32 flag is handed to the library first."""
     return Kernels(*map(_on_cuda, kernels))

@@ -18,13 +18,13 @@ from torch.nn.utils import parametrize
 from . import cells, modules
 from .backends import has_kernels
 from .cell_types import CELLS
-from .tools import what_torch_nn_lacks
+from .tools import why_not_torch_nn
 
 __all__ = ["Report", "accelerate", "exporting", "restore"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: modules.LSTM,
     nn.GRU: modules.GRU,
     nn.RNN: modules.RNN,
@@ -32,8 +32,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cells.GRUCell,
     nn.RNNCell: cells.RNNCell,
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_NAMES = frozenset(theirs.__name__ for theirs in _OURS)
+_THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+FORWARD_REPLACED = "its forward was replaced"
+_NAMES = frozenset(theirs.__name__ for theirs in OURS)
 
 
 @dataclass
@@ -69,7 +70,7 @@ def accelerate(model: nn.Module) -> Report:
             may rely on what torch.nn does inside), quantized and scripted modules, those whose `forward` was replaced,
             and those on a device for which there are no kernels here.
     """
-    return _swap(model, _OURS, _why_not_ours)
+    return swap(model, OURS, why_not_ours, become)
 
 
 def restore(model: nn.Module) -> Report:
@@ -78,10 +79,10 @@ def restore(model: nn.Module) -> Report:
     Args:
         model: any module, or such a layer itself.
     Returns:
-        Report: what was swapped, and what was left alone and why: torch.nn has no MGU and no RNN with a nonlinearity of
-            ours, and subclasses of ours rely on ours.
+        Report: what was swapped, and what was left alone and why: torch.nn has no MGU, no RNN with a nonlinearity of
+            ours and no quantized weights, and subclasses of ours rely on ours.
     """
-    return _swap(model, _THEIRS, _why_not_theirs)
+    return swap(model, _THEIRS, _why_not_theirs, become)
 
 
 @contextlib.contextmanager
@@ -111,16 +112,20 @@ def exporting(model: _Model) -> Iterator[_Model]:
     finally:
         inside = set(model.modules())
         for module in swapped:
-            if module in inside and _class_before_parametrization(module) in _OURS:
-                _become(module, _OURS)
+            if module in inside and _class_before_parametrization(module) in OURS:
+                become(module, OURS)
 
 
-def _swap(
+def swap(
     model: nn.Module,
     table: dict[type[nn.Module], type[nn.Module]],
     why_not: Callable[[nn.Module, bool], str | None],
+    change: Callable[[nn.Module, dict[type[nn.Module], type[nn.Module]]], str],
 ) -> Report:
-    """Swaps classes by `table`, unless `why_not(module, whether its class is in the table)` gives a reason."""
+    """Swaps classes by `table`, unless `why_not(module, whether its class is in the table)` gives a reason.
+
+    change: gives a module the class that stands in the table for its own, and says what became of it.
+    """
     report = Report()
     for name, module in model.named_modules():
         old = _class_before_parametrization(module)
@@ -128,13 +133,12 @@ def _swap(
         if reason is not None:
             report.left[name] = reason
         elif old in table:
-            _become(module, table)
-            report.swapped[name] = f"{_title(old)} -> {_title(table[old])}"
+            report.swapped[name] = change(module, table)
     return report
 
 
-def _become(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Gives `module` the class that stands in `table` for its own."""
+def become(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> str:
+    """Gives `module` the class that stands in `table` for its own: "torch.nn.LSTM -> rnnfast.LSTM"."""
     old = _class_before_parametrization(module)
     new = table[old]
     if type(module) is not old:
@@ -143,6 +147,7 @@ def _become(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     module.__class__ = new
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
+    return f"{title(old)} -> {title(table[old])}"
 
 
 def _class_before_parametrization(module: nn.Module) -> type[nn.Module]:
@@ -151,12 +156,17 @@ def _class_before_parametrization(module: nn.Module) -> type[nn.Module]:
     return cls.__bases__[0] if parametrize.is_parametrized(module) and len(cls.__bases__) == 1 else cls
 
 
-def _title(cls: type) -> str:
+def title(cls: type) -> str:
+    """The class as users know it: "torch.nn.LSTM"."""
     package = cls.__module__.partition(".")[0]
     return f"{'torch.nn' if package == 'torch' else package}.{cls.__name__}"
 
 
-def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
+def why_not_ours(module: nn.Module, exact: bool) -> str | None:
+    """Why `accelerate` leaves this module alone, None where it does not, or has nothing to do with it.
+
+    exact: whether its class is one of torch.nn's that have their like here.
+    """
     cls = type(module)
     if isinstance(module, (modules.Recurrent, cells.Cell)):
         return None
@@ -169,7 +179,7 @@ def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
     if not exact:
         return f"{cls.__module__}.{cls.__qualname__} is a subclass, which may rely on what torch.nn does inside"
     if "forward" in vars(module):
-        return "its forward was replaced"
+        return FORWARD_REPLACED
     if isinstance(module, nn.RNNBase) and (module.mode not in CELLS or CELLS[module.mode].torch_cell is None):
         return f"unknown mode {module.mode!r}"
     weight = next(module.parameters(), None)
@@ -183,7 +193,9 @@ def _why_not_ours(module: nn.Module, exact: bool) -> str | None:
 def _why_not_theirs(module: nn.Module, exact: bool) -> str | None:
     if not isinstance(module, (modules.Recurrent, cells.Cell)):
         return None
-    lacks = what_torch_nn_lacks(module)
-    if lacks is not None:
-        return f"torch.nn has no {lacks}"
-    return None if exact else f"{type(module).__module__}.{type(module).__qualname__} is a subclass of rnnfast's class"
+    return why_not_torch_nn(module) or (None if exact else subclass_in_words(module))
+
+
+def subclass_in_words(module: nn.Module) -> str:
+    """The reason for leaving a module alone whose class was made from one of ours."""
+    return f"{type(module).__module__}.{type(module).__qualname__} is a subclass of rnnfast's class"

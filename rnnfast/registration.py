@@ -18,8 +18,22 @@ from ._after_import import after_import
 from .autograd import Layer
 from .backends import BACKENDS
 from .cell_types import CELLS
+from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
+from .quantized_op import QuantizedLayer, by_reference, no_derivative
 from .sequences import Role, Sequences
-from .signatures import KINDS, OF_RECURRENCE, OPS, BackwardArguments, LayerArguments, Parameters, flat, nested, role_of
+from .signatures import (
+    KINDS,
+    OF_RECURRENCE,
+    OPS,
+    QUANTIZED_LAYER,
+    BackwardArguments,
+    LayerArguments,
+    Parameters,
+    QuantizedArguments,
+    flat,
+    nested,
+    role_of,
+)
 from .triton import availability
 
 # The namespaces with rnnfast's ops, and the name of the backend that runs an op of it on a tensor.
@@ -27,6 +41,7 @@ _NAMESPACES: dict[str, Callable[[Tensor], str]] = {
     "rnnfast": lambda tensor: "cuda" if tensor.is_cuda else "cpu",
     "rnnfast_triton": lambda _: "triton",
     "rnnfast_emulated": lambda _: "emulated",
+    REFERENCE_NAMESPACE: lambda _: "reference",
 }
 
 # --- derivatives --------------------------------------------------------------------------------------------------
@@ -35,7 +50,8 @@ _NAMESPACES: dict[str, Callable[[Tensor], str]] = {
 def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[..., Any]]:
     """By op: what it comes to where a derivative may be asked for.
 
-    The layer as a whole has the kernels' backward pass. That pass is differentiated through the reference.
+    The layer as a whole has the kernels' backward pass. That pass is differentiated through the reference. With
+    quantized weights there is none.
     """
 
     def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -44,10 +60,16 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
         results: tuple[Tensor, ...] = Layer.apply(backend_of(call.input), *flat(call))
         return results
 
+    def quantized_layer(*arguments: Any) -> tuple[Tensor, ...]:
+        call = nested(QuantizedArguments, arguments)
+        results: tuple[Tensor, ...] = QuantizedLayer.apply(backend_of(call.input), *flat(call))
+        return results
+
     return {
         "recurrence_backward": _references["recurrence_backward"],
         "layer_forward": layer_forward,
         "layer": lambda *arguments: layer_forward(*arguments)[:3],
+        "quantized_layer": quantized_layer,
         "matmul": ops.Matmul.apply,
     }
 
@@ -55,6 +77,7 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
 # By op: the differentiable reference.
 _references: dict[str, Callable[..., Any]] = {
     **BACKENDS["reference"].kernels._asdict(),
+    "quantized_layer": no_derivative,
     "matmul": reference.matmul,
 }
 
@@ -90,11 +113,11 @@ def _functorch_kernel(differentiable: Callable[..., Any], reference: Callable[..
 # Sizes are only ever passed on, never compared: T and B stay symbols.
 
 
-def _states_fake(call: LayerArguments) -> tuple[Tensor, Tensor, Tensor]:
-    mode, input, hx, cx, sequences, parameters = call
-    weight_hh = parameters.each("weight_hh")
-    directions, (width, state_size) = len(weight_hh), weight_hh[0].shape
-    cell = CELLS[mode]
+def _states_fake(
+    call: LayerArguments | QuantizedArguments, hidden_size: Any, state_size: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    input, hx, cx, sequences, parameters = call[-5:]
+    directions, cell = len(parameters.each("weight_hh")), CELLS[call.mode]
     output = input.new_empty(*input.shape[:-1], directions * state_size)
     if sequences.is_one_step(input):
         leading: tuple[Any, ...] = (input.size(0),)
@@ -102,7 +125,7 @@ def _states_fake(call: LayerArguments) -> tuple[Tensor, Tensor, Tensor]:
     else:
         leading = (directions, _batch(input, hx, cx, sequences))
         h_n = input.new_empty(*leading, state_size)
-    c_n = input.new_empty(*leading, width // cell.gates) if cell.has_cell_state else input.new_empty(0)
+    c_n = input.new_empty(*leading, hidden_size) if cell.has_cell_state else input.new_empty(0)
     return output, h_n, c_n
 
 
@@ -117,17 +140,29 @@ def _batch(input: Tensor, hx: Tensor | None, cx: Tensor | None, sequences: Seque
     return input.size(0 if sequences.batch_first else 1)
 
 
+def _sizes(call: LayerArguments) -> tuple[Any, Any]:
+    """H, and P or H."""
+    width, state_size = call.parameters.each("weight_hh")[0].shape
+    return width // CELLS[call.mode].gates, state_size
+
+
 def _layer_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _states_fake(nested(LayerArguments, arguments))
+    call = nested(LayerArguments, arguments)
+    return _states_fake(call, *_sizes(call))
+
+
+def _quantized_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = nested(QuantizedArguments, arguments)
+    return _states_fake(call, call.hidden_size, call.state_size)
 
 
 def _layer_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = nested(LayerArguments, arguments)
-    cell, weight_hh, input = CELLS[call.mode], call.parameters.each("weight_hh"), call.input
-    rows, width = input.shape[:-1], len(weight_hh) * (weight_hh[0].size(0) // cell.gates)
+    cell, input, (hidden_size, state_size) = CELLS[call.mode], call.input, _sizes(call)
+    rows, width = input.shape[:-1], len(call.parameters.each("weight_hh")) * hidden_size
     cell_states = input.new_empty(*rows, width) if cell.has_cell_state else input.new_empty(0)
     reserve = input.new_empty(*rows, cell.reserve * width) if cell.reserve else input.new_empty(0)
-    return (*_states_fake(call), cell_states, reserve)
+    return (*_states_fake(call, hidden_size, state_size), cell_states, reserve)
 
 
 def _recurrence_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -157,7 +192,8 @@ def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     The dispatcher takes it for real tensors too, where a single one is on the meta device: what it makes of those would
     pass for results.
     """
-    names = OPS[op].names if op in OPS else ("a", "b")
+    signature = (OPS | {"quantized_layer": QUANTIZED_LAYER}).get(op)
+    names = ("a", "b") if signature is None else signature.names
     of_data = [(i, name) for i, name in enumerate(names) if role_of(name) is not Role.SIZES]
 
     def checked(*arguments: Any) -> Any:
@@ -178,6 +214,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "recurrence_backward": _recurrence_backward_fake,
     "layer_forward": _layer_forward_fake,
     "layer": _layer_fake,
+    "quantized_layer": _quantized_fake,
     "matmul": _matmul_fake,
 }
 
@@ -202,6 +239,12 @@ def _count_layer(*arguments: Any, **_: Any) -> int:
     return _products(call.parameters, call.input, False)
 
 
+def _count_quantized(*arguments: Any, **_: Any) -> int:
+    call = nested(QuantizedArguments, arguments)
+    input: Any = call.input
+    return _products(call.unpacked(input[-1], lambda _, packed, shape: shape), input, False)
+
+
 def _count_backward(*arguments: Any, **_: Any) -> int:
     call = nested(BackwardArguments, arguments)
     return _products(call.parameters, call.like, True)
@@ -211,6 +254,7 @@ _COUNTS: dict[str, Callable[..., int]] = {
     "recurrence_backward": _count_backward,
     "layer_forward": _count_layer,
     "layer": _count_layer,
+    "quantized_layer": _count_quantized,
     "matmul": lambda a, b, **_: 2 * a[0] * a[1] * b[1],
 }
 
@@ -244,6 +288,18 @@ def _register(namespace: str) -> None:
         return library
 
     libraries.registered_once(f"{namespace}: what torch is told", registered)
+
+
+def _define_reference() -> torch.library.Library:
+    """What is plain PyTorch, as ops: programs keep them whole, and derivatives are what is said of ops."""
+    library = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
+    library.define(QUANTIZED_LAYER.schema("quantized_layer"))
+    library.impl("quantized_layer", by_reference, "CPU")
+    library.define("no_derivative(Tensor grad, SymInt[] size) -> Tensor")
+    library.impl("no_derivative", no_derivative, "CPU")
+    fake = f"{REFERENCE_NAMESPACE}::no_derivative"
+    torch.library.register_fake(fake, lambda grad, size: grad.new_empty(size), lib=library)
+    return library
 
 
 def _define_triton() -> torch.library.Library:
@@ -283,6 +339,9 @@ def load_emulated(path: str | None = None) -> None:
 def register_all() -> None:
     """What the import of the package registers."""
     after_import("torch.utils.flop_counter", _count_operations)
+    libraries.registered_once(f"{REFERENCE_NAMESPACE}: ops", _define_reference)
+    _register(REFERENCE_NAMESPACE)
+    BACKENDS["reference"].quantized = ops.quantized_layer(REFERENCE_NAMESPACE)
     if ops.library_error is None:
         _register("rnnfast")
     if availability.error is None:

@@ -110,6 +110,12 @@ def kinds_of(bias: bool, projection: bool) -> tuple[str, ...]:
     return _KINDS_OF[bias, projection]
 
 
+def shapes_of(gates: int, input_size: int, hidden_size: int, state_size: int) -> dict[str, tuple[int, ...]]:
+    """By kind: the shape of a layer's parameters of that kind, whose cell has so many gates."""
+    sizes = {"gates": gates * hidden_size, "input": input_size, "state": state_size, "hidden": hidden_size}
+    return {name: tuple([sizes[size] for size in kind.shape]) for name, kind in KINDS.items()}
+
+
 def place_weights(weights: Sequence[Tensor], directions: int, bias: bool) -> tuple[Tensor | None, ...]:
     """One layer's parameters from a list in torch.nn's order, direction by direction, kind by kind.
 
@@ -136,6 +142,48 @@ class LayerArguments(NamedTuple):
     parameters: Parameters
 
 
+class QuantizedArguments(NamedTuple):
+    """What `quantized_layer` takes: first what packed weights do not say, then `LayerArguments`.
+
+    Attributes:
+        weights: a key of `quantization.TYPES`; the matrices among the parameters are packed so.
+        hidden_size, proj_size: H, and P, 0 without projection.
+    """
+
+    weights: str
+    hidden_size: int
+    proj_size: int
+    mode: str
+    input: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    sequences: Sequences
+    parameters: Parameters
+
+    @property
+    def state_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    @property
+    def layer(self) -> LayerArguments:
+        """The same without what is said of the weights."""
+        return LayerArguments(self.mode, self.input, self.hx, self.cx, self.sequences, self.parameters)
+
+    def unpacked(self, input_size: int, unpack: Callable[[str, Any, tuple[int, int]], Any]) -> Parameters:
+        """The parameters with what `unpack` makes of each packed one: (the name of its place, it, the matrix's shape).
+
+        input_size: I, which the input says where it is a tensor.
+        """
+        shapes = shapes_of(CELLS[self.mode].gates, input_size, self.hidden_size, self.state_size)
+        places = list(self.parameters)
+        for kind, place in PLACE_OF.items():
+            if len(shapes[kind]) == 2:
+                rows, columns = shapes[kind]
+                for i in (place, place + 1):
+                    places[i] = None if places[i] is None else unpack(PLACES[i], places[i], (rows, columns))
+        return Parameters(*places)
+
+
 class BackwardArguments(NamedTuple):
     """What `recurrence_backward` takes."""
 
@@ -158,7 +206,7 @@ class BackwardArguments(NamedTuple):
         return self.reserve if self.output is None else self.output
 
 
-_Record = TypeVar("_Record", bound="LayerArguments | BackwardArguments")
+_Record = TypeVar("_Record", bound="LayerArguments | BackwardArguments | QuantizedArguments")
 
 
 def flat(record: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -189,7 +237,12 @@ _ROLES = {
     **dict.fromkeys(PLACES, Role.WEIGHT),
 }
 # Arguments that are no `Tensor?`.
-_TYPES = {"mode": "str", "batch_first": "bool", "input": "Tensor", "cell_states": "Tensor", "reserve": "Tensor"}
+_TYPES = {
+    **dict.fromkeys(("mode", "weights"), "str"),
+    **dict.fromkeys(("hidden_size", "proj_size"), "int"),
+    **dict.fromkeys(("input", "cell_states", "reserve"), "Tensor"),
+    "batch_first": "bool",
+}
 
 
 def taking_flat(record: type[_Record], function: Callable[[_Record], Any]) -> Callable[..., Any]:
@@ -200,7 +253,7 @@ def taking_flat(record: type[_Record], function: Callable[[_Record], Any]) -> Ca
 class Signature(NamedTuple):
     """An op's arguments by the record that they travel in, and its results by their roles."""
 
-    record: type[LayerArguments] | type[BackwardArguments]
+    record: type[LayerArguments] | type[BackwardArguments] | type[QuantizedArguments]
     results: tuple[Role, ...]
 
     @property
@@ -219,11 +272,14 @@ class Signature(NamedTuple):
 
 _STATES = (Role.ROWS, Role.STATE, Role.STATE)
 
+# The ops of every backend.
 OPS = {
     "recurrence_backward": Signature(BackwardArguments, (Role.ROWS, Role.ROWS, Role.STATE, Role.STATE, Role.ROWS)),
     "layer_forward": Signature(LayerArguments, (*_STATES, Role.ROWS, Role.ROWS)),
     "layer": Signature(LayerArguments, _STATES),
 }
+# Of the CPU library and the reference alone.
+QUANTIZED_LAYER = Signature(QuantizedArguments, _STATES)
 
 
 def role_of(argument: str) -> Role:

@@ -36,15 +36,18 @@ def _torch_nn_ancestor(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if cls.__module__ == nn.RNNBase.__module__)
 
 
-def what_torch_nn_lacks(module: nn.Module) -> str | None:
-    """What one of our modules is that torch.nn has no module for, in words; None where torch.nn has its like."""
+def why_not_torch_nn(module: nn.Module) -> str | None:
+    """Why torch.nn has no module that computes what one of ours does, in words; None where it has."""
+    kernel: Any = module._kernel
+    if kernel is not None:
+        return "its weights are quantized"
     nonlinearity: Any = getattr(module, "nonlinearity", None)
     # One that is unknown is refused by forward.
     mode = module._mode() if nonlinearity is None else NONLINEARITIES.get(nonlinearity)  # type: ignore[operator]
     cell = CELLS.get(str(mode))
     if cell is None or cell.torch_cell is not None:
         return None
-    return cell.mode if nonlinearity is None else f"nonlinearity {nonlinearity!r}"
+    return f"torch.nn has no {cell.mode if nonlinearity is None else f'nonlinearity {nonlinearity!r}'}"
 
 
 def _proxy(argument: Any) -> Proxy | None:
@@ -70,7 +73,7 @@ def result_for_tool(module: nn.Module, input: Any, hx: Any, **options: Any) -> t
     Returns:
         The result, in a tuple; None where there is no such tool, and `module` is to run itself.
     Raises:
-        RuntimeError: an ONNX model would know nothing of an option, or of the nonlinearity.
+        RuntimeError: an ONNX model would know nothing of an option, of the nonlinearity, or of quantized weights.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     proxy = _proxy((input, hx, *given.values()))
@@ -81,9 +84,9 @@ def result_for_tool(module: nn.Module, input: Any, hx: Any, **options: Any) -> t
     onnx = sys.modules.get("torch.onnx")
     if tracing_state() is None or onnx is None or not onnx.is_in_onnx_export():
         return None
-    what = f"argument {' or '.join(given)}" if given else what_torch_nn_lacks(module)
-    if what is not None:
-        raise RuntimeError(f"torch.onnx.export: rnnfast.{type(module).__name__}: torch.nn has no {what}")
+    why_not = f"torch.nn has no argument {' or '.join(given)}" if given else why_not_torch_nn(module)
+    if why_not is not None:
+        raise RuntimeError(f"torch.onnx.export: rnnfast.{type(module).__name__}: {why_not}")
     forward: Callable[..., Any] = _torch_nn_ancestor(module).forward
     return (forward(module, input) if hx is None else forward(module, input, hx),)
 
@@ -99,9 +102,9 @@ def as_torch_nn(module: nn.Module) -> nn.Module:
     cls, theirs = type(module), _torch_nn_ancestor(module)
     if parametrize.is_parametrized(module):
         return module  # torch refuses it
-    lacks = what_torch_nn_lacks(module)
-    if lacks is not None:
-        raise RuntimeError(f"torch.jit.script: rnnfast.{cls.__name__}: torch.nn has no {lacks}")
+    why_not = why_not_torch_nn(module)
+    if why_not is not None:
+        raise RuntimeError(f"torch.jit.script: rnnfast.{cls.__name__}: {why_not}")
     if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
         raise RuntimeError(
             f"torch.jit.script: {cls.__module__}.{cls.__qualname__} is a subclass of rnnfast.{theirs.__name__}, which "
