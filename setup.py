@@ -37,7 +37,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON_FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror {STABLE_ABI}".split()
 # The kernels throw nothing and include no torch header. -Wno-psabi: vectors are passed only inside one compile unit.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -Wno-psabi".split()
-# Names in RNNFAST_CPU_ISA, each with its flags; csrc/cpu/kernels.h and isa.cpp have them too.
+# Names in RNNFAST_CPU_ISA, each with its flags; so has PANEL_ISAS. csrc/cpu/kernels.h and isa.cpp have them too.
 ISAS = {
     "x86_64": {
         "portable": [],
@@ -48,6 +48,9 @@ ISAS = {
     "other": {"portable": []},
 }
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
+# Types of weights that are packed once, and what has kernels of its own for them.
+PANELS = ["float32", "bfloat16", "int8"]
+PANEL_ISAS = {"avx512_vnni": ("int8", [*ISAS["x86_64"]["avx512"], "-mavx512vnni"])}
 
 # nvcc 12.8 is the first that knows them all. 80 runs on 86 to 89 too, but 90a and 100a serve one generation each.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0"
@@ -177,10 +180,17 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
         unit("cpu/ops_plan.cpp", "ops_plan", torch_includes()),
         *(unit(f"cpu/{name}.cpp", name, []) for name in ("helpers", "isa", "job", "pool", "team")),
     ]
+    panels: list[tuple[str, str, list[str]]] = []
     for isa, flags in ISAS.get(platform.machine(), ISAS["other"]).items():
         for dtype in DTYPES:
             names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_DTYPE={dtype}"]
             objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
+        panels += [(isa, panel, flags) for panel in PANELS]
+    if platform.machine() == "x86_64":
+        panels += [(isa, panel, flags) for isa, (panel, flags) in PANEL_ISAS.items()]
+    for isa, panel, flags in panels:
+        names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_PANEL={panel}"]
+        objects.append(unit("cpu/panel_kernels.cpp", f"panels_{isa}_{panel}", KERNEL_FLAGS + flags + names))
     libraries = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl", "-pthread"]
     library = ninja.edge("link", "_C_cpu.so", objects, [*libraries, *added])
     if not ninja.run(quiet=quiet):

@@ -34,6 +34,7 @@ from records import (
     DTYPES,
     GRAPH,
     ONE_THREAD,
+    QUANTIZED,
     RESULTS,
     WORKLOADS,
     Record,
@@ -456,7 +457,7 @@ def looks(backends: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
             colour = COLOURS.get(eager, COLOURS[base(name)])
         else:
             colour = OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
-        how = " in a CUDA graph" * graph + ", one thread" * single
+        how = " in a CUDA graph" * graph + ", one thread" * single + ", quantized weights" * name.endswith(QUANTIZED)
         found[name] = ("rnnfast, " * is_ours(name) + base(name) + how, colour, graph)
     return found
 

@@ -23,6 +23,7 @@ from typing import Any
 import plan_cliffs
 import plan_map
 import plan_table
+import quantization
 import stack_model
 import step_model
 from plot import BACKENDS, Figure, described, figures_of
@@ -200,6 +201,11 @@ def packed(records: Sequence[Record]) -> str:
 def serves(record: Record) -> bool:
     """Whether it has cases with pauses or neighbours: these stand in a block of their own."""
     return any(map(is_served, record.data["rows"]))
+
+
+def quantizes(record: Record) -> bool:
+    """Whether it has cases with quantized weights, whose ratios say nothing of the other layers."""
+    return any(row.get("quantized") for row in record.data["rows"])
 
 
 def service(records: Sequence[Record]) -> str:
@@ -383,7 +389,8 @@ def gpu(records: Sequence[Record]) -> str:
 
 def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     """What makes each block's text, by name."""
-    records = [record for record in load_all(results) if record.suite not in NOT_SHOWN]
+    every = [record for record in load_all(results) if record.suite not in NOT_SHOWN]
+    records = [record for record in every if not quantizes(record)]
     cpu = [record for record in records if record.device == "cpu" and not serves(record)]
     served = [record for record in records if record.device == "cpu" and serves(record)]
     cards = [record for record in records if record.device != "cpu"]
@@ -394,6 +401,8 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu slower": lambda: slower(cpu),
         "cpu packed": lambda: packed(cpu),
         "cpu service": lambda: service(served),
+        "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
+        "quantized errors": lambda: quantization.errors_table(results),
         "cpu figures": lambda: figures(cpu),
         "character model": lambda: demo(results, "charlm-lstm"),
         "digits": lambda: demo(results, "digits-gru"),

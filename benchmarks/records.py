@@ -43,9 +43,23 @@ OURS = ("cpu", "cuda", "triton", "reference", "emulated")
 TORCH = "torch"
 GRAPH = "-graph"
 ONE_THREAD = "-one-thread"
+# Behind a backend's name: the layer has quantized weights, of the type that the case says.
+QUANTIZED = "-quantized"
 
 # The order in which tables and figures show things; what is not listed comes behind, by name.
-SUITES = ("sizes", "grid", "flashrnn", "corners", "deepbench", "models", "lengths", "packed", "one-step", "service")
+SUITES = (
+    "sizes",
+    "grid",
+    "flashrnn",
+    "corners",
+    "deepbench",
+    "models",
+    "lengths",
+    "packed",
+    "one-step",
+    "service",
+    "quantized",
+)
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WORKLOADS = ("inference", "training", "streaming")
@@ -157,7 +171,7 @@ def load_all(folder: Path = RESULTS) -> list[Record]:
 
 def base(backend: str) -> str:
     """The name without what says how it was run."""
-    return backend.removesuffix(GRAPH).removesuffix(ONE_THREAD)
+    return backend.removesuffix(GRAPH).removesuffix(ONE_THREAD).removesuffix(QUANTIZED)
 
 
 def is_ours(backend: str) -> bool:
@@ -254,6 +268,8 @@ def bench_options(row: Row) -> str:
     options = [f"{option} {row[key]}" for option, key in BENCH_OPTIONS.items() if row[key]]
     options += ["--bidirectional"] * (row["directions"] == 2)
     options += [f"--{flag}" for flag in ("packed", "lengths") if row[flag]]
+    # Earlier files have none.
+    options += [f"--quantized {row['quantized']}"] * bool(row.get("quantized"))
     return " ".join([*options, f"--backends {row['backend'].removesuffix('-graph')}"])
 
 

@@ -36,6 +36,7 @@ from rnnfast.benchmark.comparison import (
     first_line,
     rounded,
     row_of,
+    with_quantized,
 )
 from rnnfast.benchmark.load import Watch
 from rnnfast.benchmark.timing import keep_freed_memory
@@ -198,7 +199,7 @@ def needs_turns(case: Case, workload: str, settings: Settings) -> bool:
 def names_of(case: Case, settings: Settings) -> list[tuple[str, str | None]]:
     """The candidates beside torch.nn: names, and of peers what stands for them."""
     found: list[tuple[str, str | None]] = []
-    for name in checked_names(settings.backends, settings.device):
+    for name in with_quantized(checked_names(settings.backends, settings.device), case):
         found.append((name, None))
         if case.served and name == THREADED and settings.threads > 1:
             found.append((name + ONE_THREAD, None))

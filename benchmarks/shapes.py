@@ -12,6 +12,7 @@ file (`read`), and nowhere else.
 * `models`: layers of real models. Layer sizes are the source's; where it leaves batch or length open, they are a usual
   choice that a processor can do in seconds.
 * `service`: one call at a time with pauses in between, or beside other processes that compute.
+* `quantized`: small batches with every type of quantized weights; some of them with pauses.
 * `smoke`: as small as can be, for tests.
 """
 
@@ -24,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 from rnnfast.benchmark.case import CELLS, KINDS, Case
+from rnnfast.quantization import TYPES
 
 DEEPBENCH = "DeepBench, code/kernels/rnn_problems.h (github.com/baidu-research/DeepBench)"
 FLASHRNN = "FlashRNN, speed experiments (github.com/NX-AI/flashrnn, arXiv 2412.07752)"
@@ -182,6 +184,14 @@ def service() -> list[Case]:
     return cases + [Case(*shape, neighbours=count, source=OWN) for shape, count in product(beside, (1, 2))]
 
 
+def quantized() -> list[Case]:
+    """Every type of quantized weights: one row and a few, weights that fit a core's cache and that do not."""
+    shapes = [*product(("LSTM", "GRU"), (1, 3, 8), (128, 256, 512, 1024)), *product(("RNN",), (1,), (256, 1024))]
+    paused = [("LSTM", 1, 256), ("LSTM", 1, 512), ("GRU", 1, 512), ("LSTM", 8, 256)]
+    cases = [Case(*shape, steps=60, quantized=kind, source=OWN) for shape, kind in product(shapes, TYPES)]
+    return cases + [Case(*shape, pause_ms=50.0, quantized=kind, source=OWN) for shape, kind in product(paused, TYPES)]
+
+
 SUITES: dict[str, list[Case]] = {
     "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
@@ -206,6 +216,7 @@ SUITES: dict[str, list[Case]] = {
     "deepbench": deepbench(),
     "models": MODELS,
     "service": service(),
+    "quantized": quantized(),
     "smoke": [
         Case("LSTM", 2, 8, steps=3),
         Case("GRU", 3, 8, steps=4, packed=True),

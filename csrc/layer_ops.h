@@ -52,6 +52,13 @@ template <class Backend> struct LayerOps {
     // What makes the input projection: a backend takes it in its own way.
     for (const KindTraits& kind : kKinds)
       if (!kind.multiplies_steps()) check_parameters(kind, context, p, places);
+    const Three results = make_results(saved, context, p);
+    Backend::forward(p, context, places);
+    return results;
+  }
+
+  // Of a forward pass whose sizes are known.
+  static Three make_results(Saved* saved, const Context& context, ForwardParams& p) {
     const CellTraits& cell = traits(p.mode);
     const int64_t D = p.directions, H = p.hidden_size;
     Tensor output = rows(context, "output", true, p.output, D * p.state_size);
@@ -63,7 +70,6 @@ template <class Backend> struct LayerOps {
       saved->cell_states = rows(context, "cell_states", cell.has_cell_state, p.cell_states, D * H);
       saved->reserve = rows(context, "reserve", cell.reserve, p.reserve, D * cell.reserve * H);
     }
-    Backend::forward(p, context, places);
     return {output, h_n, c_n};
   }
 

@@ -22,4 +22,13 @@ template <class Library> void define_layer_ops(Library& library) {
       five);
 }
 
+// The op of a layer whose weights were packed once, on the CPU alone: panels (csrc/cpu/panels.h) in the weights'
+// places.
+template <class Library> void define_quantized_op(Library& library) {
+  const std::string schema =
+      "quantized_layer(str weights, int hidden_size, int proj_size, str mode, Tensor input, Tensor? hx, Tensor? cx" +
+      schema_of<Sequences>() + schema_of<Places>() + ") -> (Tensor, Tensor, Tensor)";
+  library.def(schema.c_str());
+}
+
 }  // namespace rnnfast

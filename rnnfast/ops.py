@@ -89,7 +89,7 @@ def use_cpu_isa(name: str) -> str:
     """Switches the C++ kernels to another instruction set, for tests and measurements.
 
     Args:
-        name: avx512, avx2 or portable; "" changes nothing.
+        name: avx512_vnni, avx512, avx2 or portable; "" changes nothing.
 
     Returns:
         The one in use now.
@@ -117,7 +117,7 @@ def use_cpu_team(name: str) -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels use: avx512, avx2, portable ("" without the library)."""
+    """The instruction set that the C++ kernels use: avx512_vnni, avx512, avx2, portable ("" without the library)."""
     return "" if library_error is not None else use_cpu_isa("")
 
 

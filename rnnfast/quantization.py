@@ -128,5 +128,9 @@ def _lines(panels: Tensor) -> Tensor:
 
 def _panels(lines: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
     """Lines to (panels, 16, columns): what `_lines` made."""
-    words = lines.contiguous().view(dtype).unflatten(2, (_ROWS, -1))
+    lines = lines.contiguous()
+    if lines.storage_offset() % dtype.itemsize:
+        # A view of another type has to be aligned.
+        lines = lines.clone()
+    words = lines.view(dtype).unflatten(2, (_ROWS, -1))
     return words.transpose(1, 2).flatten(2)[..., :columns]

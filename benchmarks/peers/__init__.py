@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from records import ONE_THREAD
+from records import ONE_THREAD, QUANTIZED
 from rnnfast.backends import NAMES as BACKENDS
 from rnnfast.benchmark import Call, Case, Data, Impossible, Peer
 from rnnfast.benchmark.comparison import GRAPH
@@ -115,7 +115,7 @@ def chosen(text: str) -> list[str]:
                 raise argparse.ArgumentTypeError(f"{expected}; got {word!r}")
             found[name] = word
             continue
-        if name in NAMES or name in (*BACKENDS, "torch", "emulated") or name.endswith((GRAPH, ONE_THREAD)):
+        if name in NAMES or name in (*BACKENDS, "torch", "emulated") or name.endswith((GRAPH, ONE_THREAD, QUANTIZED)):
             raise argparse.ArgumentTypeError(f"{word}: {name!r} is taken; expected a file of another name")
         if name in found and found[name] != str(Path(word).resolve()):
             raise argparse.ArgumentTypeError(f"{word}: {name!r} is given twice; expected files of different names")

@@ -4,19 +4,21 @@
 //   cell     on that tile while it is in L1: h_t into the other of two state buffers, or `hidden`, o tanh(c);
 //   project  with a projection, in a round of its own: h_t = W_hr hidden.
 // The input projection is made a few steps at a time by the thread that does the share, so that it stays in its cache
-// instead of going to memory and back. Which weights are packed, packing.h says; the others are "direct".
+// instead of going to memory and back. What the weights are, and how rows are multiplied by them, `Weights` knows:
+// those that a layer keeps are CallWeights (call_weights.h), those that were packed before the call PanelWeights
+// (panel_weights.h).
 #pragma once
 
 #include "../cells.h"
-#include "packing.h"
 #include "schedule.h"
 #include "team.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace rnnfast::cpu {
 namespace {
 
-template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
+template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
   using Cell = rnnfast::Cell<VectorMath<Compute>, kMode>;
@@ -24,22 +26,20 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   static constexpr int kG = Cell::kGates;
   static constexpr int kVectors = kG * kBlocks;
   static constexpr int kTileUnits = kL * kBlocks;
+  static constexpr int kStateUnits = kL * Weights::kStateVectors;
 
  public:
   ForwardLoop(const ForwardParams& params, int threads)
       : p_(params),
         threads_(threads),
         tiles_(divide_up(params.hidden_size, kTileUnits)),
-        state_tiles_(params.projected ? divide_up(params.state_size, kL) : 0),
-        direct_hh_(reads_as_it_lies(use_of(params.hidden_size * kG, params.state_size, params.rows.batch))),
-        direct_hr_(projected() && reads_as_it_lies(use_of(params.state_size, params.hidden_size, params.rows.batch))),
-        direct_ih_(reads_as_it_lies(use_of(params.hidden_size * kG, params.input_size, row_count()))),
-        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_, packed_bytes())),
+        state_tiles_(params.projected ? divide_up(params.state_size, kStateUnits) : 0),
+        weights_(params, threads, shares_of_group(threads, params.directions, tiles_)),
+        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes())),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
-        chunk_steps_(chunk_steps()),
-        packs_ih_early_(!direct_ih_ && (groups_each_ > 1 || chunk_steps_ < params.rows.steps)) {}
+        chunk_steps_(chunk_steps()) {}
 
   int64_t run(Team& team) {
     place();
@@ -58,20 +58,6 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
 
  private:
   static constexpr int64_t kMostChunkSteps = 256;
-
-  // At most, if sequences have several lengths.
-  int64_t row_count() const { return product(p_.rows.steps, p_.rows.batch); }
-  WeightUse use_of(int64_t rows, int64_t k, int64_t rows_a_step) const {
-    return {row_count(), rows_a_step, k, kL, sizeof(Storage) < sizeof(Compute),
-            // Where it matters, with one row a step, there are no groups of rows.
-            product(rows, k, sizeof(Compute)) / shares_of_group(threads_, p_.directions, tiles_)};
-  }
-  int64_t packed_bytes() const {
-    const int64_t hh = direct_hh_ ? 0 : product(p_.hidden_size, kG, p_.state_size, sizeof(Compute)),
-                  ih = direct_ih_ ? 0 : product(p_.hidden_size, kG, p_.input_size, sizeof(Compute)),
-                  hr = !projected() || direct_hr_ ? 0 : product(p_.state_size, p_.hidden_size, sizeof(Compute));
-    return sum(sum(hh, ih), hr);
-  }
 
   // Steps whose input projection fits a part of the L2 cache, of one share.
   int64_t chunk_steps() const {
@@ -123,41 +109,16 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
       group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
       if (groups_) groups_[g] = group;
     }
-    for (int64_t d = 0; d < p_.directions; ++d) {
-      if (!direct_hh_) packed_hh_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.state_size);
-      if (projected() && !direct_hr_)
-        packed_hr_[d] = workspace_.template take<Compute>(state_tiles_, kL, p_.hidden_size);
-      if (packs_ih_early_) packed_ih_[d] = workspace_.template take<Compute>(tiles_, kVectors, kL, p_.input_size);
-      bias_[d] = workspace_.template take<Value>(tiles_, kVectors);
-    }
+    weights_.place(workspace_, rows, chunk_rows, groups_each_ == 1 && chunk_steps_ == p_.rows.steps);
+    for (int64_t d = 0; d < p_.directions; ++d) bias_[d] = workspace_.template take<Value>(tiles_, kVectors);
     input_stride_ = round_up(p_.input_size, kL);
-    if (!direct_ih_ && !packs_ih_early_)
-      packed_tiles_ = workspace_.template take<Compute>(threads_, kVectors, kL, p_.input_size);
     if (!input_in_place_) input_copies_ = workspace_.template take<Compute>(threads_, chunk_rows, input_stride_);
-  }
-
-  // Where a tile's vector v comes from: its gate, its first unit, and how many of its units there are.
-  struct Source {
-    int64_t weight_row, units;
-  };
-  Source source_of(int64_t tile, int v) const {
-    const int64_t unit = tile * kTileUnits + v / kG * kL, left = p_.hidden_size - unit;
-    return left > 0 ? Source{v % kG * p_.hidden_size + unit, left} : Source{0, 0};
-  }
-
-  void pack_tile(Kind kind, int64_t d, int64_t tile, int64_t k_count, Compute* packed) const {
-    const int64_t stride = stride_of(kind, d);
-    for (int v = 0; v < kVectors; ++v) {
-      const Source source = source_of(tile, v);
-      pack_rows(at<Storage>(data_of(kind, d), source.weight_row * stride), stride, source.units, k_count,
-                packed + v * kL, kVectors * kL);
-    }
   }
 
   // b_ih + b_hh in the order of a tile; b_hh of a split gate is added to its recurrent part.
   void pack_bias(int64_t d, int64_t tile) {
     for (int v = 0; v < kVectors; ++v) {
-      const Source source = source_of(tile, v);
+      const TileSource source = source_of_tile<kG, kTileUnits, kL>(p_.hidden_size, tile, v);
       Value bias{};
       const void *ih = data_of(Kind::bias_ih, d), *hh = data_of(Kind::bias_hh, d);
       if (ih) bias += load<Compute>(at<Storage>(ih, source.weight_row), source.units);
@@ -171,20 +132,13 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     const Range tiles = share_of(p_.directions * tiles_, share, preparing_shares_);
     for (int64_t i = tiles.first; i < tiles.last; ++i) {
       const int64_t d = i / tiles_, tile = i % tiles_;
-      if (!direct_hh_)
-        pack_tile(Kind::weight_hh, d, tile, p_.state_size, packed_tile(packed_hh_[d], tile, p_.state_size));
-      if (packs_ih_early_)
-        pack_tile(Kind::weight_ih, d, tile, p_.input_size, packed_tile(packed_ih_[d], tile, p_.input_size));
+      weights_.prepare_tile(d, tile);
       pack_bias(d, tile);
     }
-    if (projected() && !direct_hr_) {
+    if (projected()) {
       const Range state_tiles = share_of(p_.directions * state_tiles_, share, preparing_shares_);
-      for (int64_t i = state_tiles.first; i < state_tiles.last; ++i) {
-        const int64_t d = i / state_tiles_, unit = i % state_tiles_ * kL;
-        const int64_t stride = stride_of(Kind::weight_hr, d);
-        pack_rows(at<Storage>(data_of(Kind::weight_hr, d), unit * stride), stride, p_.state_size - unit, p_.hidden_size,
-                  packed_hr_[d] + unit * p_.hidden_size, kL);
-      }
+      for (int64_t i = state_tiles.first; i < state_tiles.last; ++i)
+        weights_.prepare_state_tile(i / state_tiles_, i % state_tiles_);
     }
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) initialize(g, share);
   }
@@ -247,29 +201,13 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   // use(tile, first row, height, sums): the sums W_hh h of a tile's units for some rows, (height, kVectors).
-  template <class Use> void product_phase(const Step& step, Range my_tiles, const Use& use) const {
+  template <class Use> void product_phase(const Step& step, Range my_tiles, int member, const Use& use) const {
     const StateBuffer<Compute>& h = step.group.h[step.from];
+    const auto rows = weights_.rows_of({h.data, h.stride, step.active}, p_.state_size, member);
     for_tiles(my_tiles, step.from, [&](int64_t tile) {
-      const auto on_rows = [&](int64_t first, int height, const Value* sums) { use(tile, first, height, sums); };
-      if (direct_hh_)
-        for_direct_rows<kVectors>(h, step.active, on_rows, [&](const Compute* rows, int64_t height, Value* sums) {
-          direct_product(rows, h.stride, height, Kind::weight_hh, step.d, p_.state_size, tile, sums);
-        });
-      else
-        for_row_tiles<kVectors>(h.data, h.stride, 1, step.active, packed_tile(packed_hh_[step.d], tile, p_.state_size),
-                                p_.state_size, on_rows);
+      weights_.multiply_hh(step.d, tile, rows,
+                           [&](int64_t first, int height, const Value* sums) { use(tile, first, height, sums); });
     });
-  }
-
-  // The first `rows` of a buffer, some at once: product(rows, height, sums), then use(first, height, sums).
-  template <int kWidth, class Use, class Product>
-  static void for_direct_rows(const StateBuffer<Compute>& from, int64_t rows, const Use& use, const Product& product) {
-    Value sums[kMostRows * kWidth];
-    for (int64_t r = 0; r < rows; r += kMostRows) {
-      const int height = static_cast<int>(rows - r < kMostRows ? rows - r : kMostRows);
-      product(from.row(r), height, sums);
-      use(r, height, sums);
-    }
   }
 
   // The cell on what the product phase made.
@@ -322,20 +260,18 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
   }
 
   // h_t = W_hr hidden.
-  void project_phase(const Step& step, Range my_state_tiles) const {
+  void project_phase(const Step& step, Range my_state_tiles, int member) const {
     const StateBuffer<Compute>& hidden = step.group.hidden;
+    const auto rows = weights_.rows_of({hidden.data, hidden.stride, step.active}, p_.hidden_size, member);
     for_tiles(my_state_tiles, step.from, [&](int64_t tile) {
-      const auto on_rows = [&](int64_t first, int height, const Value* sums) {
-        for (int i = 0; i < height; ++i) write_h(step, row_at(step, first + i), tile * kL, sums[i]);
-      };
-      const int64_t k = p_.hidden_size;
-      if (direct_hr_)
-        for_direct_rows<1>(hidden, step.active, on_rows, [&](const Compute* rows, int64_t height, Value* sums) {
-          direct_sums(rows, hidden.stride, height, Kind::weight_hr, step.d, k, tile * kL, p_.state_size - tile * kL,
-                      sums, 1);
-        });
-      else
-        for_row_tiles<1>(hidden.data, hidden.stride, 1, step.active, packed_hr_[step.d] + tile * kL * k, k, on_rows);
+      weights_.multiply_hr(step.d, tile, rows, [&](int64_t first, int height, const Value* sums) {
+        for (int i = 0; i < height; ++i)
+          for (int v = 0; v < Weights::kStateVectors; ++v) {
+            const int64_t unit = tile * kStateUnits + v * kL;
+            if (unit >= p_.state_size) break;
+            write_h(step, row_at(step, first + i), unit, sums[i * Weights::kStateVectors + v]);
+          }
+      });
     });
   }
 
@@ -384,21 +320,9 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
 
   // The input projection of a chunk, for a share's tiles.
   void input_projection(const Group& group, int64_t d, const Chunk& chunk, Range my_tiles, int member) const {
-    for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile) {
-      Value* to = gates_of_tile(group, tile);
-      if (direct_ih_) {
-        direct_product(chunk.input, chunk.input_stride, chunk.rows, Kind::weight_ih, d, p_.input_size, tile, to);
-        continue;
-      }
-      Compute* const packed = packs_ih_early_ ? packed_tile(packed_ih_[d], tile, p_.input_size)
-                                              : packed_tile(packed_tiles_, member, p_.input_size);
-      // In the only chunk: what is packed is read again from the nearest cache.
-      if (!packs_ih_early_) pack_tile(Kind::weight_ih, d, tile, p_.input_size, packed);
-      product_into<kVectors>(chunk.input, chunk.input_stride, chunk.rows, packed, p_.input_size, to);
-    }
-  }
-  static Compute* packed_tile(Compute* packed, int64_t tile, int64_t k_count) {
-    return packed + tile * kVectors * kL * k_count;
+    const auto rows = weights_.rows_of({chunk.input, chunk.input_stride, chunk.rows}, p_.input_size, member);
+    for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile)
+      weights_.multiply_ih(d, tile, rows, member, gates_of_tile(group, tile));
   }
   Value* gates_of_tile(const Group& group, int64_t tile) const {
     return group.gates + tile * chunk_steps_ * group_rows_ * kVectors;
@@ -421,7 +345,7 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     const Step step{rows,    group,          d,
                     t,       rows.active(t), rows.active(rows.after(t)),
                     current, 1 - current,    chunk.first_row[s - chunk.first_step]};
-    if (projected() && round % 2 == 1) return project_phase(step, share_of(state_tiles_, share, shares_));
+    if (projected() && round % 2 == 1) return project_phase(step, share_of(state_tiles_, share, shares_), member);
     if (s == chunk.first_step) {
       gather(rows, member, chunk);
       input_projection(group, d, chunk, my_tiles, member);
@@ -429,45 +353,22 @@ template <Mode kMode, class Storage, int kBlocks> class ForwardLoop {
     // A phase that needs all units of a row before the cell, such as a normalisation, goes between these two: the
     // product phase's sums into a buffer of the group; then, in a round of its own, the new phase and the cell phase on
     // the buffer's rows.
-    product_phase(step, my_tiles, [&](int64_t tile, int64_t first, int height, const Value* sums) {
+    product_phase(step, my_tiles, member, [&](int64_t tile, int64_t first, int height, const Value* sums) {
       cell_phase(step, tile, first, height, sums);
     });
-  }
-
-  // Some rows times one tile of weights as they lie: (rows, kVectors) sums.
-  void direct_product(const Compute* x, int64_t x_stride, int64_t rows, Kind kind, int64_t d, int64_t k_count,
-                      int64_t tile, Value* sums) const {
-    for (int v = 0; v < kVectors; ++v) {
-      const Source source = source_of(tile, v);
-      if (source.units > 0)
-        direct_sums(x, x_stride, rows, kind, d, k_count, source.weight_row, source.units, sums + v, kVectors);
-      else
-        for (int64_t r = 0; r < rows; ++r) sums[r * kVectors + v] = Value{};
-    }
-  }
-  void direct_sums(const Compute* x, int64_t x_stride, int64_t rows, Kind kind, int64_t d, int64_t k_count,
-                   int64_t weight_row, int64_t units, Value* sums, int64_t sums_step) const {
-    const int64_t stride = stride_of(kind, d);
-    dot_all_rows(x, x_stride, rows, at<Storage>(data_of(kind, d), weight_row * stride), stride, units, k_count, sums,
-                 sums_step);
   }
 
   const ForwardParams& p_;
   const int threads_;
   const int64_t tiles_, state_tiles_;
-  const bool direct_hh_, direct_hr_, direct_ih_;  // read as they lie (packing.h)
+  Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_, group_rows_, chunk_steps_;
-  const bool packs_ih_early_;  // before the first step; else tile by tile, or not at all
   bool input_in_place_ = false;
   int64_t input_stride_ = 0;
   Workspace workspace_;
   Schedule schedule_;
   Chunk* chunks_ = nullptr;  // of each member
   Group* groups_ = nullptr;
-  Compute* packed_hh_[kMaxDirections]{};
-  Compute* packed_hr_[kMaxDirections]{};
-  Compute* packed_ih_[kMaxDirections]{};
-  Compute* packed_tiles_ = nullptr;  // a tile of each member
   Value* bias_[kMaxDirections]{};
   Compute* input_copies_ = nullptr;
 };

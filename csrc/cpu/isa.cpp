@@ -9,7 +9,8 @@ namespace {
 struct Isa {
   const char* name;
   bool (*fits)();
-  const Kernels* kernels[4];  // in the order of DType
+  const Kernels* kernels[4];             // in the order of DType
+  const PanelForward* panel_forward[3];  // in the order of PanelType
 };
 
 #if defined(__x86_64__)
@@ -18,15 +19,20 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 // The first that fits is the default.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512)},
-    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2)},
+    {"avx512_vnni",
+     has_avx512_vnni,
+     RNNFAST_KERNELS_OF(avx512),
+     {&panel_forward_avx512_float32, &panel_forward_avx512_bfloat16, &panel_forward_avx512_vnni_int8}},
+    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512)},
+    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2)},
 #endif
-    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable)},
+    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable)},
 };
 
 const Isa* find(const std::string& name) {
@@ -54,6 +60,10 @@ std::atomic<const Isa*>& current() {
 
 const Kernels& kernels(DType dtype) {
   return *current().load(std::memory_order_acquire)->kernels[static_cast<int>(dtype)];
+}
+
+PanelForward panel_forward(PanelType type) {
+  return *current().load(std::memory_order_acquire)->panel_forward[static_cast<int>(type)];
 }
 
 std::string use_isa(const std::string& name) {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "backward.h"
+#include "call_weights.h"
 #include "forward.h"
 #include "matmul.h"
 
@@ -25,8 +26,8 @@ inline int64_t run_with_blocks(const Params& params, int64_t units, Team& team) 
   return Loop<kMode, Storage, 2>(params, team.planned()).run(team);
 }
 
-// Whatever the number of steps: they are not counted through.
-bool has_empty_results(const Recurrence& r) { return r.rows.batch == 0 || (r.hidden_size == 0 && r.state_size == 0); }
+template <Mode kMode, class S, int kBlocks>
+using Forward = ForwardLoop<kMode, S, kBlocks, CallWeights<S, traits(kMode).gates, kBlocks>>;
 
 int64_t forward(const ForwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
@@ -34,9 +35,9 @@ int64_t forward(const ForwardParams& params, Team& team) {
     constexpr Mode kMode = decltype(mode)::value;
     // A forward tile holds every gate of a block.
     if constexpr (traits(kMode).gates > 1)
-      return ForwardLoop<kMode, Storage, 1>(params, team.planned()).run(team);
+      return Forward<kMode, Storage, 1>(params, team.planned()).run(team);
     else
-      return run_with_blocks<ForwardLoop, kMode>(params, params.hidden_size, team);
+      return run_with_blocks<Forward, kMode>(params, params.hidden_size, team);
   });
 }
 

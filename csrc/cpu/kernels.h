@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../recurrence.h"
+#include "panels.h"
 #include "team.h"
 
 namespace rnnfast::cpu {
@@ -16,16 +17,29 @@ struct Kernels {
   int64_t (*matmul)(const MatmulParams&, Team&);
 };
 
-// Each is what kernels.cpp makes of one compilation. In the order of DType; setup.py has the same lists.
+// The forward pass in float32 with W_ih, W_hh and W_hr in panels.
+using PanelForward = int64_t (*)(const ForwardParams&, Team&);
+
+// Each is what kernels.cpp or panel_kernels.cpp makes of one compilation. In the order of DType and of PanelType;
+// setup.py has the same lists.
 #define RNNFAST_DECLARE_KERNELS(isa)                                                               \
   extern const Kernels kernels_##isa##_float32, kernels_##isa##_float64, kernels_##isa##_bfloat16, \
       kernels_##isa##_float16;
 #define RNNFAST_KERNELS_OF(isa) \
   {&kernels_##isa##_float32, &kernels_##isa##_float64, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}
+#define RNNFAST_DECLARE_PANELS(isa) \
+  extern const PanelForward panel_forward_##isa##_float32, panel_forward_##isa##_bfloat16, panel_forward_##isa##_int8;
+#define RNNFAST_PANELS_OF(isa) \
+  {&panel_forward_##isa##_float32, &panel_forward_##isa##_bfloat16, &panel_forward_##isa##_int8}
 RNNFAST_DECLARE_KERNELS(portable)
+RNNFAST_DECLARE_PANELS(portable)
 #if defined(__x86_64__)
 RNNFAST_DECLARE_KERNELS(avx2)
+RNNFAST_DECLARE_PANELS(avx2)
 RNNFAST_DECLARE_KERNELS(avx512)
+RNNFAST_DECLARE_PANELS(avx512)
+// With AVX512-VNNI, of which int8 alone makes use.
+extern const PanelForward panel_forward_avx512_vnni_int8;
 #endif
 
 }  // namespace rnnfast::cpu

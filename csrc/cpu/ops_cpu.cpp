@@ -41,15 +41,15 @@ struct Need {
   int threads;
   double alone_seconds;
 
-  // input_size: of an input that is multiplied too.
-  Need(const Recurrence& r, int64_t row_count, int64_t input_size) {
+  // input_size: of an input that is multiplied too. speed: as how many products in float32 one takes.
+  Need(const Recurrence& r, int64_t row_count, int64_t input_size, double speed = 1) {
     const double weights = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
     const int64_t steps = r.rows.steps ? r.rows.steps : 1;
-    const double flops = 2 * weights * row_count;
+    const double flops = 2 * weights * row_count / speed;
     // Two directions hand nothing over.
     threads = useful_threads(flops, r.directions > 1 ? 1e9 : flops / steps);
-    alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes) +
-                    2.0 * r.directions * traits(r.mode).gates * r.hidden_size * input_size * row_count / kFlops;
+    alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes / speed) +
+                    2.0 * r.directions * traits(r.mode).gates * r.hidden_size * input_size * row_count / kFlops / speed;
   }
 
  private:
@@ -80,6 +80,74 @@ struct CpuBackend {
     check_memory(context.op, context.like, kernels(p.dtype).backward(p, team));
   }
 };
+
+struct PanelTraits {
+  const char* name;
+  PanelType type;
+  double speed;  // of products, those in float32 are 1
+};
+constexpr PanelTraits kPanelTypes[] = {
+    {"float32", PanelType::float32, 1}, {"bf16", PanelType::bfloat16, 1.2}, {"int8", PanelType::int8, 2}};
+
+const PanelTraits& panel_traits(const char* op, const std::string& name) {
+  for (const PanelTraits& panel : kPanelTypes)
+    if (name == panel.name) return panel;
+  RNNFAST_CHECK(false, op, ": weights: expected float32, bf16 or int8, got ", name);
+  __builtin_unreachable();
+}
+
+// A matrix in panels, in each direction.
+void hold_panels(const KindTraits& kind, PanelType type, Context& context, ForwardParams& p, const Places& places) {
+  const int64_t gates = kind.rows == Size::gates ? traits(p.mode).gates : 1;
+  const int64_t units = (kind.rows == Size::gates ? p.hidden_size : p.state_size) + kPanelRows - 1;
+  const int64_t columns = kind.columns == Size::input ? p.input_size : elements_of(kind.columns, p);
+  RNNFAST_CHECK(type != PanelType::int8 || columns <= kMostInt8Columns, context.op, ": ", kind.name,
+                ": expected at most ", kMostInt8Columns, " columns of int8, got ", columns);
+  for (int64_t d = 0; d < p.directions; ++d) {
+    const std::string name = place_name(kind, d);
+    const Tensor& tensor = required(context.op, kind, d, places);
+    check_shape(context.op, name.c_str(), tensor, {units / kPanelRows * gates, panel_lines(type, columns), kLineBytes});
+    RNNFAST_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Byte && tensor.is_cpu(), context.op, ": ",
+                  name, ": expected panels of weights, uint8 on the CPU");
+    p.parameters[kind.kind].data[d] = context.hold(kind.name, tensor);
+  }
+}
+
+Three quantized_layer(std::string weights, int64_t hidden_size, int64_t proj_size, std::string mode, Tensor input,
+                      OptionalTensor hx, OptionalTensor cx, Sequences sequences, Places places) {
+  Context context("rnnfast::quantized_layer", "input", input);
+  const char* const op = context.op;
+  const PanelTraits& panel = panel_traits(op, weights);
+  constexpr int64_t kMostUnits = int64_t{1} << 32;
+  RNNFAST_CHECK(hidden_size > 0 && hidden_size < kMostUnits, op, ": hidden_size: expected a size above 0, got ",
+                hidden_size);
+  RNNFAST_CHECK(proj_size >= 0 && proj_size < kMostUnits, op, ": proj_size: expected a size, or 0, got ", proj_size);
+  ForwardParams p;
+  fill_options(mode, places, context, p);
+  RNNFAST_CHECK(p.dtype == DType::float32, op, ": input: expected float32");
+  RNNFAST_CHECK(p.projected == (proj_size > 0), op, ": ", traits(multiplier_of(Size::hidden)).name, ": expected ",
+                proj_size > 0 ? "a tensor, got None" : "None, got a tensor", " with proj_size ", proj_size);
+  p.hidden_size = hidden_size;
+  p.state_size = p.projected ? proj_size : hidden_size;
+  fill_rows(hx, cx, sequences, context, p);
+  p.input_size = input.size(input.dim() - 1);
+  check_sizes(op, "input", input);
+  p.input = context.hold("input", input);
+  for (const KindTraits& kind : kKinds) {
+    if (kind.option == Option::projection && !p.projected) continue;
+    if (kind.is_matrix()) {
+      hold_panels(kind, panel.type, context, p, places);
+    } else {
+      check_parameters(kind, context, p, places);
+      hold_parameters(kind, context, p, places);
+    }
+  }
+  const Three results = LayerOps<CpuBackend>::make_results(nullptr, context, p);
+  const Need need(p, context.row_count, p.input_size, panel.speed);
+  Team team(need.threads, need.alone_seconds);
+  check_memory(op, input, panel_forward(panel.type)(p, team));
+  return results;
+}
 
 Tensor matmul(Tensor a, Tensor b) {
   const Context context("rnnfast::matmul", "a", a);
@@ -135,6 +203,7 @@ double core_latency(int64_t rounds) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
   rnnfast::register_layer_ops<rnnfast::cpu::CpuBackend>(library);
+  library.impl("quantized_layer", &rnnfast::Boxed<&rnnfast::cpu::quantized_layer>::call);
   library.impl("matmul", TORCH_BOX(&rnnfast::cpu::matmul));
 }
 

@@ -11,6 +11,17 @@
 namespace rnnfast::cpu {
 namespace {
 
+// Where vector `v` of a tile of units comes from: the first of its rows of the weights, and how many of these there
+// are. A tile has every gate of a block of units, then every gate of the next block.
+struct TileSource {
+  int64_t weight_row, units;
+};
+template <int kGates, int kTileUnits, int kLaneCount>
+inline TileSource source_of_tile(int64_t hidden_size, int64_t tile, int v) {
+  const int64_t unit = tile * kTileUnits + v / kGates * kLaneCount, left = hidden_size - unit;
+  return left > 0 ? TileSource{v % kGates * hidden_size + unit, left} : TileSource{0, 0};
+}
+
 // Rows of one register tile: accumulators, one vector of weights for each column and one broadcast must fit the
 // registers.
 template <int kVectors>
@@ -76,9 +87,8 @@ inline TileProduct<Compute> tile_product_for(int rows, std::integer_sequence<int
   return table[rows - 1];
 }
 
-// Covers `rows` rows with register tiles, as equal in height as they can be: tile(first_row, height).
-template <int kVectors, class Tile> inline void split_rows(int64_t rows, const Tile& tile) {
-  constexpr int kMost = kMaxRows<kVectors>;
+// Covers `rows` rows with register tiles of at most kMost, as equal in height as they can be: tile(first_row, height).
+template <int kMost, class Tile> inline void split_rows(int64_t rows, const Tile& tile) {
   const int64_t tiles = (rows + kMost - 1) / kMost;
   for (int64_t i = 0, first = 0; i < tiles; ++i) {
     const int64_t last = rows * (i + 1) / tiles;
@@ -100,7 +110,7 @@ template <int kVectors, class Compute, class Use, class Prefetch>
 inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
                           int64_t k_count, const Use& use, const Prefetch& prefetch) {
   alignas(64) Vector<Compute> acc[kMaxRows<kVectors> * kVectors];
-  split_rows<kVectors>(rows, [&](int64_t first, int height) {
+  split_rows<kMaxRows<kVectors>>(rows, [&](int64_t first, int height) {
     prefetch(first, height);
     multiply_rows<kVectors>(a + first * a_row, a_row, a_k, height, packed, k_count, acc);
     use(first, height, acc);
@@ -116,7 +126,7 @@ inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t 
 template <int kVectors, class Compute>
 inline void product_into(const Compute* a, int64_t a_row, int64_t rows, const Compute* packed, int64_t k_count,
                          Vector<Compute>* to) {
-  split_rows<kVectors>(rows, [&](int64_t first, int height) {
+  split_rows<kMaxRows<kVectors>>(rows, [&](int64_t first, int height) {
     multiply_rows<kVectors>(a + first * a_row, a_row, 1, height, packed, k_count, to + first * kVectors);
   });
 }
@@ -216,6 +226,14 @@ inline void dot_all_rows(const Compute* x, int64_t x_stride, int64_t x_rows, con
   else if (x_rows - i == 1)
     dot_rows<1>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
 }
+
+// Rows that a product multiplies, `stride` apart.
+template <class Compute> struct Rows {
+  const Compute* data;
+  int64_t stride, count;
+
+  const Compute* at(int64_t row) const { return data + row * stride; }
+};
 
 // Packs `kLanes` rows of a row-major matrix (from `rows` on: zeros) as one vector column of a tile, for k in [0,
 // k_count): to[k * width + lane] = matrix[lane * stride + k].

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from .. import cell_types, modules
+from ..quantization import TYPES, rounded
 
 CELLS = ("LSTM", "GRU", "RNN")
 GATES = {cell: cell_types.CELLS[mode].gates for cell, mode in zip(CELLS, ("LSTM", "GRU", "RNN_TANH"), strict=True)}
@@ -59,6 +60,8 @@ class Case:
         proj_size: P, LSTM only; 0 means no projection.
         pause_ms: milliseconds for which nothing is called before every call, as a service waits for its next request.
         neighbours: other processes that compute meanwhile, each with one busy thread.
+        quantized: type of ``rnnfast.quantize_weights``: a second layer of rnnfast has such weights. All layers have the
+            rounded ones, so that all compute the same. "" means none.
         model: the model that the shape is taken from.
         source: where that can be read.
 
@@ -80,6 +83,7 @@ class Case:
     proj_size: int = 0
     pause_ms: float = 0.0
     neighbours: int = 0
+    quantized: str = ""
     model: str = ""
     source: str = ""
 
@@ -93,6 +97,10 @@ class Case:
         for name, words in (("cell", CELLS), ("dtype", DTYPES)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.quantized and self.quantized not in TYPES:
+            raise ValueError(f"quantized: expected one of {', '.join(TYPES)}, got {self.quantized!r}")
+        if self.quantized and self.dtype != "float32":
+            raise ValueError(f"quantized: expected none in {self.dtype}, got {self.quantized!r}")
         least = {
             "batch": 1,
             "hidden_size": 1,
@@ -144,6 +152,7 @@ class Case:
         parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
         parts += [self.dtype] * (self.dtype != "float32")
         parts += ["packed"] * self.packed + ["lengths"] * self.lengths + ["resets"] * (self.resets > 0)
+        parts += [f"weights-{self.quantized}"] * bool(self.quantized)
         parts += [f"pause{self.pause_ms:g}ms"] * (self.pause_ms > 0)
         parts += [f"neighbours{self.neighbours}"] * (self.neighbours > 0)
         return (f"{self.model} " if self.model else "") + "-".join(parts)
@@ -167,6 +176,7 @@ class Case:
             "resets": self.resets,
             "pause_ms": self.pause_ms,
             "neighbours": self.neighbours,
+            "quantized": self.quantized,
             "model": self.model,
         }
 
@@ -179,6 +189,8 @@ class Case:
         """Why the case has no such workload; None where it has."""
         if workload == "training" and self.served:
             return "a case with a pause or neighbours is a service's, which does not train"
+        if workload == "training" and self.quantized:
+            return "quantized weights are not trained"
         if workload == "streaming" and (self.ragged or self.resets):
             return "a streaming step has neither lengths nor resets"
         return None
@@ -264,6 +276,11 @@ def make_layers(case: Case, device: torch.device) -> tuple[torch.nn.RNNBase, tor
         pair.append(layer.to(device, getattr(torch, case.dtype)))
         # cuDNN wants its weights in one piece: anything else would cost torch.nn a copy in every call.
         pair[-1].flatten_parameters()
+    if case.quantized:
+        with torch.no_grad():
+            for weight in pair[0].parameters():
+                if weight.dim() == 2:
+                    weight.copy_(rounded(weight, case.quantized))
     pair[1].load_state_dict(pair[0].state_dict())
     return pair[0], pair[1]
 
@@ -394,19 +411,20 @@ def exact(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> lis
     return [value.detach() for value in truth()]
 
 
-def rounding(dtype: torch.dtype, tf32: bool) -> float:
+def rounding(dtype: torch.dtype, coarse: bool) -> float:
     """By how much of the largest value a result may always be off: how numbers of this type are rounded.
 
-    With TF32 operands have 10 bits behind the first. cuDNN may take it where it is allowed, and may not: its own error
-    does not say which, so it cannot be the yardstick alone.
+    With weights in int8 the rows are rounded to 16 bits (`quantization.py`). With TF32 operands have 10 bits behind the
+    first. cuDNN may take it where it is allowed, and may not: its own error does not say which, so it cannot be the
+    yardstick alone.
     """
     if dtype in (torch.float32, torch.float64):
-        return 2.0**-10 if tf32 and dtype == torch.float32 else 1e-6
+        return 2.0**-10 if coarse and dtype == torch.float32 else 1e-6
     return torch.finfo(dtype).eps
 
 
 def compare(
-    truth: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor], tf32: bool = False
+    truth: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor], coarse: bool = False
 ) -> str | None:
     """Checks a call's results: the error against float64 at most twice torch.nn's own, plus the type's rounding.
 
@@ -414,7 +432,7 @@ def compare(
         truth: from `exact`.
         theirs: torch.nn's results.
         ours: the first so many of the same.
-        tf32: whether products of float32 may have been computed in TF32.
+        coarse: whether products of float32 may have been computed in TF32, or from weights in int8.
 
     Returns:
         None where they pass, otherwise what is wrong.
@@ -432,7 +450,7 @@ def compare(
             return f"result {number}: shape {tuple(us.shape)}, expected {tuple(right.shape)}"
         if not right.numel():
             continue
-        own = rounding(us.dtype, tf32) * right.abs().max().clamp(min=1)
+        own = rounding(us.dtype, coarse) * right.abs().max().clamp(min=1)
         allowed = 2 * (them.detach().double() - right).abs().max() + own
         error = (us.detach().double() - right).abs().max()
         # Written so that a NaN on our side fails.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import statistics
 import traceback
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from ..backends import NAMES, backend
 from ..backends import backends as installed
 from ..explanation import explain
+from ..quantized_modules import quantize_weights
 from .case import Call, Case, Data, Impossible, compare, exact, make_call, make_data, make_layers, timed_steps
 from .cores import core_to_core_ns
 from .load import Watch
@@ -31,6 +33,8 @@ Row = dict[str, Any]
 Peer = Callable[[torch.nn.RNNBase, Case, str, Data], Call]
 
 GRAPH = "-graph"
+# Behind the backend that runs the layer with `Case.quantized` weights.
+QUANTIZED = "-quantized"
 # Digits behind the point that a row keeps. What is smaller still stays above 0: others divide by it.
 DIGITS = 4
 # Folders of code that is no peer's.
@@ -168,7 +172,7 @@ def measure(
     """
     if case.served:
         raise Impossible("a case with a pause or neighbours needs a process for each candidate: benchmarks/run.py")
-    names = checked_names(backends, device)
+    names = with_quantized(checked_names(backends, device), case)
     with settings(device, tf32):
         torch.manual_seed(0)
         theirs, ours = make_layers(case, device)
@@ -226,6 +230,11 @@ def checked_names(backends: Sequence[str] | None, device: torch.device) -> list[
     if device.type != "cuda" and any(name.endswith(GRAPH) for name in names):
         raise Impossible("CUDA graphs need a CUDA device")
     return names
+
+
+def with_quantized(names: list[str], case: Case) -> list[str]:
+    """The names of rnnfast's candidates, with the one that has quantized weights if the case wants it."""
+    return names + ["cpu" + QUANTIZED] * (bool(case.quantized) and "cpu" in names)
 
 
 def alone(case: Case, workload: str, name: str, peer: Peer | None = None) -> Candidate:
@@ -293,14 +302,18 @@ def _candidates(
     tf32: bool,
 ) -> list[Candidate]:
     """All that is compared with torch.nn's call, checked; where there are graphs, torch.nn in one too."""
-    coarse = tf32 and device.type == "cuda"
+    coarse = (tf32 and device.type == "cuda") or case.quantized == "int8"
     truth = exact(theirs, case, workload, data[0])
     yardstick = [value.detach().clone() for value in torch_nn.calls[0]()]
 
     def of_backend(candidate: Candidate) -> None:
-        candidate.calls = [make_call(ours, case, workload, each) for each in data]
+        layer = ours
+        if candidate.name.endswith(QUANTIZED):
+            layer = copy.deepcopy(ours)
+            quantize_weights(layer, case.quantized)
+        candidate.calls = [make_call(layer, case, workload, each) for each in data]
         with torch.set_grad_enabled(workload == "training"):
-            candidate.plan = explain(ours, data[0].rows).kernel
+            candidate.plan = explain(layer, data[0].rows).kernel
         _check(candidate, truth, yardstick, coarse)
         if candidate.calls:
             candidate.peak = peak_memory(candidate.calls[0], device)

@@ -14,7 +14,8 @@ from torch import Tensor
 from cases import GATES, GRADIENTS, MODES, RESULTS, make_call, reference
 from rnnfast import reference as plain
 from rnnfast.cell_types import CELLS
-from rnnfast.signatures import KINDS, OPS, PLACES
+from rnnfast.quantization import TYPES, gates_of, pack, packed_shape, unpack
+from rnnfast.signatures import KINDS, OPS, PLACES, QUANTIZED_LAYER, QuantizedArguments, nested
 from run import MOST_MIB
 from tolerances import check
 
@@ -27,8 +28,10 @@ SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 
 RESULT_NAMES = {
     "recurrence_backward": GRADIENTS,
     "layer": RESULTS[:3],
+    "quantized_layer": RESULTS[:3],
     "matmul": ["product"],
 }
+ALL_OPS = {**OPS, "quantized_layer": QUANTIZED_LAYER}
 # What gives a call its rows: of another rank it may be well-formed still.
 ROWS = ["input", "output", "reserve"]
 
@@ -71,7 +74,8 @@ class OpCall:
                 value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in self.arguments.values()
             ]
-            return tensors((plain.matmul if self.op == "matmul" else getattr(reference, self.op))(*values))
+            beside = {"matmul": plain.matmul, "quantized_layer": on_unpacked_weights}
+            return tensors((beside.get(self.op) or getattr(reference, self.op))(*values))
 
         names = RESULT_NAMES.get(self.op, RESULTS)
         for name, result, expected, own in zip(names, tensors(results), truth(torch.float64), truth(None), strict=True):
@@ -80,6 +84,17 @@ class OpCall:
                 # The rule is for values near 1. A power of two, which rounds nothing.
                 scale = 2.0 ** max(0, math.frexp(expected.abs().max().item())[1])
                 check(name, *(values / scale for values in (result, expected, own)))
+
+
+def on_unpacked_weights(*arguments: Any) -> Sequence[Tensor]:
+    """The reference of the op `quantized_layer`, in the type of the input."""
+    call = nested(QuantizedArguments, arguments)
+    gates, dtype = CELLS[call.mode].gates, call.input.dtype
+    parameters = call.unpacked(
+        call.input.shape[-1],
+        lambda name, packed, shape: unpack(packed, gates_of(name, gates), *shape, call.weights).to(dtype),
+    )
+    return plain.layer(call.layer._replace(parameters=parameters))
 
 
 def tensors(results: Any) -> Sequence[Tensor]:
@@ -94,7 +109,7 @@ def reads(call: OpCall, name: str) -> bool:
     if kind == "weight_hr":
         return cell is None or cell.may_project
     if kind in ("weight_ih", "bias_ih", "bias_hh"):
-        return op.startswith("layer")
+        return op != "recurrence_backward"
     return kind != "reserve" or cell is None or cell.reserve > 0
 
 
@@ -130,13 +145,15 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
     T, B = (max(int(layout == "packed"), rng.choice(COUNTS)) for _ in range(2))
     H = rng.choice(WIDTHS)
     ragged = not one_step and layout != "packed"
+    P = rng.randint(1, H) if CELLS[mode].may_project and rng.random() < 0.3 else 0
     made = make_call(
         mode,
         T=1 if one_step else T,
         B=B,
-        I=rng.choice([0, *WIDTHS]),
+        # Without columns nothing can be packed.
+        I=rng.choice([0, *WIDTHS][op == "quantized_layer" :]),
         H=H,
-        P=rng.randint(1, H) if CELLS[mode].may_project and rng.random() < 0.3 else 0,
+        P=P,
         D=1 if one_step else rng.choice([1, 2]),
         bias=rng.random() < 0.7,
         layout=layout,
@@ -152,8 +169,13 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         given |= {name: given[name][0] for name in ("input", "hx", "cx") if given[name] is not None}
 
     def call(op: str) -> OpCall:
-        return OpCall(op, {name: given.get(name) for name in OPS[op].names})
+        return OpCall(op, {name: given.get(name) for name in ALL_OPS[op].names})
 
+    if op == "quantized_layer":
+        given |= {"weights": rng.choice(list(TYPES)), "hidden_size": H, "proj_size": P}
+        for name in PLACES:
+            if given[name] is not None and given[name].dim() == 2:
+                given[name] = pack(given[name], gates_of(name, GATES[mode]), given["weights"])
     if op == "recurrence_backward":
         given |= zip(RESULTS, call("layer_forward").run(), strict=True)
         for name in RESULTS[:4]:
@@ -165,9 +187,13 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
 
 
 def well_formed(rng: random.Random, op: str | None = None) -> OpCall:
-    dtype, op = rng.choice(DTYPES), op or rng.choice([*OPS, "matmul"])
+    dtype, op = rng.choice(DTYPES), op or rng.choice([*ALL_OPS, "matmul"])
+    if op == "quantized_layer":
+        dtype = torch.float32
     call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
     call.threads = rng.choice([1, 2])
+    # Where rows are rounded too, as the reference does not do it (tests/test_panels.py).
+    call.comparable = call.arguments.get("weights") != "int8"
     given = call.arguments
     for name, value in given.items():
         if isinstance(value, Tensor):
@@ -233,10 +259,18 @@ def spoil(rng: random.Random, call: OpCall) -> None:
     if way == 0:
         given[name] = None
         call.notes.append(f"{name} is missing")
-    elif way == 1 and "mode" in given:
+    elif way == 1 and "mode" in given and rng.random() < 0.7:
         given["mode"] = rng.choice([*MODES, "", "lstm", "LSTM\0", "x" * 1000])
         call.must_raise = given["mode"] not in MODES
         call.notes.append("another mode")
+    elif way == 1 and "weights" in given:
+        given["weights"] = rng.choice([*TYPES, "", "int4", "x" * 1000])
+        call.must_raise = given["weights"] not in TYPES
+        call.notes.append("another type of weights")
+    elif way == 7 and "hidden_size" in given:
+        size = rng.choice(["hidden_size", "proj_size"])
+        given[size] = rng.choice([-1, *EDGES, 2**63 - 1, given[size] + 1])
+        call.notes.append(f"another {size}")
     elif way == 2 and (absent := [name for name, value in given.items() if value is None]):
         given[added := rng.choice(absent)] = given[name]
         call.notes.append(f"{added} is given")
@@ -278,18 +312,35 @@ MOST_WORK = 2**24
 def at_the_edge(rng: random.Random) -> OpCall:
     """Sizes that agree with each other, of tensors that are one number in memory."""
     while True:
-        op, mode, dtype = rng.choice(["layer_forward", "layer"]), rng.choice(MODES), rng.choice(DTYPES)
+        op, mode, dtype = (
+            rng.choice(["layer_forward", "layer", "quantized_layer"]),
+            rng.choice(MODES),
+            rng.choice(DTYPES),
+        )
         T, B, I, H, P = (rng.choice(EDGES) for _ in range(5))  # noqa: E741
         G, D, batch_first = GATES[mode], rng.choice([1, 2]), rng.random() < 0.5
         projected = CELLS[mode].may_project and rng.random() < 0.4
         state = P if projected else H
         shapes = {"weight_ih": (G * H, I), "weight_hh": (G * H, state), "bias_ih": (G * H,), "bias_hh": (G * H,)}
         shapes |= {"weight_hr": (P, H)} if projected else {}
+        weights_type = rng.choice(list(TYPES))
+        panels: dict[str, tuple[int, ...]] = {}
+        if op == "quantized_layer":
+            dtype = torch.float32
+            panels = {
+                kind: packed_shape(weights_type, gates_of(kind, G), *shape)
+                for kind, shape in shapes.items()
+                if len(shape) == 2
+            }
+            shapes |= panels
         shapes |= {f"{kind}_reverse": shape for kind, shape in shapes.items()} if D == 2 else {}
         shapes |= {"input": (B, T, I) if batch_first else (T, B, I), "hx": (D, B, state)}
-        given: dict[str, Any] = {"mode": mode, "batch_first": batch_first}
+        given: dict[str, Any] = {"mode": mode, "batch_first": batch_first, "weights": weights_type}
+        given |= {"hidden_size": H, "proj_size": P if projected else 0}
         try:
-            given |= {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+            for name, shape in shapes.items():
+                kind = torch.uint8 if name.removesuffix("_reverse") in panels else dtype
+                given[name] = torch.zeros((), dtype=kind).expand(shape)
             if rng.random() < 0.3:
                 given["lengths"] = torch.zeros((), dtype=torch.int64).expand(B)
         except (RuntimeError, TypeError):  # more than int64 counts
@@ -298,7 +349,7 @@ def at_the_edge(rng: random.Random) -> OpCall:
         refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
         if not refused and (rows + 1) * weights > MOST_WORK:
             continue
-        call = OpCall(op, {name: given.get(name) for name in OPS[op].names})
+        call = OpCall(op, {name: given.get(name) for name in ALL_OPS[op].names})
         call.well_formed = False
         call.notes.append(f"T {T}, B {B}, I {I}, H {H}, P {P}")
         return call
