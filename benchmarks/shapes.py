@@ -185,11 +185,15 @@ def service() -> list[Case]:
 
 
 def quantized() -> list[Case]:
-    """Every type of quantized weights: one row and a few, weights that fit a core's cache and that do not."""
-    shapes = [*product(("LSTM", "GRU"), (1, 3, 8), (128, 256, 512, 1024)), *product(("RNN",), (1,), (256, 1024))]
-    paused = [("LSTM", 1, 256), ("LSTM", 1, 512), ("GRU", 1, 512), ("LSTM", 8, 256)]
+    """Every type of quantized weights: one row and a few, weights that fit a core's cache and that do not; after pauses
+    the one that rounds nothing and the smallest."""
+    shapes = [*product(("LSTM",), (1, 3, 8), (128, 256, 512, 1024)), ("GRU", 1, 256), ("GRU", 1, 1024), ("GRU", 3, 512)]
     cases = [Case(*shape, steps=60, quantized=kind, source=OWN) for shape, kind in product(shapes, TYPES)]
-    return cases + [Case(*shape, pause_ms=50.0, quantized=kind, source=OWN) for shape, kind in product(paused, TYPES)]
+    paused = [("LSTM", 1, 256), ("LSTM", 8, 256), ("LSTM", 12, 144), ("GRU", 1, 256), ("RNN", 1, 256)]
+    return cases + [
+        Case(*shape, pause_ms=pause, quantized=kind, source=OWN)
+        for shape, pause, kind in product(paused, (50.0, 200.0), ("float32", "int8"))
+    ]
 
 
 SUITES: dict[str, list[Case]] = {
