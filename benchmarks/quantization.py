@@ -48,8 +48,10 @@ def quantized_by_torch(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         # It is to go, and torchao, which is to follow it, has no recurrent layers.
         warnings.simplefilter("ignore")
-        result: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
-    return result
+        # It looks at the layers inside of what it is given.
+        result = torch.ao.quantization.quantize_dynamic(nn.Sequential(model), {nn.LSTM, nn.GRU}, dtype=torch.qint8)
+    found: nn.Module = result[0]
+    return found
 
 
 def variants(model: nn.Module) -> dict[str, Callable[[], nn.Module]]:
@@ -116,7 +118,7 @@ def errors_table(results: Path) -> str:
         ]
         lines.append(f"| {cell} H={size} | {' | '.join(cells)} |")
     scores = {row["weights"]: row["bits_per_character"] for row in data["character_model"]}
-    cells = [f"{scores[name]:.4f}" for name in names]
+    cells = [f"{scores[name]:.5f}" for name in names]
     lines.append(f"| character model, bits a character | {' | '.join(cells)} |")
     return "\n".join(lines)
 

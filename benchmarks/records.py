@@ -269,8 +269,8 @@ def bench_options(row: Row) -> str:
     options += ["--bidirectional"] * (row["directions"] == 2)
     options += [f"--{flag}" for flag in ("packed", "lengths") if row[flag]]
     # Earlier files have none.
-    options += [f"--quantized {row['quantized']}"] * bool(row.get("quantized"))
-    return " ".join([*options, f"--backends {row['backend'].removesuffix('-graph')}"])
+    options += [f"--quantized {kind}" for kind in [row.get("quantized")] if kind]
+    return " ".join([*options, f"--backends {row['backend'].removesuffix(GRAPH).removesuffix(QUANTIZED)}"])
 
 
 def worst_of(records: Sequence[Record], count: int) -> list[str]:

@@ -30,7 +30,7 @@ from run import summary, table
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 SCHEMA = (
-    "case cell layers directions dtype T B I H P packed lengths resets pause_ms neighbours model workload backend "
+    "case cell layers directions dtype T B I H P packed lengths resets pause_ms neighbours quantized model workload backend "
     "us_per_step torch_us_per_step ratio p20 p80 limit_us_per_step plan correct"
 ).split()
 TINY = Case("LSTM", 2, 8, steps=5)
@@ -193,11 +193,11 @@ def test_what_tf32_rounds_is_no_error_where_it_is_allowed():
     truth = [torch.full((2, 3), 4.0, dtype=torch.float64)]
     exactly = [torch.full((2, 3), 4.0)]
     rounded = [torch.full((2, 3), 4.0 * (1 + 0.9 * 2**-10))]
-    assert compare(truth, exactly, rounded, tf32=True) is None
+    assert compare(truth, exactly, rounded, coarse=True) is None
     assert "error" in compare(truth, exactly, rounded)
-    assert "error" in compare(truth, exactly, [4.0 * (1 + 1.1 * 2**-10) * torch.ones(2, 3)], tf32=True)
-    assert "error" in compare(truth, *([v.double() for v in values] for values in (exactly, rounded)), tf32=True)
-    assert "error nan" in compare(truth, exactly, [torch.full((2, 3), math.nan)], tf32=True)
+    assert "error" in compare(truth, exactly, [4.0 * (1 + 1.1 * 2**-10) * torch.ones(2, 3)], coarse=True)
+    assert "error" in compare(truth, *([v.double() for v in values] for values in (exactly, rounded)), coarse=True)
+    assert "error nan" in compare(truth, exactly, [torch.full((2, 3), math.nan)], coarse=True)
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------

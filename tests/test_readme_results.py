@@ -186,13 +186,16 @@ def test_worst_cases_become_options_of_the_bench_command(card: Path):
     assert main(["bench", *options, "--seconds", "0.01"]) == 0
 
 
-@pytest.mark.parametrize("suite", ["smoke", "models"])
+@pytest.mark.parametrize("suite", ["smoke", "models", "quantized"])
 def test_a_row_has_all_that_the_bench_command_needs(suite: str):
     """A case's row, written as the command's options, gives the case again."""
     parser = argparse.ArgumentParser()
     command.add_options(parser)
     for case in shapes.SUITES[suite]:
-        row = {**case.row, "workload": "training", "backend": "cpu-graph"}
+        if case.served:
+            continue
+        backend = "cpu-quantized" if case.quantized else "cpu-graph"
+        row = {**case.row, "workload": "training", "backend": backend}
         options = parser.parse_args(records.bench_options(row).split())
         assert (options.workload, options.backends) == (["training"], ["cpu"])
         assert command.case_of(options).row == replace(case, model="").row
