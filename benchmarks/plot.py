@@ -34,7 +34,6 @@ from records import (
     DTYPES,
     GRAPH,
     ONE_THREAD,
-    QUANTIZED,
     RESULTS,
     WORKLOADS,
     Record,
@@ -45,6 +44,7 @@ from records import (
     is_served,
     load_all,
     mean_ratio,
+    quantizes,
 )
 
 FIGURES = RESULTS.parent.parent / "docs" / "figures"
@@ -172,6 +172,8 @@ def unmapped(record: Record) -> list[Row]:
 def figures_of(record: Record) -> list[Figure]:
     """The figures that `draw` makes of this record."""
     rows, figures = plain(record), []
+    if quantizes(record):
+        return []
     stem = f"{record.device}-{record.suite}"
     for workload in workloads_of(rows):
         own = of_workload(rows, workload)
@@ -457,7 +459,7 @@ def looks(backends: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
             colour = COLOURS.get(eager, COLOURS[base(name)])
         else:
             colour = OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
-        how = " in a CUDA graph" * graph + ", one thread" * single + ", quantized weights" * name.endswith(QUANTIZED)
+        how = " in a CUDA graph" * graph + ", one thread" * single
         found[name] = ("rnnfast, " * is_ours(name) + base(name) + how, colour, graph)
     return found
 

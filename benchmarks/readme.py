@@ -46,6 +46,7 @@ from records import (
     load_all,
     loaded,
     mean_ratio,
+    quantizes,
     whole_lines,
     worst,
 )
@@ -201,11 +202,6 @@ def packed(records: Sequence[Record]) -> str:
 def serves(record: Record) -> bool:
     """Whether it has cases with pauses or neighbours: these stand in a block of their own."""
     return any(map(is_served, record.data["rows"]))
-
-
-def quantizes(record: Record) -> bool:
-    """Whether it has cases with quantized weights, whose ratios say nothing of the other layers."""
-    return any(row.get("quantized") for row in record.data["rows"])
 
 
 def service(records: Sequence[Record]) -> str:

@@ -189,6 +189,12 @@ def is_served(row: Row) -> bool:
     return bool(row.get("pause_ms") or row.get("neighbours"))
 
 
+def quantizes(record: Record) -> bool:
+    """Whether it has cases with quantized weights, whose ratios say nothing of other layers: they have a table of their
+    own (quantization.py), and no figures."""
+    return any(row.get("quantized") for row in record.data["rows"])
+
+
 def condition(row: Row) -> str:
     """The pause and the neighbours of the row's case, in words; "" where it has neither."""
     pause, beside = row.get("pause_ms") or 0, row.get("neighbours") or 0
