@@ -37,7 +37,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON_FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror {STABLE_ABI}".split()
 # The kernels throw nothing and include no torch header. -Wno-psabi: vectors are passed only inside one compile unit.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -Wno-psabi".split()
-# Names in RNNFAST_CPU_ISA, each with its flags; so has PANEL_ISAS. csrc/cpu/kernels.h and isa.cpp have them too.
+# Names in RNNFAST_CPU_ISA, each with its flags (PANEL_ISAS has one more); kernels.h and isa.cpp have them too.
 ISAS = {
     "x86_64": {
         "portable": [],

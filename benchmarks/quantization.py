@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rnnfast
-from records import QUANTIZED, RESULTS, Record, Row
+from records import QUANTIZED, RESULTS, Record, Row, is_peer
 from rnnfast.benchmark.case import CELLS
 from rnnfast.benchmark.timing import environment
 from rnnfast.quantization import TYPES
@@ -124,30 +124,35 @@ def errors_table(results: Path) -> str:
 
 
 def speed_table(records: Sequence[Record]) -> str:
-    """The time of the layer that is not quantized over that of the one that is, both timed in turn with torch.nn."""
+    """For each type of weights and number of rows: the time of the layer as it was, and of other libraries, over that
+    of the quantized one. Medians of each, of the cases their geometric mean and the least."""
     rows = [row for record in records for row in record.rows if row.get("quantized")]
     if not rows:
         return "There is no result file of the suite `quantized` yet."
     times = {(row["case"], row["backend"]): row["us_per_step"] for row in rows}
-    plain = {row["case"]: row for row in rows if row["backend"].endswith(QUANTIZED)}
-    peers = [name for name in dict.fromkeys(row["backend"] for row in rows) if not name.startswith("cpu")]
-    lines = [f"| weights | pause | cells, H | over float32 {''.join(f'| {name} over it ' for name in peers)}|"]
-    lines.append(f"| --- | ---: | --- | ---: |{' ---: |' * len(peers)}")
-    keys = dict.fromkeys((row["quantized"], row["pause_ms"], row["B"]) for row in plain.values())
-    for kind, pause, batch in keys:
-        own = [row for row in plain.values() if (row["quantized"], row["pause_ms"], row["B"]) == (kind, pause, batch)]
-        for small in (True, False):
-            group = [row for row in own if (row["H"] <= 256) == small]
-            if not group:
-                continue
-            what = f"{', '.join(c for c in CELLS if any(row['cell'] == c for row in group))}, B={batch}, "
-            what += "H " + ", ".join(map(str, sorted({row["H"] for row in group})))
-            ratios = [
-                [times[row["case"], name] / row["us_per_step"] for row in group if (row["case"], name) in times]
-                for name in ("cpu", *peers)
-            ]
-            cells = [f"{statistics.geometric_mean(each):.2f} ({min(each):.2f})" if each else "" for each in ratios]
-            lines.append(f"| {kind} | {f'{pause:g} ms' if pause else ''} | {what} | {' | '.join(cells)} |")
+    ours = {row["case"]: row for row in rows if row["backend"].endswith(QUANTIZED)}
+    peers = [name for name in dict.fromkeys(row["backend"] for row in rows) if is_peer(name)]
+    head = ["weights", "pause", "B", "layers and H", "not quantized / quantized"]
+    head += [f"{name} / quantized" for name in peers]
+    lines = [f"| {' | '.join(head)} |", f"| --- | ---: | ---: | --- |{' ---: |' * (len(peers) + 1)}"]
+
+    def part(row: Row) -> tuple[Any, ...]:
+        # Weights of one thread fit its L2 cache in most cases with the smaller sizes, and in few with the larger.
+        return row["quantized"], row["pause_ms"], row["B"], row["H"] > 256
+
+    for key in dict.fromkeys(map(part, ours.values())):
+        own = [row for row in ours.values() if part(row) == key]
+        layers = "; ".join(
+            f"{cell} {', '.join(str(row['H']) for row in own if row['cell'] == cell)}"
+            for cell in CELLS
+            if any(row["cell"] == cell for row in own)
+        )
+        kind, pause, batch, _ = key
+        line = [kind, f"{pause:g} ms" if pause else "", str(batch), layers]
+        for name in ("cpu", *peers):
+            each = [times[row["case"], name] / row["us_per_step"] for row in own if (row["case"], name) in times]
+            line.append(f"{statistics.geometric_mean(each):.2f} ({min(each):.2f})" if each else "")
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 
 

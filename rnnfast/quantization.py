@@ -1,11 +1,5 @@
-"""Matrices of weights rounded and packed once, as the op `quantized_layer` reads them: the format is the same for every
-instruction set, and csrc has it for C++.
-
-A panel is 16 rows of a matrix (R, K): of `weight_ih` and `weight_hh`, whose rows are those of G gates, panel u*G + g
-holds rows 16u .. 16u + 15 of gate g, so that all gates of a unit lie together; rows beyond the last are zeros. A panel
-is lines of 64 bytes, a word of 4 bytes for each of its rows: one float32, two bfloat16 or four int8 of successive
-columns, zeros beyond the last. Two more lines end a panel of int8: the float32 scale of each row, and the int32 sum of
-its int8. A packed matrix is uint8 (panels, lines, 64), which `.half()` and the like leave alone.
+"""Matrices of weights rounded and packed once, as the op `quantized_layer` reads them: in panels, uint8 (panels, lines,
+64), which `.half()` and the like leave alone. How panels lie: csrc/cpu/panels.h.
 """
 
 from __future__ import annotations

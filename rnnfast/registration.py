@@ -22,6 +22,7 @@ from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
 from .quantized_op import QuantizedLayer, by_reference, no_derivative
 from .sequences import Role, Sequences
 from .signatures import (
+    EVERY_OP,
     KINDS,
     OF_RECURRENCE,
     OPS,
@@ -192,7 +193,7 @@ def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     The dispatcher takes it for real tensors too, where a single one is on the meta device: what it makes of those would
     pass for results.
     """
-    signature = (OPS | {"quantized_layer": QUANTIZED_LAYER}).get(op)
+    signature = EVERY_OP.get(op)
     names = ("a", "b") if signature is None else signature.names
     of_data = [(i, name) for i, name in enumerate(names) if role_of(name) is not Role.SIZES]
 

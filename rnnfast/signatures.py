@@ -280,6 +280,7 @@ OPS = {
 }
 # Of the CPU library and the reference alone.
 QUANTIZED_LAYER = Signature(QuantizedArguments, _STATES)
+EVERY_OP = OPS | {"quantized_layer": QUANTIZED_LAYER}
 
 
 def role_of(argument: str) -> Role:

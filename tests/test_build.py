@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import rnnfast
+import setup
+from isas import ISAS
 from rnnfast import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "csrc" / "cpu" / "kernels.cpp"
 
 needs_library = pytest.mark.skipif(ops.library_error is not None, reason=f"no C++ library: {ops.library_error}")
 
@@ -33,7 +34,7 @@ def in_new_process(code: str, **environment: str) -> str:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ISAS)
 def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     before = ops.cpu_isa()
     try:
@@ -57,7 +58,7 @@ def test_an_unknown_instruction_set_is_an_error_and_in_the_environment_a_warning
 
 def test_instruction_sets_are_kept_apart() -> None:
     """A function that two ISAs' objects share may be linked from either: on an older processor that is a crash."""
-    objects = sorted((ROOT / "build").glob("cpu-*/kernels_*.o"))
+    objects = [path for kind in ("kernels", "panels") for path in sorted((ROOT / "build").glob(f"cpu-*/{kind}_*.o"))]
     if not objects or shutil.which("nm") is None:
         pytest.skip("no object files of a build in this tree, or no nm")
     for path in objects:
@@ -66,13 +67,18 @@ def test_instruction_sets_are_kept_apart() -> None:
         assert not shared, f"{path.name}: {shared[:5]}"
 
 
-def test_kernels_compile_for_neon() -> None:
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("kernels.cpp", "DTYPE=float16"), *(("panel_kernels.cpp", f"PANEL={panel}") for panel in setup.PANELS)],
+)
+def test_kernels_compile_for_neon(source: str, name: str) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
         pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
     flags = "-std=c++20 -O0 -fno-exceptions -fno-rtti -Wall -Wextra -Werror -Wno-psabi -fsyntax-only".split()
-    names = ["-DRNNFAST_ISA=portable", "-DRNNFAST_DTYPE=float16"]
-    done = subprocess.run([compiler, *flags, *names, str(KERNELS)], capture_output=True, text=True, check=False)
+    names = ["-DRNNFAST_ISA=portable", f"-DRNNFAST_{name}"]
+    command = [compiler, *flags, *names, str(ROOT / "csrc" / "cpu" / source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

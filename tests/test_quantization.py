@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
+from isas import ISAS
 from module_cases import leaves, random_states
 from rnnfast import ops
 from rnnfast.quantization import TYPES, error, gates_of, pack, packed_shape, rounded, unpack
 from tolerances import check
 from tolerances import error as largest_error
-
-# The widest first, as csrc/cpu/isa.h has them.
-ISAS = ["avx512_vnni", "avx512", "avx2", "portable"]
 
 each_type = pytest.mark.parametrize("weights", TYPES)
 

@@ -72,9 +72,12 @@ template <class Storage, int kG, int kBlocks> class CallWeights {
   template <class Use> void multiply_hh(int64_t d, int64_t tile, const Rows<Compute>& rows, const Use& use) const {
     const int64_t k = p_.state_size;
     if (direct_hh_)
-      for_direct_rows<kVectors>(rows, use, [&](const Rows<Compute>& some, Value* sums) {
-        direct_product(some, Kind::weight_hh, d, k, tile, sums);
-      });
+      for_some_rows<Value, kVectors>(
+          rows.count,
+          [&](int64_t first, int height, Value* sums) {
+            direct_product(rows.some(first, height), Kind::weight_hh, d, k, tile, sums);
+          },
+          use);
     else
       for_row_tiles<kVectors>(rows.data, rows.stride, 1, rows.count, packed_tile(packed_hh_[d], tile, k), k, use);
   }
@@ -83,9 +86,12 @@ template <class Storage, int kG, int kBlocks> class CallWeights {
   template <class Use> void multiply_hr(int64_t d, int64_t tile, const Rows<Compute>& rows, const Use& use) const {
     const int64_t k = p_.hidden_size, unit = tile * kL;
     if (direct_hr_)
-      for_direct_rows<1>(rows, use, [&](const Rows<Compute>& some, Value* sums) {
-        direct_sums(some, Kind::weight_hr, d, k, unit, p_.state_size - unit, sums, 1);
-      });
+      for_some_rows<Value, 1>(
+          rows.count,
+          [&](int64_t first, int height, Value* sums) {
+            direct_sums(rows.some(first, height), Kind::weight_hr, d, k, unit, p_.state_size - unit, sums, 1);
+          },
+          use);
     else
       for_row_tiles<1>(rows.data, rows.stride, 1, rows.count, packed_hr_[d] + unit * k, k, use);
   }
@@ -126,17 +132,6 @@ template <class Storage, int kG, int kBlocks> class CallWeights {
       const TileSource source = source_of(tile, v);
       pack_rows(at<Storage>(data_of(kind, d), source.weight_row * stride), stride, source.units, k_count,
                 packed + v * kL, kVectors * kL);
-    }
-  }
-
-  // Some rows at once: product(those rows, sums), then use(first, height, sums).
-  template <int kWidth, class Use, class Product>
-  static void for_direct_rows(const Rows<Compute>& rows, const Use& use, const Product& product) {
-    Value sums[kMostRows * kWidth];
-    for (int64_t r = 0; r < rows.count; r += kMostRows) {
-      const int height = static_cast<int>(rows.count - r < kMostRows ? rows.count - r : kMostRows);
-      product(Rows<Compute>{rows.at(r), rows.stride, height}, sums);
-      use(r, height, sums);
     }
   }
 

@@ -41,7 +41,7 @@ struct Need {
   int threads;
   double alone_seconds;
 
-  // input_size: of an input that is multiplied too. speed: as how many products in float32 one takes.
+  // input_size: of an input that is multiplied too. speed: how many times as fast as in float32 products are.
   Need(const Recurrence& r, int64_t row_count, int64_t input_size, double speed = 1) {
     const double weights = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
     const int64_t steps = r.rows.steps ? r.rows.steps : 1;
@@ -119,9 +119,10 @@ Three quantized_layer(std::string weights, int64_t hidden_size, int64_t proj_siz
   const char* const op = context.op;
   const PanelTraits& panel = panel_traits(op, weights);
   constexpr int64_t kMostUnits = int64_t{1} << 32;
-  RNNFAST_CHECK(hidden_size > 0 && hidden_size < kMostUnits, op, ": hidden_size: expected a size above 0, got ",
-                hidden_size);
-  RNNFAST_CHECK(proj_size >= 0 && proj_size < kMostUnits, op, ": proj_size: expected a size, or 0, got ", proj_size);
+  RNNFAST_CHECK(hidden_size > 0 && hidden_size < kMostUnits, op, ": hidden_size: expected 1 to ", kMostUnits - 1,
+                ", got ", hidden_size);
+  RNNFAST_CHECK(proj_size >= 0 && proj_size < kMostUnits, op, ": proj_size: expected 0 to ", kMostUnits - 1, ", got ",
+                proj_size);
   ForwardParams p;
   fill_options(mode, places, context, p);
   RNNFAST_CHECK(p.dtype == DType::float32, op, ": input: expected float32");

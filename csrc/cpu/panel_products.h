@@ -1,8 +1,10 @@
 // The products of rows with panels (panels.h) of weights, in registers.
 //
 // PanelProduct<type> has
-//   Operand, Operands                 a row, and rows, as the product takes them;
-//   multiply<kPanels>(...)            rows times some panels.
+//   Operands                                rows as the product takes them;
+//   operands(rows, columns, memory)         makes them; int8: in operand_bytes(rows, columns) of memory;
+//   some(operands, first, count)            a part of them;
+//   multiply<kPanels>(operands, panels...)  them times some panels, at most kMostPanels.
 // float32 and bfloat16 are multiplied in float32. int8 weights meet rows that are rounded to 16 bits, with a scale for
 // each row, and their products are summed in 32-bit integers: exact, and many at once. A row with a NaN or an infinity
 // in it has a NaN for its scale.
@@ -44,9 +46,6 @@ template <class V> RNNFAST_INLINE V load_vector(const void* from) {
   return value;
 }
 
-// How many sums along k a row needs, beside those of other rows and panels (tile.h).
-template <int kSums> constexpr int kSplitOf = kSums >= 8 ? 1 : kSums >= 4 ? 2 : kSums >= 2 ? 4 : 8;
-
 // Calls function(std::integral_constant of the height), of 1 to kMost.
 template <int kMost, class Function> RNNFAST_INLINE void with_height(int height, const Function& function) {
   if constexpr (kMost > 1)
@@ -64,12 +63,9 @@ template <PanelType kType> struct PanelProduct {
   using Operands = Rows<float>;
   static constexpr int kWords = weights_in_word(kType);
   static constexpr int kMostPanels = kLineVectors >= 4 ? 1 : 4 / kLineVectors;
-  static constexpr int64_t kOperandBytes = 0;
 
   static Operands operands(const Rows<float>& rows, int64_t, void*) { return rows; }
-  static Operands some(const Operands& rows, int64_t first, int64_t count) {
-    return {rows.at(first), rows.stride, count};
-  }
+  static Operands some(const Operands& rows, int64_t first, int64_t count) { return rows.some(first, count); }
 
   template <int kPanels> static void multiply(const Operands& x, const Panels& panels, int64_t columns, Sums sums) {
     split_rows_by_known<kMaxRows<kPanels * kLineVectors>>(x.count, [&](int64_t first, auto height) {
@@ -171,8 +167,8 @@ inline float shorten(const float* x, int64_t columns, int64_t padded, char* to) 
   const float largest = most_of_lanes(most)[0];
   float scale = largest / kMostShort;
   for (int i = 0; i < kL; ++i) scale += unusable[i];
-  // Too small for a float32 to have its reciprocal: as good as zeros.
-  const float inverse = scale > 1e-35f ? 1 / scale : 0.0f;
+  // Of zero and of subnormal numbers there is no reciprocal: such rows count as zeros.
+  const float inverse = scale >= 0x1p-126f ? 1 / scale : 0.0f;
   constexpr float kMagic = 0x1.8p23f;  // rounds to an integer, which then stands in the low mantissa bits
   for (int64_t k = 0; k < padded; k += kL) {
     const Float value = load<float>(x + k, columns - k);
@@ -199,9 +195,8 @@ RNNFAST_INLINE Int multiply_pairs(Shorts a, Shorts b) {
   return (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return (Int)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
+  // Also where the baseline of x86-64 has an instruction, so that what other processors run is tested.
   const Int a_low = (Int)a << 16 >> 16, b_low = (Int)b << 16 >> 16;
   return a_low * b_low + ((Int)a >> 16) * ((Int)b >> 16);
 #endif
@@ -290,9 +285,11 @@ template <> struct PanelProduct<PanelType::int8> {
 #else
   // A line is widened to vectors of 16 bits, twice as many; each has its own sum.
   static constexpr int kPieces = 2 * kLineVectors;
+  template <int kPanels> static constexpr int kFit = (kVectorRegisters - 4) / (kPieces * kPanels);
   template <int kPanels>
-  static constexpr int kMost =
-      kVectorRegisters - 4 < kPieces * kPanels ? 1 : (kVectorRegisters - 4) / (kPieces * kPanels);
+  static constexpr int kMost = kFit<kPanels> < 1           ? 1
+                               : kFit<kPanels> > kMostRows ? kMostRows
+                                                           : kFit<kPanels>;
 
   template <int kRows, int kPanels>
   [[gnu::noinline]] static void tile(ShortRows x, Panels panels, int64_t columns, Sums sums) {

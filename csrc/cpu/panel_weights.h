@@ -43,17 +43,23 @@ template <PanelType kType, int kG, int kWide = 1> class PanelWeights {
 
   template <class Use> void multiply_hh(int64_t d, int64_t tile, const Operands& rows, const Use& use) const {
     const Panels panels = panels_of(Kind::weight_hh, d, tile * kPanels, p_.state_size);
-    for_some<kG * kBlocks>(rows, use, [&](const Operands& some, Vector<float>* sums) {
-      multiply_tile(some, panels, tile, p_.state_size, sums);
-    });
+    for_some_rows<Float, kG * kBlocks>(
+        rows.count,
+        [&](int64_t first, int height, Float* sums) {
+          multiply_tile(Product::some(rows, first, height), panels, tile, p_.state_size, sums);
+        },
+        use);
   }
   template <class Use> void multiply_hr(int64_t d, int64_t tile, const Operands& rows, const Use& use) const {
     const Panels panels = panels_of(kProjection, d, tile, p_.hidden_size);
-    for_some<kStateVectors>(rows, use, [&](const Operands& some, Vector<float>* sums) {
-      multiply<1>(some, panels, p_.hidden_size, Sums{sums, kStateVectors, 0, 1});
-    });
+    for_some_rows<Float, kStateVectors>(
+        rows.count,
+        [&](int64_t first, int height, Float* sums) {
+          multiply<1>(Product::some(rows, first, height), panels, p_.hidden_size, Sums{sums, kStateVectors, 0, 1});
+        },
+        use);
   }
-  void multiply_ih(int64_t d, int64_t tile, const Operands& rows, int, Vector<float>* to) const {
+  void multiply_ih(int64_t d, int64_t tile, const Operands& rows, int, Float* to) const {
     multiply_tile(rows, panels_of(Kind::weight_ih, d, tile * kPanels, p_.input_size), tile, p_.input_size, to);
   }
 
@@ -67,20 +73,8 @@ template <PanelType kType, int kG, int kWide = 1> class PanelWeights {
     return all.behind(first);
   }
 
-  // Some rows at once: product(those rows, sums), then use(first, height, sums).
-  template <int kVectors, class Use, class RowsProduct>
-  static void for_some(const Operands& rows, const Use& use, const RowsProduct& product) {
-    Vector<float> sums[kMostRows * kVectors];
-    for (int64_t r = 0; r < rows.count; r += kMostRows) {
-      const int height = static_cast<int>(rows.count - r < kMostRows ? rows.count - r : kMostRows);
-      product(Product::some(rows, r, height), sums);
-      use(r, height, sums);
-    }
-  }
-
   // Rows times one tile: (rows, kBlocks, kG) vectors.
-  void multiply_tile(const Operands& rows, const Panels& panels, int64_t tile, int64_t columns,
-                     Vector<float>* to) const {
+  void multiply_tile(const Operands& rows, const Panels& panels, int64_t tile, int64_t columns, Float* to) const {
     const Sums sums = kWide == 1 ? Sums{to, kG * kBlocks, 1, kG} : Sums{to, kBlocks, kLineVectors, 1};
     // The last tile may have one panel alone; what is behind it belongs to no unit.
     if (kWide > 1 && (tile * kWide + 1) * kPanelRows >= p_.hidden_size) return multiply<1>(rows, panels, columns, sums);

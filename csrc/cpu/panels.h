@@ -20,6 +20,8 @@ constexpr int kLineBytes = 64;
 // Sums of products with int8 fit 32 bits up to here: 255 * 127 * 65536 < 2^31.
 constexpr int64_t kMostInt8Columns = 65536;
 
+namespace {
+
 constexpr int weights_in_word(PanelType type) {
   return type == PanelType::float32 ? 1 : type == PanelType::bfloat16 ? 2 : 4;
 }
@@ -32,4 +34,5 @@ constexpr int64_t panel_lines(PanelType type, int64_t columns) {
   return word_lines(type, columns) + (type == PanelType::int8 ? 2 : 0);
 }
 
+}  // namespace
 }  // namespace rnnfast::cpu

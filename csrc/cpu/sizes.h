@@ -21,7 +21,7 @@ constexpr int64_t sum(int64_t a, int64_t b) {
 constexpr int64_t divide_up(int64_t size, int64_t divisor) { return size / divisor + (size % divisor != 0); }
 constexpr int64_t round_up(int64_t size, int64_t multiple) { return product(divide_up(size, multiple), multiple); }
 
-// Whatever the number of steps: they are not counted through.
+// No row, or no unit: nothing to compute, whatever the number of steps, which may be one that nobody counts through.
 inline bool has_empty_results(const Recurrence& r) {
   return r.rows.batch == 0 || (r.hidden_size == 0 && r.state_size == 0);
 }

@@ -35,14 +35,17 @@ constexpr int kMaxRows = kVectorRegisters == 32 ? (kVectors == 4   ? 6
                                                                    : 8);
 constexpr int kMostRows = 12;
 
+// How many sums along k each result is made of. One product is ready after 4 cycles and two start each cycle: fewer
+// than 8 results at once need a split.
+template <int kResults> constexpr int kSplitOf = kResults >= 8 ? 1 : kResults >= 4 ? 2 : kResults >= 2 ? 4 : 8;
+
 // acc[r][v] = sum over k of a[r * a_row + k * a_k] * packed[k][v]. acc is written, whole, at the end.
 template <class Compute, int kRows, int kVectors>
 [[gnu::noinline]] void tile_product(const Compute* __restrict a, int64_t a_row, int64_t a_k,
                                     const Compute* __restrict packed, int64_t k_count,
                                     Vector<Compute>* __restrict acc) {
   constexpr int kWidth = kVectors * kLanes<Compute>;
-  // One FMA's result is ready after 4 cycles and two start each cycle: fewer than 8 sums need a split along k.
-  constexpr int kSplit = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : kRows * kVectors >= 2 ? 4 : 8;
+  constexpr int kSplit = kSplitOf<kRows * kVectors>;
   Vector<Compute> sum[kSplit][kRows][kVectors] = {};
   int64_t k = 0;
   for (; k + kSplit <= k_count; k += kSplit) {
@@ -87,6 +90,15 @@ inline TileProduct<Compute> tile_product_for(int rows, std::integer_sequence<int
   return table[rows - 1];
 }
 
+// Rows that a product multiplies, `stride` apart.
+template <class Compute> struct Rows {
+  const Compute* data;
+  int64_t stride, count;
+
+  const Compute* at(int64_t row) const { return data + row * stride; }
+  Rows some(int64_t first, int64_t number) const { return {at(first), stride, number}; }
+};
+
 // Covers `rows` rows with register tiles of at most kMost, as equal in height as they can be: tile(first_row, height).
 template <int kMost, class Tile> inline void split_rows(int64_t rows, const Tile& tile) {
   const int64_t tiles = (rows + kMost - 1) / kMost;
@@ -95,6 +107,16 @@ template <int kMost, class Tile> inline void split_rows(int64_t rows, const Tile
     tile(first, static_cast<int>(last - first));
     first = last;
   }
+}
+
+// Some rows at once: product(first_row, height, sums), kVectors vectors a row, then use(first_row, height, sums).
+template <class Value, int kVectors, class Product, class Use>
+inline void for_some_rows(int64_t rows, const Product& product, const Use& use) {
+  Value sums[kMostRows * kVectors];
+  split_rows<kMostRows>(rows, [&](int64_t first, int height) {
+    product(first, height, sums);
+    use(first, height, sums);
+  });
 }
 
 template <int kVectors, class Compute>
@@ -226,14 +248,6 @@ inline void dot_all_rows(const Compute* x, int64_t x_stride, int64_t x_rows, con
   else if (x_rows - i == 1)
     dot_rows<1>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
 }
-
-// Rows that a product multiplies, `stride` apart.
-template <class Compute> struct Rows {
-  const Compute* data;
-  int64_t stride, count;
-
-  const Compute* at(int64_t row) const { return data + row * stride; }
-};
 
 // Packs `kLanes` rows of a row-major matrix (from `rows` on: zeros) as one vector column of a tile, for k in [0,
 // k_count): to[k * width + lane] = matrix[lane * stride + k].

@@ -15,13 +15,13 @@ from cases import GATES, GRADIENTS, MODES, RESULTS, make_call, reference
 from rnnfast import reference as plain
 from rnnfast.cell_types import CELLS
 from rnnfast.quantization import TYPES, gates_of, pack, packed_shape, unpack
-from rnnfast.signatures import KINDS, OPS, PLACES, QUANTIZED_LAYER, QuantizedArguments, nested
+from rnnfast.signatures import EVERY_OP, KINDS, PLACES, QuantizedArguments, nested
 from run import MOST_MIB
 from tolerances import check
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Around the widths of vectors and tiles.
-WIDTHS = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65]
+WIDTHS = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 64, 65, 80]
 COUNTS = [0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 24]
 EDGES = [0, 1, 2, 3, 2**15, 2**20, 2**29, 2**31, 2**33, 2**62]
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 3e38, -6e4]
@@ -31,7 +31,6 @@ RESULT_NAMES = {
     "quantized_layer": RESULTS[:3],
     "matmul": ["product"],
 }
-ALL_OPS = {**OPS, "quantized_layer": QUANTIZED_LAYER}
 # What gives a call its rows: of another rank it may be well-formed still.
 ROWS = ["input", "output", "reserve"]
 
@@ -169,7 +168,7 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         given |= {name: given[name][0] for name in ("input", "hx", "cx") if given[name] is not None}
 
     def call(op: str) -> OpCall:
-        return OpCall(op, {name: given.get(name) for name in ALL_OPS[op].names})
+        return OpCall(op, {name: given.get(name) for name in EVERY_OP[op].names})
 
     if op == "quantized_layer":
         given |= {"weights": rng.choice(list(TYPES)), "hidden_size": H, "proj_size": P}
@@ -187,7 +186,7 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
 
 
 def well_formed(rng: random.Random, op: str | None = None) -> OpCall:
-    dtype, op = rng.choice(DTYPES), op or rng.choice([*ALL_OPS, "matmul"])
+    dtype, op = rng.choice(DTYPES), op or rng.choice([*EVERY_OP, "matmul"])
     if op == "quantized_layer":
         dtype = torch.float32
     call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
@@ -349,7 +348,7 @@ def at_the_edge(rng: random.Random) -> OpCall:
         refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
         if not refused and (rows + 1) * weights > MOST_WORK:
             continue
-        call = OpCall(op, {name: given.get(name) for name in ALL_OPS[op].names})
+        call = OpCall(op, {name: given.get(name) for name in EVERY_OP[op].names})
         call.well_formed = False
         call.notes.append(f"T {T}, B {B}, I {I}, H {H}, P {P}")
         return call
