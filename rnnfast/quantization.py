@@ -117,7 +117,8 @@ def _lines(panels: Tensor) -> Tensor:
     """(panels, 16, K) to lines, uint8 (panels, lines, 64)."""
     each = _WORD // panels.itemsize
     words = pad(panels, (0, -panels.shape[2] % each)).unflatten(2, (-1, each))
-    return words.transpose(1, 2).contiguous().flatten(2).view(torch.uint8)
+    # A copy in any case: what was packed must not change with the matrix.
+    return words.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2).view(torch.uint8)
 
 
 def _panels(lines: Tensor, dtype: torch.dtype, columns: int) -> Tensor:

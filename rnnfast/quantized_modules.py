@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from . import cells, modules
 from .backends import BACKENDS, select_quantized
-from .cell_types import CELLS
+from .cell_types import CELLS, CellType
 from .patch import FORWARD_REPLACED, OURS, Report, subclass_in_words, swap, title, why_not_ours
 from .quantization import MOST_COLUMNS_OF_INT8, TYPES, error, gates_of, pack, rounded
-from .quantized_op import no_derivative
+from .quantized_op import refuse_tangents
 from .signatures import kinds_of, shapes_of
 
 _PACKED_AS = "packed_as"
@@ -74,24 +74,27 @@ class Quantized(nn.Module):
     # ---- making ----
 
     def take(self, weights_type: str) -> str:
-        """Packs the parameters, in their stead: the end of the report's line."""
+        """Packs the parameters, in their stead: the end of the report's line. After an error they are still there."""
         self.weights_type = weights_type
         sizes: Any = self
         self._packed_for = (sizes.input_size, sizes.hidden_size, getattr(self, "proj_size", 0))
-        before, matrices = [], []
-        for name in _names(self):
-            parameter = self._parameters.pop(name)
-            assert parameter is not None
-            before.append(parameter.detach())
-            if parameter.dim() == 2:
-                matrices.append(before[-1])
-            self.register_buffer(name, self._pack(name, before[-1]) if parameter.dim() == 2 else before[-1].clone())
+        # Ordinary tensors, also in inference mode: others could not be loaded into outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            before = {name: self._parameters[name].detach() for name in _names(self)}  # type: ignore[union-attr]
+            matrices = [weight for weight in before.values() if weight.dim() == 2]
+            off = error(matrices, [rounded(matrix, weights_type) for matrix in matrices])
+            after = {
+                name: self._pack(name, weight) if weight.dim() == 2 else weight.clone()
+                for name, weight in before.items()
+            }
+        for name, buffer in after.items():
+            del self._parameters[name]
+            self.register_buffer(name, buffer)
         if isinstance(self, nn.RNNBase):
             # It keeps a list of the weights besides, which would keep the parameters alive.
             self._init_flat_weights()
-        off = error(matrices, [rounded(matrix, weights_type) for matrix in matrices])
-        after = [buffer for buffer in self._buffers.values() if buffer is not None]
-        return f"{weights_type} weights, {_bytes(before)} -> {_bytes(after)}, error of the weights {100 * off:.2g} %"
+        sizes_in_words = f"{_bytes(list(before.values()))} -> {_bytes(list(after.values()))}"
+        return f"{weights_type} weights, {sizes_in_words}, error of the weights {100 * off:.2g} %"
 
     def _pack(self, name: str, weight: Tensor) -> Tensor:
         return pack(weight, gates_of(name, CELLS[self._mode()].gates), self.weights_type)
@@ -102,9 +105,14 @@ class Quantized(nn.Module):
         """What the packed tensors do not show by themselves, to know them by in a state dict."""
         return [8 * TYPES[self.weights_type].itemsize, *self._packed_for]
 
+    @property
+    def packed_as(self) -> Tensor:
+        """What stands in a state dict beside the weights: int64, bits of a weight, I, H, P."""
+        return torch.tensor(self._packed_as(), device="cpu")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _PACKED_AS] = torch.tensor(self._packed_as(), device="cpu")
+        destination[prefix + _PACKED_AS] = self.packed_as
 
     def _load_from_state_dict(
         self,
@@ -125,7 +133,12 @@ class Quantized(nn.Module):
         for name, shape in _shapes(self, CELLS[self._mode()].gates).items():
             key, own = prefix + name, self._buffers[name]
             value = state_dict.get(key)
-            if len(shape) != 2 or not isinstance(value, Tensor):
+            if not isinstance(value, Tensor):
+                continue
+            if len(shape) != 2:
+                if value.is_floating_point():
+                    # With assign=True it becomes the buffer.
+                    state_dict[key] = value.detach().float()
                 continue
             why_not = None
             if value.dtype is torch.uint8:
@@ -136,9 +149,10 @@ class Quantized(nn.Module):
                 what = f"{tuple(value.shape)} of {value.dtype}"
                 why_not = f"expected packed weights, or {shape} of a floating type to pack, got {what}"
             else:
-                value = value.detach().float()
-                state_dict[key] = self._pack(name, value)
-                if not rounded(value, self.weights_type).isfinite().all():
+                with torch.inference_mode(False), torch.no_grad():
+                    value = value.detach().float()
+                    state_dict[key] = self._pack(name, value)
+                if not value.is_meta and not rounded(value, self.weights_type).isfinite().all():
                     why_not = f"some weights are not finite as {self.weights_type}"
             if why_not is not None:
                 error_msgs.append(f"{key}: {why_not}")
@@ -188,7 +202,7 @@ class Quantized(nn.Module):
             if tensor is not None and tensor.dtype is not torch.float32:
                 raise RuntimeError(self._wrong_type(tensor.dtype))
         if forward_ad._current_level >= 0:
-            no_derivative()
+            refuse_tangents(input, hx, cx)
         run: Any = BACKENDS[select_quantized(input)].quantized
         return run(self.weights_type, *self._packed_for[1:], mode, input, hx, cx, *others)
 
@@ -306,9 +320,26 @@ def quantize_weights(model: nn.Module, dtype: str) -> Report:
         old = type(module)
         module.__class__ = table[old]
         assert isinstance(module, Quantized)
-        return f"{title(old)} -> {module.take(dtype)}"
+        try:
+            return f"{title(old)} -> {module.take(dtype)}"
+        except BaseException:
+            # Out of memory, or Ctrl-C: it stays what it was.
+            if all(module._parameters.get(name) is not None for name in _names(module)):
+                module.__class__ = old  # type: ignore[assignment]
+            raise
 
     return swap(model, _QUANTIZED, lambda module, exact: _why_not(module, exact, dtype), become)
+
+
+def _cell_of(module: nn.Module) -> CellType | None:
+    """The cell of a layer or a cell of rnnfast's or torch.nn's; None where it is unknown, which forward refuses."""
+    ours: Any = _QUANTIZED[type(module)]
+    if isinstance(module, nn.RNNBase):
+        return CELLS.get(ours._own_mode or module.mode)
+    try:
+        return CELLS.get(ours._mode(module))
+    except RuntimeError:
+        return None
 
 
 def _why_not(module: nn.Module, exact: bool, dtype: str) -> str | None:
@@ -327,7 +358,6 @@ def _why_not(module: nn.Module, exact: bool, dtype: str) -> str | None:
         return reason
     if parametrize.is_parametrized(module):
         return "its weights are computed: parametrized"
-    sizes: Any = module
     for size in ("input_size", "hidden_size"):
         if getattr(module, size) == 0:
             return f"its {size} is 0"
@@ -337,6 +367,8 @@ def _why_not(module: nn.Module, exact: bool, dtype: str) -> str | None:
             return f"its weights are computed: {name} is no parameter"
         if type(parameter) is not nn.Parameter:
             return f"{name} is of class {type(parameter).__name__}"
+        if parameter.layout is not torch.strided:
+            return f"{name} is {parameter.layout}"
         if parameter.is_meta:
             return "its weights have no values: they are on the meta device"
         if not parameter.is_cpu:
@@ -344,8 +376,10 @@ def _why_not(module: nn.Module, exact: bool, dtype: str) -> str | None:
         if parameter.dtype is not torch.float32:
             return f"its weights are {parameter.dtype}, not torch.float32"
     weights = {name: parameter.detach() for name, parameter in parameters.items() if parameter is not None}
-    rows = next(weight for name, weight in weights.items() if name.startswith("weight_hh")).shape[0]
-    shapes = _shapes(module, rows // sizes.hidden_size)
+    cell = _cell_of(module)
+    if cell is None:
+        return "its mode or nonlinearity is unknown"
+    shapes = _shapes(module, cell.gates)
     if any(tuple(weight.shape) != shapes[name] for name, weight in weights.items()):
         return "its attributes do not fit its weights"
     matrices = {name: weight for name, weight in weights.items() if weight.dim() == 2}

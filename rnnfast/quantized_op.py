@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .quantization import gates_of, unpack
@@ -45,6 +46,22 @@ def no_derivative(*_: Any) -> NoReturn:
         "rnnfast: quantized weights have no derivative, nor have results computed with them: call such layers inside "
         "torch.no_grad(), or detach what they are given or what they return"
     )
+
+
+def refuse_tangents(*arguments: Any) -> None:
+    """Raises RuntimeError if one of an op's arguments takes part in forward-mode differentiation."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            torch._C._functorch.is_functorch_wrapped_tensor(argument)
+            or forward_ad.unpack_dual(argument).tangent is not None
+        ):
+            no_derivative()
+
+
+def without_tangents(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op inside forward-mode differentiation. Raises RuntimeError if an argument takes part in that."""
+    refuse_tangents(*arguments)
+    return by_reference(*arguments)
 
 
 class QuantizedLayer(torch.autograd.Function):

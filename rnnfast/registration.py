@@ -19,7 +19,7 @@ from .autograd import Layer
 from .backends import BACKENDS
 from .cell_types import CELLS
 from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
-from .quantized_op import QuantizedLayer, by_reference, no_derivative
+from .quantized_op import QuantizedLayer, by_reference, no_derivative, without_tangents
 from .sequences import Role, Sequences
 from .signatures import (
     EVERY_OP,
@@ -78,7 +78,7 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
 # By op: the differentiable reference.
 _references: dict[str, Callable[..., Any]] = {
     **BACKENDS["reference"].kernels._asdict(),
-    "quantized_layer": no_derivative,
+    "quantized_layer": without_tangents,
     "matmul": reference.matmul,
 }
 

@@ -112,6 +112,15 @@ def test_rows_are_rounded_to_16_bits(isa: str, scale: float) -> None:
     assert (off >= largest * 2**-20).any()
 
 
+def test_scales_whose_product_is_infinite(isa: str) -> None:
+    layer = rnnfast.RNN(2, 2, nonlinearity="identity", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.diag(torch.tensor([1e-3, 1e8])))
+        layer.weight_hh_l0.zero_()
+    output = call(layer, "int8", torch.tensor([[[3e38, 0.0]]]))[0]
+    torch.testing.assert_close(output, torch.tensor([[[3e35, 0.0]]]), rtol=1e-4, atol=0)
+
+
 def test_subnormal_rows_count_as_zeros(isa: str) -> None:
     layer = rnnfast.RNN(50, 16, nonlinearity="identity", bias=False)
     torch.nn.init.constant_(layer.weight_ih_l0, 1e30)

@@ -278,7 +278,8 @@ template <> struct PanelProduct<PanelType::int8> {
           l += (Int)low[s][r][p];
         }
         const Float total = __builtin_convertvector(h - beyond, Float) * 256.0f + __builtin_convertvector(l, Float);
-        *sums.at(r, p) = total * (scale * x.scales[r]);
+        // One scale after the other: their product may be infinite where the sum is not.
+        *sums.at(r, p) = total * scale * x.scales[r];
       }
     }
   }
@@ -326,7 +327,7 @@ template <> struct PanelProduct<PanelType::int8> {
     for (int p = 0; p < kPanels; ++p)
       for (int v = 0; v < kLineVectors; ++v) {
         const Float scale = load_vector<Float>(panels.line(p, lines) + v * kVectorBytes);
-        for (int r = 0; r < kRows; ++r) sums.at(r, p)[v * sums.vector] = total[r][p][v] * (scale * x.scales[r]);
+        for (int r = 0; r < kRows; ++r) sums.at(r, p)[v * sums.vector] = total[r][p][v] * scale * x.scales[r];
       }
   }
   // Of two vectors, each pair of neighbours.
