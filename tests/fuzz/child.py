@@ -9,7 +9,6 @@ import argparse
 import collections
 import faulthandler
 import os
-import platform
 import random
 import signal
 import sys
@@ -35,7 +34,7 @@ from calls import OpCall  # noqa: E402
 
 from build_sanitized import companions, library  # noqa: E402
 from cases import MODES, make_call  # noqa: E402
-from setup import ISAS  # noqa: E402
+from isas import ISAS  # noqa: E402
 
 COMPARED = 0.2  # of the calls that can be
 counted: collections.Counter[str] = collections.Counter()
@@ -240,7 +239,7 @@ def main() -> None:
     torch.ops.load_library(library(arguments.sanitizer))
     torch.ops.load_library(companions(arguments.sanitizer)[0])
     folder = library(arguments.sanitizer).parent
-    isas.extend(isa for isa in ISAS.get(platform.machine(), ISAS["other"]) if has_isa(isa))
+    isas.extend(filter(has_isa, ISAS))
     Progress.file = folder / "case"
     if arguments.only is not None:
         Progress.number = arguments.only
