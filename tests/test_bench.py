@@ -19,7 +19,6 @@ import torch
 from rnnfast import cli, modules
 from rnnfast.benchmark import Case, Impossible, comparison, measure, timing
 from rnnfast.benchmark.case import CELLS, compare, exact, make_call, make_data, make_layers
-from rnnfast.quantization import rounded
 
 pytest.importorskip("rich", reason="the suites print with rich: pip install rnnfast[bench]")
 pytest.importorskip("tqdm", reason="the suites show their progress with tqdm: pip install rnnfast[bench]")
@@ -569,41 +568,3 @@ def test_tables_show_failures_too():
     assert (rows.row_count, groups.row_count) == (2, 1)
     # A row may be a peer's.
     assert rows.caption == groups.caption == "ratio = torch.nn's time / the row's time"
-
-
-# --- quantized weights ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
-def test_a_layer_with_quantized_weights_is_one_more_candidate(kind: str):
-    case = Case("LSTM", 2, 24, steps=3, proj_size=9, quantized=kind)
-    assert case.name.endswith(f"weights-{kind}")
-    rows = measure(case, "inference", 0.02, CPU)
-    assert [row["backend"] for row in rows] == ["cpu", "cpu-quantized"]
-    for row in rows:
-        assert row["correct"], row["failure"]
-        assert row["quantized"] == kind
-    assert f"{kind} weights packed once" in rows[1]["plan"]
-    assert "packed once" not in rows[0]["plan"]
-    theirs, ours = make_layers(case, CPU)
-    for name, weight in theirs.state_dict().items():
-        assert torch.equal(weight, ours.state_dict()[name])
-        if weight.dim() == 2:
-            assert torch.equal(weight, rounded(weight, kind))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"quantized": "int4"}, "quantized: expected one of float32, bf16, int8, got 'int4'"),
-        ({"quantized": "int8", "dtype": "bfloat16"}, "quantized: expected none in bfloat16, got 'int8'"),
-    ],
-)
-def test_weights_that_cannot_be_quantized_so(fields: dict[str, str], message: str):
-    with pytest.raises(ValueError, match=message):
-        Case("LSTM", 2, 8, **fields)
-
-
-def test_quantized_weights_are_not_trained():
-    with pytest.raises(Impossible, match="quantized weights are not trained"):
-        measure(Case("LSTM", 2, 8, steps=3, quantized="int8"), "training", 0.02, CPU)

@@ -19,6 +19,9 @@ from tolerances import check
 
 pytestmark = pytest.mark.skipif(ops.library_error is not None, reason=f"no C++ library: {ops.library_error}")
 
+# By how much rows in 16 bits put the outputs here off, normal inputs and weights as torch initialises them: 9e-5 at most
+# in a thousand calls on four instruction sets.
+OFF = 2e-4
 each_type = pytest.mark.parametrize("weights", TYPES)
 
 
@@ -78,8 +81,7 @@ def test_every_number_of_rows(isa: str, weights: str, rows: int, cell: str, H: i
     truth, plain = expected(layer, weights, x)
     got = call(layer, weights, x)[0]
     if weights == "int8":
-        # Each input and state is off by 2^-16 of the largest of its row, here below 5, and met by a weight below 1 / 5.
-        assert (got - truth).abs().max() < 3 * (27 + H) * 2.0**-16 / 5
+        assert (got - truth).abs().max() < OFF
     else:
         check("output", got, truth, plain)
 
@@ -176,7 +178,7 @@ def test_the_same_whoever_computes(isa: str, weights: str, cell: str, B: int, H:
         assert all(torch.equal(a, b) for a, b in zip(others, results[0], strict=True))
     truth, plain = expected(layer, weights, x)
     if weights == "int8":
-        assert (results[0][0] - truth).abs().max() < 2e-3
+        assert (results[0][0] - truth).abs().max() < OFF
     else:
         check("output", results[0][0], truth, plain)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import plot
-import quantization
 import readme
 import records
 import shapes
@@ -200,24 +199,6 @@ def test_a_row_has_all_that_the_bench_command_needs(suite: str):
         options = parser.parse_args(records.bench_options(row).split())
         assert (options.workload, options.backends) == (["training"], ["cpu"])
         assert command.case_of(options).row == replace(case, model="").row
-
-
-def test_the_table_of_quantized_weights_divides_by_their_times():
-    def rows(cell: str, hidden: int, **times: float) -> list[dict[str, Any]]:
-        case = shapes.Case(cell, 1, hidden, quantized="int8")
-        same = {**case.row, "correct": True, "ratio": 1.0}
-        return [{**same, "backend": name.replace("_", "-"), "us_per_step": time} for name, time in times.items()]
-
-    found = [*rows("LSTM", 64, cpu=6.0, cpu_quantized=3.0, peer=3.0), *rows("GRU", 64, cpu=8.0, cpu_quantized=1.0)]
-    found += rows("LSTM", 512, cpu=5.0, cpu_quantized=10.0)
-    data = {"suite": "quantized", "rows": found}
-    table = quantization.speed_table([records.Record(Path("cpu-quantized.json"), data, "cpu")]).splitlines()
-    assert table[0].endswith("| not quantized / quantized | peer / quantized |")
-    assert table[2:] == [
-        "| int8 |  | 1 | LSTM 64; GRU 64 | 4.00 (2.00) | 1.00 (1.00) |",
-        "| int8 |  | 1 | LSTM 512 | 0.50 (0.50) |  |",
-    ]
-    assert plot.figures_of(records.Record(Path("cpu-quantized.json"), data, "cpu")) == []
 
 
 def test_short_table(card: Path):
