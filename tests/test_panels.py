@@ -19,8 +19,8 @@ from tolerances import check
 
 pytestmark = pytest.mark.skipif(ops.library_error is not None, reason=f"no C++ library: {ops.library_error}")
 
-# By how much rows in 16 bits put the outputs here off (normal inputs, weights as torch initialises them): 9e-5 at most in
-# a thousand calls on four instruction sets.
+# By how much rows in 16 bits put the outputs here off, with normal inputs and weights as torch initialises them:
+# 9e-5 at most in a thousand calls on four instruction sets.
 OFF = 2e-4
 each_type = pytest.mark.parametrize("weights", TYPES)
 
