@@ -37,7 +37,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON_FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror {STABLE_ABI}".split()
 # The kernels throw nothing and include no torch header. -Wno-psabi: vectors are passed only inside one compile unit.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -Wno-psabi".split()
-# Names in RNNFAST_CPU_ISA, each with its flags (PANEL_ISAS has one more); kernels.h and isa.cpp have them too.
+# Names in RNNFAST_CPU_ISA, each with its flags; kernels.h and isa.cpp have them too. Those that have kernels of their
+# own for some types alone stand in DTYPE_ISAS and PANEL_ISAS.
 ISAS = {
     "x86_64": {
         "portable": [],
@@ -48,6 +49,12 @@ ISAS = {
     "other": {"portable": []},
 }
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
+AVX512_BF16 = [*ISAS["x86_64"]["avx512"], "-mavx512bf16"]
+# Of float32 these are the kernels whose products are in bfloat16.
+DTYPE_ISAS = {
+    "avx512_bf16": (["bfloat16", "float32"], AVX512_BF16),
+    "amx_bf16": (["bfloat16", "float32"], [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]),
+}
 # Types of weights that are packed once, and what has kernels of its own for them.
 PANELS = ["float32", "bfloat16", "int8"]
 PANEL_ISAS = {"avx512_vnni": ("int8", [*ISAS["x86_64"]["avx512"], "-mavx512vnni"])}
@@ -180,14 +187,17 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
         unit("cpu/ops_plan.cpp", "ops_plan", torch_includes()),
         *(unit(f"cpu/{name}.cpp", name, []) for name in ("helpers", "isa", "job", "pool", "team")),
     ]
+    kernels: list[tuple[str, str, list[str]]] = []
     panels: list[tuple[str, str, list[str]]] = []
     for isa, flags in ISAS.get(platform.machine(), ISAS["other"]).items():
-        for dtype in DTYPES:
-            names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_DTYPE={dtype}"]
-            objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
+        kernels += [(isa, dtype, flags) for dtype in DTYPES]
         panels += [(isa, panel, flags) for panel in PANELS]
     if platform.machine() == "x86_64":
+        kernels += [(isa, dtype, flags) for isa, (dtypes, flags) in DTYPE_ISAS.items() for dtype in dtypes]
         panels += [(isa, panel, flags) for isa, (panel, flags) in PANEL_ISAS.items()]
+    for isa, dtype, flags in kernels:
+        names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_DTYPE={dtype}"]
+        objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
     for isa, panel, flags in panels:
         names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_PANEL={panel}"]
         objects.append(unit("cpu/panel_kernels.cpp", f"panels_{isa}_{panel}", KERNEL_FLAGS + flags + names))

@@ -7,5 +7,6 @@ STABLE_TORCH_LIBRARY(rnnfast, library) {
   library.def("matmul(Tensor a, Tensor b) -> Tensor");  // on the CPU alone
   library.def("use_cpu_isa(str name) -> str");
   library.def("use_cpu_team(str name) -> str");
+  library.def("cpu_allow_bf16(bool allowed) -> ()");
   library.def("core_latency(int rounds) -> float");
 }

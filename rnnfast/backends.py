@@ -97,6 +97,8 @@ _CPU = _of_library(
     kernel=lambda *_: f"C++ time loop ({ops.cpu_isa()})",
     quantized=ops.quantized_layer("rnnfast") if libraries.cpu_error is None else None,
 )  # fmt: skip
+if libraries.cpu_error is None:
+    _CPU.kernels = ops.on_cpu(_CPU.kernels)
 _CUDA = _of_library(
     "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
     describe=lambda: f"CUDA kernels, one launch a layer or some a step, for {torch.ops.rnnfast.cuda_archs()}",

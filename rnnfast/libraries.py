@@ -127,6 +127,8 @@ _tf32_told: tuple[bool, bool, bool] | None = None
 
 def _public_precision(backend: str, operation: str) -> str:
     flags: Any = torch.backends.cudnn.rnn if operation == "rnn" else torch.backends.cuda.matmul
+    if backend == "mkldnn":
+        flags = torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
     return str(flags.fp32_precision)
 
 
@@ -179,11 +181,37 @@ def follow_tf32() -> bool:
     return told[0]
 
 
+# What the CPU library was told last.
+_bf16_told = False
+
+
+def bf16_allowed() -> bool:
+    """Whether the CPU's float32 recurrences may multiply in bfloat16: where `torch.backends.mkldnn.rnn.fp32_precision`
+    says so, or `torch.backends.fp32_precision`, which that follows."""
+    return bool(_precision("mkldnn", "rnn") == "bf16")
+
+
+def follow_bf16() -> bool:
+    """Tells the CPU library whether float32 recurrences may multiply in bfloat16.
+
+    Returns:
+        What is allowed now.
+    """
+    global _bf16_told
+    told = bf16_allowed()
+    if told != _bf16_told:
+        with _untraced():
+            torch.ops.rnnfast.cpu_allow_bf16(told)
+        _bf16_told = told
+    return told
+
+
 # The effect of torch.compiler.assume_constant_result, which would import Dynamo: Dynamo calls these while it traces and
-# puts nothing into the graph. So a compiled graph has the TF32 setting of the last trace or eager call.
+# puts nothing into the graph. So a compiled graph has the settings of the last trace or eager call.
 cpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+follow_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def emulated_problem() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -64,6 +65,21 @@ def on_cuda(kernels: Kernels) -> Kernels:
     return Kernels(*map(_on_cuda, kernels))
 
 
+def on_cpu(kernels: Kernels) -> Kernels:
+    """The ops for CPU tensors: torch's flag for float32 in bfloat16 is handed to the library first."""
+    return Kernels(*map(_on_cpu, kernels))
+
+
+def _on_cpu(op: Callable[..., Any]) -> Callable[..., Any]:
+    follow = libraries.follow_bf16
+
+    def call(*arguments: Any) -> Any:
+        follow()
+        return op(*arguments)
+
+    return call
+
+
 def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op, with torch's TF32 flag handed to the library first, and torch's own error where memory runs out."""
 
@@ -89,7 +105,7 @@ def use_cpu_isa(name: str) -> str:
     """Switches the C++ kernels to another instruction set, for tests and measurements.
 
     Args:
-        name: avx512_vnni, avx512, avx2 or portable; "" changes nothing.
+        name: amx_bf16, avx512_bf16, avx512_vnni, avx512, avx2 or portable; "" changes nothing.
 
     Returns:
         The one in use now.
@@ -97,7 +113,9 @@ def use_cpu_isa(name: str) -> str:
     Raises:
         RuntimeError: this processor lacks it, or the name is unknown.
     """
-    return str(torch.ops.rnnfast.use_cpu_isa(name))
+    used = str(torch.ops.rnnfast.use_cpu_isa(name))
+    _choose_products(used)
+    return used
 
 
 def use_cpu_team(name: str) -> str:
@@ -117,7 +135,7 @@ def use_cpu_team(name: str) -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels use: avx512_vnni, avx512, avx2, portable ("" without the library)."""
+    """The instruction set that the C++ kernels use, as `use_cpu_isa` names it ("" without the library)."""
     return "" if library_error is not None else use_cpu_isa("")
 
 
@@ -148,13 +166,52 @@ class Matmul(torch.autograd.Function):
         return batched_matmul(info, in_dims, a, b)
 
 
-# The types whose products the C++ library does faster than ATen's BLAS; oneDNN does the 16-bit ones well.
-_MATMUL_TYPES = (torch.float32, torch.float64)
+class _Limit(NamedTuple):
+    """Up to how many multiplications a product goes to the C++ library; larger ones to ATen."""
+
+    plain: float
+    transposed: float  # where the columns of `a` lie one after the other, as in the gradients of weights
+
+
+_EVERY = _Limit(math.inf, math.inf)
+# Of products up to here calling ATen's takes longer than they do.
+_SMALL = 2e6
+# Where a type is not here ATen's product runs.
+_limits: dict[torch.dtype, _Limit] = {}
+
+
+def _choose_products(isa: str) -> None:
+    """Whose product is faster, by type; measured (docs/performance.md).
+
+    ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and a hundred
+    times slower where not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
+    """
+    _limits.update({torch.float32: _EVERY, torch.float64: _EVERY})
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    for dtype, supported in native.items():
+        if not torch.backends.mkldnn.is_available() or not supported():
+            _limits[dtype] = _EVERY
+        else:
+            turned = isa == "amx_bf16" and dtype == torch.bfloat16
+            _limits[dtype] = _Limit(_SMALL, math.inf if turned else _SMALL)
+
+
+def _is_own(a: Tensor, b: Tensor) -> bool:
+    """Whether the C++ library makes this product."""
+    limit = _limits.get(a.dtype)
+    if limit is None or not a.is_cpu:
+        return False
+    (rows, columns), width = a.shape, b.shape[1]
+    most = limit.transposed if rows > 1 and a.stride(0) == 1 else limit.plain
+    return most == math.inf or rows * columns * width <= most
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` for two matrices, each with any strides of which one is 1; differentiable any number of times."""
-    if library_error is not None or not a.is_cpu or a.dtype not in _MATMUL_TYPES:
+    if not _is_own(a, b):
         return torch.mm(a, b)
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return _matmul(a, b)
@@ -169,6 +226,7 @@ def batched_matmul(info: Any, in_dims: tuple[int | None, int | None], a: Tensor,
 
 
 if library_error is None:
+    _choose_products(cpu_isa())
     _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)

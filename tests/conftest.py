@@ -20,9 +20,12 @@ from rnnfast import ops
 
 # a backend, and for the C++ kernels the instruction set; Triton's kernels as they are chosen, and those of one step
 BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "emulated", "triton", "triton-step"]
+# Instruction sets that have kernels of their own for one type alone.
+OF_ONE_TYPE = {"cpu-amx_bf16": torch.bfloat16, "cpu-avx512_bf16": torch.bfloat16}
+BACKENDS += list(OF_ONE_TYPE)
 
 # Every instruction set has the same source: by default the widest runs all cases, the others every third.
-SAME_SOURCE = {"cpu-avx2": (3, 1), "cpu-portable": (3, 1)}
+SAME_SOURCE = {"cpu-avx2": (3, 1), "cpu-portable": (3, 1), "cpu-avx512_bf16": (3, 1)}
 # The emulator and Triton's interpreter take some thousand times as long as a processor's kernels. By backend and file:
 # every how many of a test's cases are run by default, and in the exhaustive run.
 SHARE = {
@@ -41,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         backend = parameters.get("backend")
+        if backend in OF_ONE_TYPE and OF_ONE_TYPE[backend] not in (
+            parameters.get("dtype"),
+            getattr(parameters.get("case"), "dtype", None),
+        ):
+            continue
         shared = (backend in SHARE or backend in SAME_SOURCE) and not item.path.is_relative_to(ON_A_CARD)
         if isinstance(item, pytest.Function) and shared:
             name = item.originalname

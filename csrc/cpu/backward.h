@@ -2,20 +2,23 @@
 //   product  the later step's dgates times a tile of packed W_hh^T, for the gradient of h_t;
 //   project  with a projection, in a round of its own: that gradient times W_hr, for the one of `hidden`, o tanh(c);
 //   cell     its derivative on the tile gives this step's dgates.
-// A row whose first step is done gets one more product, for grad_hx.
+// A row whose first step is done gets one more product, for grad_hx. What the weights are `Weights` knows: a
+// ColumnWeights (column_weights.h).
 #pragma once
 
 #include "../cells.h"
 #include "schedule.h"
 #include "team.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace rnnfast::cpu {
 namespace {
 
-template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
+template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
+  using RowValue = typename Weights::RowValue;
   using Cell = rnnfast::Cell<VectorMath<Compute>, kMode>;
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
@@ -27,7 +30,9 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
         tiles_(divide_up(params.state_size, kTileUnits)),
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
-        groups_each_(choose_row_groups(params, threads, sizeof(Compute), tiles_, packed_bytes())),
+        weights_(params),
+        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
+                                       Weights::kSpeed)),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)) {}
 
@@ -47,15 +52,10 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   }
 
  private:
-  int64_t packed_bytes() const {
-    const int64_t hr = projected() ? product(p_.state_size, p_.hidden_size, sizeof(Compute)) : 0;
-    return sum(product(gates_width_, p_.state_size, sizeof(Compute)), hr);
-  }
-
   struct Group {
-    StateBuffer<Compute> dgates[2];  // of the later step and of this one: (rows, G*H), of W_hh h
-    StateBuffer<Compute> carry;      // what reaches the earlier step beside the product (cells.h): (rows, H)
-    StateBuffer<Compute> dh;         // with projection: gradient of h_t (rows, P)
+    StateBuffer<RowValue> dgates[2];  // of the later step and of this one: (rows, G*H), of W_hh h
+    StateBuffer<Compute> carry;       // what reaches the earlier step beside the product (cells.h): (rows, H)
+    StateBuffer<RowValue> dh;         // with projection: gradient of h_t (rows, P)
   };
 
   bool projected() const { return Cell::kMayProject && p_.projected; }
@@ -64,7 +64,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   void place() {
     schedule_.place(p_.rows, workspace_);
     groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
-    const int64_t rows = divide_up(p_.rows.batch, groups_each_);
+    const int64_t rows = round_up(divide_up(p_.rows.batch, groups_each_), Weights::kRowGroup);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
       Group group;
       group.dgates[0].place(workspace_, rows, gates_width_);
@@ -73,25 +73,12 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
       if (projected()) group.dh.place(workspace_, rows, product(tiles_, kTileUnits));
       if (groups_) groups_[g] = group;
     }
-    for (int64_t d = 0; d < p_.directions; ++d) {
-      packed_hh_[d] = workspace_.template take<Compute>(tiles_, kTileUnits, gates_width_);
-      if (projected()) packed_hr_[d] = workspace_.template take<Compute>(hidden_tiles_, kTileUnits, p_.state_size);
-    }
+    weights_.place(workspace_);
   }
 
   // One share of what must be there before the first turn: packed weights, and what rows without a step give.
   void prepare(int64_t share) {
-    const auto pack_all = [&](int64_t tiles, const Operand& weight, Compute* const* to, int64_t columns,
-                              int64_t k_count) {
-      const Range range = share_of(p_.directions * tiles, share, preparing_shares_);
-      for (int64_t i = range.first; i < range.last; ++i) {
-        const int64_t d = i / tiles, column = i % tiles * kTileUnits;
-        pack_columns(at<Storage>(weight.data[d], column), weight.stride[d], columns - column, k_count,
-                     to[d] + column * k_count, kTileUnits);
-      }
-    };
-    pack_all(tiles_, p_.parameters[Kind::weight_hh], packed_hh_, p_.state_size, gates_width_);
-    if (projected()) pack_all(hidden_tiles_, p_.parameters[Kind::weight_hr], packed_hr_, p_.hidden_size, p_.state_size);
+    weights_.prepare(share, preparing_shares_);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) initialize(g, share);
   }
 
@@ -101,6 +88,8 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
     const int64_t d = g / groups_each_;
     const Range range = share_of(rows.count(), share, preparing_shares_);
     for (int64_t r = range.first; r < range.last; ++r) {
+      for (const StateBuffer<RowValue>& dgates : groups_[g].dgates) dgates.clear_last(r, gates_width_);
+      if (projected()) groups_[g].dh.clear_last(r, p_.state_size);
       if (r < rows.active(0)) continue;
       const auto copy = [&](const void* from, void* to, int64_t width) {
         const int64_t offset = (d * p_.rows.batch + rows.batch_index(r)) * width;
@@ -205,7 +194,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
     if (!Cell::kReserve) now.h = load<Compute>(at<Storage>(p_.output, unit_row * H + unit), left);
     Cell::backward({reserve, previous, now, dh}, carry, dgates, d_rec_split);
     if (Cell::kCarries) store<Compute>(group.carry.row(row.r) + unit, carry);
-    Compute* to_earlier = group.dgates[step.to].row(row.r) + unit;
+    RowValue* to_earlier = group.dgates[step.to].row(row.r) + unit;
 #pragma GCC unroll 4
     for (int g = 0; g < kG; ++g) {
       const Value recurrent = g == Cell::kSplitGate ? d_rec_split : dgates[g];
@@ -231,7 +220,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
 
   // use(tile, r, sums): the products of a tile's units for one row, kBlocks sums.
   template <class Use> void product_phase(const Step& step, Range my_tiles, const Use& use) const {
-    const StateBuffer<Compute>& later = step.group.dgates[step.from];
+    const StateBuffer<RowValue>& later = step.group.dgates[step.from];
     for_tiles(my_tiles, step.from, [&](int64_t tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
         for (int i = 0; i < height; ++i) use(tile, first + i, sums + i * kBlocks);
@@ -240,8 +229,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
         for (int i = 0; i < height && first + i < step.active && !projected(); ++i)
           prefetch(step.d, schedule_.data_row(step.t, step.rows.batch_index(first + i)), tile);
       };
-      for_row_tiles<kBlocks>(later.data, later.stride, 1, step.started,
-                             packed_hh_[step.d] + tile * kTileUnits * gates_width_, gates_width_, on_rows, fetch);
+      weights_.multiply_hh(step.d, tile, {later.data, later.stride, step.started}, on_rows, fetch);
       const Value zeros[kBlocks] = {};
       for (int64_t r = step.started; r < step.active; ++r) use(tile, r, zeros);
     });
@@ -251,6 +239,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   // first step is done, the gradients of its initial states.
   void use_product(const Step& step, int64_t tile, int64_t r, const Value* sums) const {
     const StepRow row = r < step.active ? row_at(step, r) : StepRow{};
+    Weights::keep_awake();
     for (int block = 0; block < kBlocks; ++block) {
       const int64_t unit = tile * kTileUnits + block * kL;
       if (unit >= p_.state_size) break;
@@ -274,17 +263,17 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
 
   // The gradient of `hidden`, which the cell takes at once.
   void project_phase(const Step& step, Range my_hidden_tiles) const {
-    const StateBuffer<Compute>& dh = step.group.dh;
+    const StateBuffer<RowValue>& dh = step.group.dh;
     for_tiles(my_hidden_tiles, step.from, [&](int64_t tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
         for (int i = 0; i < height; ++i)
           for (int block = 0; block < kBlocks; ++block) {
             const int64_t unit = tile * kTileUnits + block * kL;
+            Weights::keep_awake();
             if (unit < p_.hidden_size) step_cell(step, row_at(step, first + i), unit, sums[i * kBlocks + block]);
           }
       };
-      for_row_tiles<kBlocks>(dh.data, dh.stride, 1, step.active, packed_hr_[step.d] + tile * kTileUnits * p_.state_size,
-                             p_.state_size, on_rows);
+      weights_.multiply_hr(step.d, tile, {dh.data, dh.stride, step.active}, on_rows);
       for (int64_t r = step.active; p_.grad_cx && r < step.started; ++r)
         for (int64_t unit = tile * kTileUnits; unit < p_.hidden_size && unit < (tile + 1) * kTileUnits; unit += kL)
           write_grad_cx(step, r, unit);
@@ -299,6 +288,7 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   // One share of a group's round. Between two rounds all is there that the one gives to the other, and nobody reads any
   // more what the other writes over: the later step's dgates.
   void step_share(int64_t g, int64_t round, int64_t share) const {
+    const typename Weights::Scope scope;
     const GroupRows rows = rows_of(g);
     const Group& group = groups_[g];
     const int64_t turn = projected() ? round / 2 : round;
@@ -321,12 +311,12 @@ template <Mode kMode, class Storage, int kBlocks> class BackwardLoop {
   }
 
   const BackwardParams& p_;
-  const int64_t tiles_, hidden_tiles_, gates_width_, groups_each_, shares_, preparing_shares_;
+  const int64_t tiles_, hidden_tiles_, gates_width_;
+  Weights weights_;
+  const int64_t groups_each_, shares_, preparing_shares_;
   Workspace workspace_;
   Schedule schedule_;
   Group* groups_ = nullptr;
-  Compute* packed_hh_[kMaxDirections]{};
-  Compute* packed_hr_[kMaxDirections]{};
 };
 
 }  // namespace

@@ -21,12 +21,14 @@ namespace {
 template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
+  using RowValue = typename Weights::RowValue;
   using Cell = rnnfast::Cell<VectorMath<Compute>, kMode>;
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
   static constexpr int kVectors = kG * kBlocks;
   static constexpr int kTileUnits = kL * kBlocks;
   static constexpr int kStateUnits = kL * Weights::kStateVectors;
+  static constexpr bool kKeepsExact = Cell::kNeedsPreviousH && sizeof(RowValue) < sizeof(Storage);
 
  public:
   ForwardLoop(const ForwardParams& params, int threads)
@@ -35,7 +37,8 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kStateUnits) : 0),
         weights_(params, threads, shares_of_group(threads, params.directions, tiles_)),
-        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes())),
+        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
+                                       Weights::kSpeed)),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
@@ -61,19 +64,21 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
 
   // Steps whose input projection fits a part of the L2 cache, of one share.
   int64_t chunk_steps() const {
-    constexpr int64_t kChunkBytes = 448 << 10;
+    // Or what is worth it to read the weights of the input less often.
+    const int64_t chunk_bytes = weights_.share_outgrows_cache(shares_) ? 2 << 20 : 448 << 10;
     const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / shares_;
-    int64_t steps = kChunkBytes / (step_bytes > 0 ? step_bytes : 1);
+    int64_t steps = chunk_bytes / (step_bytes > 0 ? step_bytes : 1);
     if (steps > kMostChunkSteps) steps = kMostChunkSteps;
     if (steps > p_.rows.steps) steps = p_.rows.steps;
     return steps > 1 ? steps : 1;
   }
 
   struct Group {
-    StateBuffer<Compute> h[2];    // h_{t-1} and h_t: (rows, P or H)
-    StateBuffer<Compute> c;       // with a cell state: (rows, H)
-    StateBuffer<Compute> hidden;  // with projection: o tanh(c) (rows, H)
-    Value* gates = nullptr;       // a chunk's input projection without bias: (tiles, rows of the chunk, kVectors)
+    StateBuffer<RowValue> h[2];    // h_{t-1} and h_t: (rows, P or H)
+    StateBuffer<Compute> exact;    // of a cell that reads h_{t-1} itself, if products round it: that (rows, H)
+    StateBuffer<Compute> c;        // with a cell state: (rows, H)
+    StateBuffer<RowValue> hidden;  // with projection: o tanh(c) (rows, H)
+    Value* gates = nullptr;        // a chunk's input projection without bias: (tiles, rows of the chunk, kVectors)
   };
 
   // The steps of a chunk, as one member sees them: where the rows of each begin among the chunk's, and the input of
@@ -82,7 +87,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     int64_t group = -1, first_step = 0;
     int64_t first_row[kMostChunkSteps];
     int64_t rows = 0;
-    const Compute* input = nullptr;  // null until this member needs it
+    const RowValue* input = nullptr;  // null until this member needs it
     int64_t input_stride = 0;
   };
 
@@ -94,16 +99,17 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
   void place() {
     schedule_.place(p_.rows, workspace_);
     // The rows of consecutive steps follow each other in memory and in the group: no copy of the input is needed.
-    input_in_place_ = sizeof(Storage) == sizeof(Compute) && groups_each_ == 1 && !p_.rows.lengths &&
-                      (p_.rows.batch_sizes || p_.rows.batch_stride == 1);
+    input_in_place_ = sizeof(Storage) == sizeof(RowValue) && groups_each_ == 1 && !p_.rows.lengths &&
+                      (p_.rows.batch_sizes || p_.rows.batch_stride == 1) && Weights::takes_in_place(p_.input_size);
     chunks_ = workspace_.template take<Chunk>(threads_);
     for (int member = 0; chunks_ && member < threads_; ++member) chunks_[member] = Chunk();
     groups_ = workspace_.template take<Group>(p_.directions, groups_each_);
-    const int64_t rows = group_rows_, chunk_rows = product(chunk_steps_, rows);
+    const int64_t rows = round_up(group_rows_, Weights::kRowGroup), chunk_rows = product(chunk_steps_, group_rows_);
     for (int64_t g = 0; g < p_.directions * groups_each_; ++g) {
       Group group;
       group.h[0].place(workspace_, rows, p_.state_size);
       group.h[1].place(workspace_, rows, p_.state_size);
+      if (kKeepsExact) group.exact.place(workspace_, rows, product(tiles_, kTileUnits));
       if (Cell::kHasCell) group.c.place(workspace_, rows, product(tiles_, kTileUnits));
       if (projected()) group.hidden.place(workspace_, rows, product(tiles_, kTileUnits));
       group.gates = workspace_.template take<Value>(tiles_, chunk_rows, kVectors);
@@ -111,8 +117,9 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     }
     weights_.place(workspace_, rows, chunk_rows, groups_each_ == 1 && chunk_steps_ == p_.rows.steps);
     for (int64_t d = 0; d < p_.directions; ++d) bias_[d] = workspace_.template take<Value>(tiles_, kVectors);
-    input_stride_ = round_up(p_.input_size, kL);
-    if (!input_in_place_) input_copies_ = workspace_.template take<Compute>(threads_, chunk_rows, input_stride_);
+    input_stride_ = round_up(p_.input_size, kLanes<RowValue>);
+    copied_rows_ = round_up(chunk_rows, Weights::kRowGroup);
+    if (!input_in_place_) input_copies_ = workspace_.template take<RowValue>(threads_, copied_rows_, input_stride_);
   }
 
   // b_ih + b_hh in the order of a tile; b_hh of a split gate is added to its recurrent part.
@@ -153,7 +160,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     for (int64_t r = range.first; r < range.last; ++r) {
       const int64_t b = rows.batch_index(r);
       const bool cut = rows.initial_cut(r), empty = r >= rows.active(0);
-      const auto copy = [&](const void* from, void* final_state, Compute* to, Compute* to_too, int64_t width) {
+      const auto copy = [&](const void* from, void* final_state, auto* to, auto* to_too, int64_t width) {
         for (int64_t u = 0; u < width; u += kL) {
           const int64_t offset = (d * p_.rows.batch + b) * width + u;
           const Value value = from ? load<Compute>(at<Storage>(from, offset), width - u) : Value{};
@@ -162,8 +169,11 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
           if (empty) store<Compute>(at<Storage>(final_state, offset), value, width - u);
         }
       };
+      for (StateBuffer<RowValue>* states : {&group.h[0], &group.h[1]}) states->clear_last(r, p_.state_size);
+      if (projected()) group.hidden.clear_last(r, p_.hidden_size);
       copy(p_.hx, p_.h_n, group.h[0].row(r), group.h[1].row(r), p_.state_size);
-      if (Cell::kHasCell) copy(p_.cx, p_.c_n, group.c.row(r), nullptr, p_.hidden_size);
+      if (kKeepsExact) copy(p_.hx, p_.h_n, group.exact.row(r), static_cast<Compute*>(nullptr), p_.state_size);
+      if (Cell::kHasCell) copy(p_.cx, p_.c_n, group.c.row(r), static_cast<Compute*>(nullptr), p_.hidden_size);
     }
     zero_beyond_lengths(rows, static_cast<Storage*>(p_.output), p_.directions * p_.state_size, d * p_.state_size,
                         p_.state_size, range);
@@ -197,12 +207,16 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     const int64_t left = p_.state_size - unit;
     store<Compute>(at<Storage>(p_.output, (row.data_row * p_.directions + step.d) * p_.state_size + unit), h, left);
     if (row.last) store<Compute>(at<Storage>(p_.h_n, (step.d * p_.rows.batch + row.b) * p_.state_size + unit), h, left);
-    store<Compute>(step.group.h[step.to].row(row.r) + unit, unless<Compute>(row.cut, rounded_to<Compute, Storage>(h)));
+    // What is stored in the type of the output is rounded by that.
+    if constexpr (sizeof(RowValue) == sizeof(Compute)) h = rounded_to<Compute, Storage>(h);
+    h = unless<Compute>(row.cut, h);
+    store<Compute>(step.group.h[step.to].row(row.r) + unit, h);
+    if constexpr (kKeepsExact) store<Compute>(step.group.exact.row(row.r) + unit, h);
   }
 
   // use(tile, first row, height, sums): the sums W_hh h of a tile's units for some rows, (height, kVectors).
   template <class Use> void product_phase(const Step& step, Range my_tiles, int member, const Use& use) const {
-    const StateBuffer<Compute>& h = step.group.h[step.from];
+    const StateBuffer<RowValue>& h = step.group.h[step.from];
     const auto rows = weights_.rows_of({h.data, h.stride, step.active}, p_.state_size, member);
     for_tiles(my_tiles, step.from, [&](int64_t tile) {
       weights_.multiply_hh(step.d, tile, rows,
@@ -215,6 +229,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     const Value* gates = gates_of_tile(step.group, tile) + (step.chunk_row + first) * kVectors;
     for (int i = 0; i < height; ++i) {
       const StepRow row = row_at(step, first + i);
+      Weights::keep_awake();
       for (int block = 0; block < kBlocks; ++block) {
         const int64_t unit = tile * kTileUnits + block * kL;
         if (unit >= p_.hidden_size) break;
@@ -241,7 +256,10 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
         rec[kGate] += load<Compute>(at<Storage>(bias_hh, kGate * H + unit), left);
     }
     UnitState<Value> state{};
-    if (Cell::kNeedsPreviousH) state.h = load<Compute>(group.h[step.from].row(row.r) + unit);
+    if constexpr (kKeepsExact)
+      state.h = load<Compute>(group.exact.row(row.r) + unit);
+    else if (Cell::kNeedsPreviousH)
+      state.h = load<Compute>(group.h[step.from].row(row.r) + unit);
     if (Cell::kHasCell) state.c = load<Compute>(group.c.row(row.r) + unit);
     state = Cell::forward({x, rec}, state, reserve);
     if (Cell::kReserve && p_.reserve)
@@ -261,7 +279,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
 
   // h_t = W_hr hidden.
   void project_phase(const Step& step, Range my_state_tiles, int member) const {
-    const StateBuffer<Compute>& hidden = step.group.hidden;
+    const StateBuffer<RowValue>& hidden = step.group.hidden;
     const auto rows = weights_.rows_of({hidden.data, hidden.stride, step.active}, p_.hidden_size, member);
     for_tiles(my_state_tiles, step.from, [&](int64_t tile) {
       weights_.multiply_hr(step.d, tile, rows, [&](int64_t first, int height, const Value* sums) {
@@ -292,7 +310,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
       const int64_t origin = schedule_.data_row(earliest, 0);
       for (int64_t s = first; s < last; ++s) chunk.first_row[s - first] = schedule_.data_row(rows.time(s), 0) - origin;
       chunk.rows = schedule_.data_row(latest, 0) - origin + rows.active(latest);
-      chunk.input = static_cast<const Compute*>(p_.input) + origin * p_.input_size;
+      chunk.input = static_cast<const RowValue*>(p_.input) + origin * p_.input_size;
       chunk.input_stride = p_.input_size;
       return;
     }
@@ -305,14 +323,15 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
   // The chunk's input for this member, where it does not lie row by row already.
   void gather(const GroupRows& rows, int member, Chunk& chunk) const {
     if (chunk.input) return;
-    Compute* copy = input_copies_ + member * chunk_steps_ * group_rows_ * input_stride_;
+    RowValue* copy = input_copies_ + member * copied_rows_ * input_stride_;
     chunk.input = copy;
     chunk.input_stride = input_stride_;
     for (int64_t s = chunk.first_step; s < chunk_end(chunk); ++s) {
       const int64_t t = rows.time(s), active = rows.active(t);
       for (int64_t r = 0; r < active; ++r, copy += input_stride_) {
         const Storage* from = at<Storage>(p_.input, schedule_.data_row(t, rows.batch_index(r)) * p_.input_size);
-        for (int64_t k = 0; k < p_.input_size; k += kL)
+        // Up to the end of the row, which is whole vectors of operands.
+        for (int64_t k = 0; k < input_stride_; k += kL)
           store<Compute>(copy + k, load<Compute>(from + k, p_.input_size - k));
       }
     }
@@ -320,7 +339,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
 
   // The input projection of a chunk, for a share's tiles.
   void input_projection(const Group& group, int64_t d, const Chunk& chunk, Range my_tiles, int member) const {
-    const auto rows = weights_.rows_of({chunk.input, chunk.input_stride, chunk.rows}, p_.input_size, member);
+    const auto rows = weights_.input_of({chunk.input, chunk.input_stride, chunk.rows}, member, !input_in_place_);
     for (int64_t tile = my_tiles.first; tile < my_tiles.last; ++tile)
       weights_.multiply_ih(d, tile, rows, member, gates_of_tile(group, tile));
   }
@@ -333,6 +352,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
   // One share of a group's round. Between two rounds all is there that the one gives to the other, and nobody reads any
   // more what the other writes over: h_{t-1}, whose buffer takes h_{t+1}.
   void step_share(int64_t g, int64_t round, int64_t share, int member) const {
+    const typename Weights::Scope scope;
     const GroupRows rows = rows_of(g);
     const Group& group = groups_[g];
     const int64_t s = projected() ? round / 2 : round, d = g / groups_each_;
@@ -364,13 +384,13 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
   Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_, group_rows_, chunk_steps_;
   bool input_in_place_ = false;
-  int64_t input_stride_ = 0;
+  int64_t input_stride_ = 0, copied_rows_ = 0;
   Workspace workspace_;
   Schedule schedule_;
   Chunk* chunks_ = nullptr;  // of each member
   Group* groups_ = nullptr;
   Value* bias_[kMaxDirections]{};
-  Compute* input_copies_ = nullptr;
+  RowValue* input_copies_ = nullptr;
 };
 
 }  // namespace

@@ -3,6 +3,14 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace rnnfast::cpu {
 namespace {
 
@@ -11,6 +19,7 @@ struct Isa {
   bool (*fits)();
   const Kernels* kernels[4];             // in the order of DType
   const PanelForward* panel_forward[3];  // in the order of PanelType
+  const Kernels* float32_in_bf16;        // float32 with products in bfloat16, or null
 };
 
 #if defined(__x86_64__)
@@ -20,19 +29,39 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux hands the tile registers to a process that asks for them.
+bool has_amx_bf16() {
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;  // of edx, CPUID leaf 7
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & (kTiles | kBFloat16)) != (kTiles | kBFloat16)) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+#define RNNFAST_KERNELS_WITH(isa) \
+  {&kernels_avx512_float32, &kernels_avx512_float64, &kernels_##isa##_bfloat16, &kernels_avx512_float16}
+#define RNNFAST_PANELS_WITH_VNNI \
+  {&panel_forward_avx512_float32, &panel_forward_avx512_bfloat16, &panel_forward_avx512_vnni_int8}
 #endif
 
 // The first that fits is the default.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512_vnni",
-     has_avx512_vnni,
-     RNNFAST_KERNELS_OF(avx512),
-     {&panel_forward_avx512_float32, &panel_forward_avx512_bfloat16, &panel_forward_avx512_vnni_int8}},
-    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512)},
-    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2)},
+    {"amx_bf16", has_amx_bf16, RNNFAST_KERNELS_WITH(amx_bf16), RNNFAST_PANELS_WITH_VNNI, &kernels_amx_bf16_float32},
+    {"avx512_bf16", has_avx512_bf16, RNNFAST_KERNELS_WITH(avx512_bf16), RNNFAST_PANELS_WITH_VNNI,
+     &kernels_avx512_bf16_float32},
+    {"avx512_vnni", has_avx512_vnni, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_WITH_VNNI, nullptr},
+    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512), nullptr},
+    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2), nullptr},
 #endif
-    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable)},
+    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable), nullptr},
 };
 
 const Isa* find(const std::string& name) {
@@ -51,6 +80,8 @@ const Isa* initial() {
   return found ? found : find("");
 }
 
+std::atomic<bool> bf16_allowed{false};
+
 std::atomic<const Isa*>& current() {
   static std::atomic<const Isa*> value{initial()};
   return value;
@@ -59,8 +90,13 @@ std::atomic<const Isa*>& current() {
 }  // namespace
 
 const Kernels& kernels(DType dtype) {
-  return *current().load(std::memory_order_acquire)->kernels[static_cast<int>(dtype)];
+  const Isa& isa = *current().load(std::memory_order_acquire);
+  if (dtype == DType::float32 && isa.float32_in_bf16 && bf16_allowed.load(std::memory_order_relaxed))
+    return *isa.float32_in_bf16;
+  return *isa.kernels[static_cast<int>(dtype)];
 }
+
+void allow_bf16(bool allowed) { bf16_allowed.store(allowed, std::memory_order_relaxed); }
 
 PanelForward panel_forward(PanelType type) {
   return *current().load(std::memory_order_acquire)->panel_forward[static_cast<int>(type)];

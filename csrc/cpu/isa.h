@@ -8,12 +8,14 @@
 namespace rnnfast::cpu {
 
 // The kernels in use: of the widest ISA that the processor has, or of the one that RNNFAST_CPU_ISA or use_isa() asked
-// for.
+// for. In float32 those that multiply in bfloat16 where that is allowed and the ISA has them.
 const Kernels& kernels(DType dtype);
+void allow_bf16(bool allowed);
 PanelForward panel_forward(PanelType type);
 
-// Switches to avx512_vnni, avx512, avx2 or portable ("" keeps the current one). Returns the name in use; an empty
-// string if the processor lacks what was asked for or the name is unknown. Meant for tests and measurements.
+// Switches to amx_bf16, avx512_bf16, avx512_vnni, avx512, avx2 or portable ("" keeps the current one). Returns the name
+// in use; an empty string if the processor lacks what was asked for or the name is unknown. Meant for tests and
+// measurements.
 std::string use_isa(const std::string& name);
 
 }  // namespace rnnfast::cpu

@@ -6,8 +6,11 @@
 
 #include "backward.h"
 #include "call_weights.h"
+#include "column_weights.h"
 #include "forward.h"
 #include "matmul.h"
+#include "pair_matmul.h"
+#include "pairs.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -26,29 +29,68 @@ inline int64_t run_with_blocks(const Params& params, int64_t units, Team& team) 
   return Loop<kMode, Storage, 2>(params, team.planned()).run(team);
 }
 
-template <Mode kMode, class S, int kBlocks>
-using Forward = ForwardLoop<kMode, S, kBlocks, CallWeights<S, traits(kMode).gates, kBlocks>>;
+using Plain = PlainProducts<ComputeOf<Storage>::type>;
+// What multiplies a layer's rows and weights. Of the ISAs that have pairs, the kernels for float32 are those that may
+// round to bfloat16 (isa.h).
+#if defined(__AVX512BF16__)
+using Usual = PairProducts;
+#else
+using Usual = Plain;
+#endif
 
-int64_t forward(const ForwardParams& params, Team& team) {
-  if (has_empty_results(params)) return 0;
+template <class Products> struct Loops {
+  template <Mode kMode, class S, int kBlocks>
+  using Forward = ForwardLoop<kMode, S, kBlocks, CallWeights<Products, S, traits(kMode).gates, kBlocks>>;
+  template <Mode kMode, class S, int kBlocks>
+  using Backward = BackwardLoop<kMode, S, kBlocks, ColumnWeights<Products, S, kBlocks>>;
+};
+
+template <class Products> int64_t run_forward(const ForwardParams& params, Team& team) {
   return with_mode(params.mode, [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
     // A forward tile holds every gate of a block.
     if constexpr (traits(kMode).gates > 1)
-      return Forward<kMode, Storage, 1>(params, team.planned()).run(team);
+      return typename Loops<Products>::template Forward<kMode, Storage, 1>(params, team.planned()).run(team);
     else
-      return run_with_blocks<Forward, kMode>(params, params.hidden_size, team);
+      return run_with_blocks<Loops<Products>::template Forward, kMode>(params, params.hidden_size, team);
   });
+}
+
+// Whether a call is worth packing pairs for. Fewer rows meet the weights as they lie; and where the products take some
+// microseconds, waking the unit that makes them takes longer than it saves. The bounds are measured.
+bool is_worth_pairs([[maybe_unused]] const ForwardParams& params) {
+#if defined(RNNFAST_SANITIZED)
+  return true;  // the fuzzer's calls are small
+#else
+  constexpr double kFewRows = 8, kFewFlops = 6e6;
+  const double rows = 1.0 * params.rows.steps * params.rows.batch,
+               weights = 1.0 * params.directions * traits(params.mode).gates * params.hidden_size *
+                         (params.input_size + params.state_size);
+  return rows >= kFewRows && 2 * weights * rows >= kFewFlops;
+#endif
+}
+
+int64_t forward(const ForwardParams& params, Team& team) {
+  if (has_empty_results(params)) return 0;
+  if constexpr (!std::is_same_v<Usual, Plain>)
+    if (!is_worth_pairs(params)) return run_forward<Plain>(params, team);
+  return run_forward<Usual>(params, team);
 }
 
 int64_t backward(const BackwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   return with_mode(params.mode, [&](auto mode) {
-    return run_with_blocks<BackwardLoop, decltype(mode)::value>(params, params.state_size, team);
+    return run_with_blocks<Loops<Usual>::template Backward, decltype(mode)::value>(params, params.state_size, team);
   });
 }
 
-int64_t matmul(const MatmulParams& params, Team& team) { return MatmulLoop<Storage>(params).run(team); }
+int64_t matmul(const MatmulParams& params, Team& team) {
+#if defined(__AVX512BF16__)
+  return PairMatmul<Storage>(params).run(team);
+#else
+  return MatmulLoop<Storage>(params).run(team);
+#endif
+}
 
 }  // namespace
 

@@ -191,6 +191,8 @@ std::string use_cpu_team(std::string name) {
   return used;
 }
 
+void cpu_allow_bf16(bool allowed) { allow_bf16(allowed); }
+
 double core_latency(int64_t rounds) {
   RNNFAST_CHECK(rounds > 0, "rnnfast::core_latency: rounds: expected at least 1, got ", rounds);
   RNNFAST_CHECK(rounds <= kMostRounds, "rnnfast::core_latency: rounds: expected at most ", kMostRounds, ", got ",
@@ -211,5 +213,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("use_cpu_isa", TORCH_BOX(&rnnfast::cpu::use_cpu_isa));
   library.impl("use_cpu_team", TORCH_BOX(&rnnfast::cpu::use_cpu_team));
+  library.impl("cpu_allow_bf16", TORCH_BOX(&rnnfast::cpu::cpu_allow_bf16));
   library.impl("core_latency", TORCH_BOX(&rnnfast::cpu::core_latency));
 }

@@ -14,6 +14,10 @@ template <PanelType kType, int kG, int kWide = 1> class PanelWeights {
   using Operands = typename Product::Operands;
 
  public:
+  using RowValue = float;
+  using Scope = NoScope;
+  static constexpr int kRowGroup = 1;
+  static constexpr double kSpeed = 1;
   // Of the tiles that the loop is to have.
   static constexpr int kBlocks = kWide * kLineVectors;
   static constexpr int kStateVectors = kLineVectors;
@@ -22,6 +26,7 @@ template <PanelType kType, int kG, int kWide = 1> class PanelWeights {
   PanelWeights(const ForwardParams& params, int threads, int64_t) : p_(params), threads_(threads) {}
 
   int64_t packed_bytes() const { return 0; }
+  bool share_outgrows_cache(int64_t) const { return false; }
 
   void place(Workspace& workspace, int64_t step_rows, int64_t chunk_rows, bool) {
     if constexpr (kType == PanelType::int8) {
@@ -34,12 +39,16 @@ template <PanelType kType, int kG, int kWide = 1> class PanelWeights {
     }
   }
 
+  static void keep_awake() {}
+  static bool takes_in_place(int64_t) { return true; }
   void prepare_tile(int64_t, int64_t) const {}
   void prepare_state_tile(int64_t, int64_t) const {}
 
   Operands rows_of(const Rows<float>& rows, int64_t columns, int member) const {
     return Product::operands(rows, columns, operands_ + member * member_bytes_);
   }
+
+  Operands input_of(const Rows<float>& rows, int member, bool) const { return rows_of(rows, p_.input_size, member); }
 
   template <class Use> void multiply_hh(int64_t d, int64_t tile, const Operands& rows, const Use& use) const {
     const Panels panels = panels_of(Kind::weight_hh, d, tile * kPanels, p_.state_size);

@@ -278,5 +278,49 @@ inline void pack_columns(const Storage* matrix, int64_t stride, int64_t columns,
     }
 }
 
+// Nothing to prepare on a thread. (With a constructor of its own: then no variable of it is unused.)
+struct NoScope {
+  NoScope() {}
+};
+
+// How the loops multiply rows by packed weights; the counterpart of PairProducts (pairs.h), which says more.
+template <class Compute> struct PlainProducts {
+  using RowValue = Compute;
+  using Packed = Compute;
+  using Input = Rows<Compute>;
+  using Scope = NoScope;
+  static constexpr bool kReadsAsItLies = true;
+  static constexpr int64_t kWeightBytes = sizeof(Compute);
+  static constexpr int kRowGroup = 1;
+  static constexpr double kSpeed = 1;  // of the products, those in float32 are 1
+
+  static int64_t packed_size(int vectors, int64_t k_count) { return product(vectors, kLanes<Compute>, k_count); }
+  template <int kVectors, class Storage>
+  static void pack_rows(const Storage* matrix, int64_t stride, int64_t rows, int64_t k_count, Packed* tile, int v) {
+    cpu::pack_rows(matrix, stride, rows, k_count, tile + v * kLanes<Compute>, kVectors * kLanes<Compute>);
+  }
+  template <int kVectors, class Storage>
+  static void pack_columns(const Storage* matrix, int64_t stride, int64_t columns, int64_t k_count, Packed* tile) {
+    cpu::pack_columns(matrix, stride, columns, k_count, tile, kVectors * kLanes<Compute>);
+  }
+
+  RNNFAST_INLINE static void keep_awake() {}
+  static bool takes_in_place(int64_t) { return true; }
+  static int64_t input_memory(int64_t) { return 0; }
+  static Input input_of(const Rows<RowValue>& rows, int64_t, bool, RowValue*) { return rows; }
+
+  template <int kVectors, class Use, class Prefetch>
+  static void for_rows(const Rows<RowValue>& rows, const Packed* tile, int64_t k_count, const Use& use,
+                       const Prefetch& prefetch) {
+    for_row_tiles<kVectors>(rows.data, rows.stride, 1, rows.count, tile, k_count, use, prefetch);
+  }
+  template <int kVectors>
+  static void into(const Input& rows, const Packed* tile, int64_t k_count, Vector<Compute>* to) {
+    product_into<kVectors>(rows.data, rows.stride, rows.count, tile, k_count, to);
+  }
+};
+
+inline void no_prefetch(int64_t, int) {}
+
 }  // namespace
 }  // namespace rnnfast::cpu

@@ -53,6 +53,11 @@ template <class Compute> struct StateBuffer {
     data = workspace.take<Compute>(rows, stride);
   }
   Compute* row(int64_t r) const { return data + r * stride; }
+  // Zeros in the vector of row r that has its last unit, where products read all of it.
+  void clear_last(int64_t r, int64_t width) const {
+    const int64_t last = (width - 1) / kLanes<Compute> * kLanes<Compute>;
+    std::memset(static_cast<void*>(row(r) + last), 0, kVectorBytes);
+  }
 };
 
 }  // namespace

@@ -25,6 +25,8 @@ WIDTHS = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 64, 65,
 COUNTS = [0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 24]
 EDGES = [0, 1, 2, 3, 2**15, 2**20, 2**29, 2**31, 2**33, 2**62]
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, 1e-40, 5e-324, 6e-8, 3e38, -6e4]
+# Whether the library may round float32 to bfloat16 in products (`cpu_allow_bf16`).
+bf16_allowed = False
 RESULT_NAMES = {
     "recurrence_backward": GRADIENTS,
     "layer": RESULTS[:3],
@@ -76,13 +78,15 @@ class OpCall:
             beside = {"matmul": plain.matmul, "quantized_layer": on_unpacked_weights}
             return tensors((beside.get(self.op) or getattr(reference, self.op))(*values))
 
-        names = RESULT_NAMES.get(self.op, RESULTS)
-        for name, result, expected, own in zip(names, tensors(results), truth(torch.float64), truth(None), strict=True):
+        names, results = RESULT_NAMES.get(self.op, RESULTS), tensors(results)
+        rounded = bf16_allowed and self.op != "quantized_layer" and results[0].dtype == torch.float32
+        yardsticks = truth(torch.bfloat16 if rounded else None)
+        for name, result, expected, own in zip(names, results, truth(torch.float64), yardsticks, strict=True):
             # Beyond a row's length the reserve is undefined.
             if result.numel() and (name != "reserve" or self.arguments.get("lengths") is None):
                 # The rule is for values near 1. A power of two, which rounds nothing.
                 scale = 2.0 ** max(0, math.frexp(expected.abs().max().item())[1])
-                check(name, *(values / scale for values in (result, expected, own)))
+                check(name, *(values / scale for values in (result, expected, own.to(result.dtype))))
 
 
 def on_unpacked_weights(*arguments: Any) -> Sequence[Tensor]:

@@ -196,6 +196,8 @@ def run_case(seed: int) -> None:
     torch.manual_seed(rng.getrandbits(63))
     torch.ops.rnnfast.use_cpu_isa(rng.choice(isas))
     torch.ops.rnnfast.use_cpu_team(rng.choice(TEAMS))
+    calls.bf16_allowed = rng.random() < 0.2
+    torch.ops.rnnfast.cpu_allow_bf16(calls.bf16_allowed)
     (case,) = rng.choices(list(CASES), list(CASES.values()))
     case(rng)
 

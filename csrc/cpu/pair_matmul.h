@@ -1,0 +1,150 @@
+// Matrix product of pairs of bfloat16 (pairs.h), for the weight and input gradients; the counterpart of MatmulLoop.
+// Both operands are packed, a few hundred k at a time, and sums of several such blocks are kept in float32.
+#pragma once
+
+#include "pairs.h"
+#include "split.h"
+#include "team.h"
+#include "workspace.h"
+
+#if defined(__AVX512BF16__)
+
+namespace rnnfast::cpu {
+namespace {
+
+template <class Storage> class PairMatmul {
+  static constexpr int kL = kLanes<float>;
+  static constexpr int kVectors = 4;
+  static constexpr int kWidth = kVectors * kL;
+  static constexpr int kRows = kPairRows<kVectors>;
+  static_assert(kRows % kRowGroup == 0);
+  // A tile of rows stays in L1, one of columns in L2. No block of what one can hold: its sums are written once.
+  static constexpr int64_t kBlockK = 512, kMostInOneBlock = 1024;
+
+ public:
+  PairMatmul(const MatmulParams& params)
+      : p_(params),
+        n_tiles_(divide_up(params.n, kWidth)),
+        m_tiles_(divide_up(params.m, kRows)),
+        block_k_(params.k <= kMostInOneBlock ? params.k : kBlockK),
+        blocks_(params.k > block_k_ ? divide_up(params.k, block_k_) : 1),
+        // One line more keeps rows out of the same cache sets.
+        row_stride_(round_up(block_k_, kPairBlock) + kPairBlock) {}
+
+  int64_t run(Team& team) {
+    shares_ = shares_for(team.planned());
+    place();
+    if (const int64_t missing = workspace_.allocate()) return missing;
+    place();
+    // The packed operands of a block of k are written over those of the last.
+    const Stage stage{1, shares_, 2 * blocks_};
+    team.run(&stage, 1, [&](const Piece& piece) {
+      const int64_t block = piece.round / 2, k = block * block_k_, left = p_.k - k;
+      const int64_t k_count = left < block_k_ ? left : block_k_;
+      if (piece.round % 2 == 0)
+        pack(k, k_count, piece.share);
+      else
+        multiply(block, k_count, piece.share);
+    });
+    return 0;
+  }
+
+ private:
+  static constexpr int kPairBlock = cpu::kBlockK;
+
+  void place() {
+    packed_b_ = workspace_.template take<char>(n_tiles_, PairProducts::packed_size(kVectors, block_k_));
+    packed_a_ = workspace_.template take<BFloat16>(m_tiles_, kRows, row_stride_);
+    if (blocks_ > 1) sums_ = workspace_.template take<Vector<float>>(m_tiles_, n_tiles_, kRows, kVectors);
+  }
+  char* tile_of_b(int64_t tile) const { return packed_b_ + tile * PairProducts::packed_size(kVectors, block_k_); }
+  BFloat16* tile_of_a(int64_t tile) const { return packed_a_ + tile * kRows * row_stride_; }
+
+  void pack(int64_t k, int64_t k_count, int64_t share) const {
+    const Range columns = share_of(n_tiles_, share, shares_), rows = share_of(m_tiles_, share, shares_);
+    for (int64_t tile = columns.first; tile < columns.last; ++tile) {
+      const int64_t column = tile * kWidth;
+      if (p_.b_col == 1) {
+        PairProducts::pack_columns<kVectors>(at<Storage>(p_.b, k * p_.b_row + column), p_.b_row, p_.n - column, k_count,
+                                             tile_of_b(tile));
+      } else {
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t first = column + v * kL, left = p_.n - first;
+          PairProducts::pack_rows<kVectors>(at<Storage>(p_.b, k + (left > 0 ? first : 0) * p_.b_col), p_.b_col, left,
+                                            k_count, tile_of_b(tile), v);
+        }
+      }
+    }
+    if (p_.a_col == 1) {
+      for (int64_t row = rows.first * kRows; row < rows.last * kRows && row < p_.m; ++row) {
+        const Storage* from = at<Storage>(p_.a, row * p_.a_row + k);
+        BFloat16* to = packed_a_ + row * row_stride_;
+        for (int64_t kk = 0; kk < k_count; kk += kPairBlock) write_pairs(to + kk, load_pairs(from + kk, k_count - kk));
+      }
+      return;
+    }
+    // A few k at a time: one line of memory serves several tiles, and must still be in L1 when the next one wants it.
+    for (int64_t kk = 0; kk < k_count; kk += kPairBlock)
+      for (int64_t row = rows.first * kRows; row < rows.last * kRows && row < p_.m; row += kL)
+        pack_transposed(at<Storage>(p_.a, row + k * p_.a_col), p_.m - row, kk, k_count,
+                        packed_a_ + row * row_stride_ + kk);
+  }
+  static void write_pairs(BFloat16* to, Vector<float> pairs) {
+    std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
+  }
+
+  // A block of k, of as many rows as a vector has lanes, or the `rows` that there are: of columns, one after the other.
+  void pack_transposed(const Storage* from, int64_t rows, int64_t k, int64_t k_count, BFloat16* to) const {
+    Vector<float> block[kPairLines];
+#pragma GCC unroll 16
+    for (int line = 0; line < kPairLines; ++line)
+      block[line] = (Vector<float>)column_pairs(from, p_.a_col, rows, k + 2 * line, k_count);
+    transpose_level<1, float>(block);
+    for (int64_t r = 0; r < kL && r < rows; ++r) write_pairs(to + r * row_stride_, block[r]);
+  }
+
+  void multiply(int64_t block, int64_t k_count, int64_t share) const {
+    const typename PairProducts::Scope scope;
+    // Some tiles of columns, which L2 holds, for one tile of rows after the other.
+    const int64_t fewest = n_tiles_ * m_tiles_ / (4 * shares_), at_once = fewest < 1 ? 1 : fewest < 8 ? fewest : 8;
+    const int64_t groups = divide_up(n_tiles_, at_once);
+    const Range range = share_of(groups * m_tiles_, share, shares_);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const int64_t first = i / m_tiles_ * at_once;
+      for (int64_t n_tile = first; n_tile < first + at_once && n_tile < n_tiles_; ++n_tile)
+        multiply_tile(block, k_count, n_tile, i % m_tiles_);
+    }
+  }
+
+  void multiply_tile(int64_t block, int64_t k_count, int64_t n_tile, int64_t m_tile) const {
+    const int64_t row = m_tile * kRows, left = p_.m - row;
+    const int height = static_cast<int>(left < kRows ? left : kRows);
+    alignas(64) Vector<float> sums[kRows * kVectors];
+    multiply_pairs<kVectors>(tile_of_a(m_tile), row_stride_, height, tile_of_b(n_tile), k_count, sums);
+    Vector<float>* const kept = sums_ + (n_tile * m_tiles_ + m_tile) * kRows * kVectors;
+    if (block > 0)
+      for (int v = 0; v < height * kVectors; ++v) sums[v] += kept[v];
+    if (block < blocks_ - 1) {
+      std::memcpy(static_cast<void*>(kept), sums, height * kVectors * sizeof *sums);
+      return;
+    }
+    for (int r = 0; r < height; ++r)
+      for (int v = 0; v < kVectors && n_tile * kWidth + v * kL < p_.n; ++v) {
+        const int64_t column = n_tile * kWidth + v * kL;
+        store<float>(at<Storage>(p_.c, (row + r) * p_.c_row + column), sums[r * kVectors + v], p_.n - column);
+      }
+  }
+
+  const MatmulParams& p_;
+  const int64_t n_tiles_, m_tiles_, block_k_, blocks_, row_stride_;
+  int64_t shares_ = 1;
+  Workspace workspace_;
+  BFloat16* packed_a_ = nullptr;
+  char* packed_b_ = nullptr;
+  Vector<float>* sums_ = nullptr;
+};
+
+}  // namespace
+}  // namespace rnnfast::cpu
+
+#endif
