@@ -24,6 +24,7 @@ import plan_cliffs
 import plan_map
 import plan_table
 import quantization
+import sixteen_bit
 import stack_model
 import step_model
 from plot import BACKENDS, Figure, described, figures_of
@@ -398,6 +399,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu packed": lambda: packed(cpu),
         "cpu service": lambda: service(served),
         "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
+        "sixteen-bit types": lambda: sixteen_bit.table(results),
         "quantized errors": lambda: quantization.errors_table(results),
         "cpu figures": lambda: figures(cpu),
         "character model": lambda: demo(results, "charlm-lstm"),

@@ -59,6 +59,7 @@ SUITES = (
     "one-step",
     "service",
     "quantized",
+    "sixteen-bit",
 )
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -13,6 +13,7 @@ file (`read`), and nowhere else.
   choice that a processor can do in seconds.
 * `service`: one call at a time with pauses in between, or beside other processes that compute.
 * `quantized`: small batches with every type of quantized weights; some of them with pauses.
+* `sixteen-bit`: bfloat16 and float16, from one row to many, at sizes of other suites and between them.
 * `smoke`: as small as can be, for tests.
 """
 
@@ -196,6 +197,14 @@ def quantized() -> list[Case]:
     ]
 
 
+def sixteen_bit() -> list[Case]:
+    """Weights that fit a core's cache and that do not, rows from one to more than the kernels take at once."""
+    found = [("LSTM", batch, hidden) for batch, hidden in ((1, 64), (1, 512), (8, 64), (8, 320), (8, 512), (12, 144))]
+    found += [("LSTM", batch, hidden) for batch, hidden in ((24, 96), (48, 512), (64, 64), (64, 256))]
+    found += [("GRU", 1, 256), ("GRU", 8, 256), ("GRU", 48, 512), ("RNN", 8, 256), ("RNN", 64, 256)]
+    return [Case(*shape, steps=60, dtype=dtype, source=OWN) for shape, dtype in product(found, ("bfloat16", "float16"))]
+
+
 SUITES: dict[str, list[Case]] = {
     "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
@@ -221,6 +230,7 @@ SUITES: dict[str, list[Case]] = {
     "models": MODELS,
     "service": service(),
     "quantized": quantized(),
+    "sixteen-bit": sixteen_bit(),
     "smoke": [
         Case("LSTM", 2, 8, steps=3),
         Case("GRU", 3, 8, steps=4, packed=True),
