@@ -169,6 +169,12 @@ def unmapped(record: Record) -> list[Row]:
     return [row for row in record.rows if not (is_served(row) or (is_plain(row) and row["workload"] in mapped))]
 
 
+def has_curves(rows: Sequence[Row]) -> bool:
+    """Whether most of the curves of time against H would have more than one point."""
+    curves = [len(values(group, "H")) > 1 for group in groups(rows, "cell", "B", "dtype").values()]
+    return 2 * sum(curves) >= len(curves)
+
+
 def figures_of(record: Record) -> list[Figure]:
     """The figures that `draw` makes of this record."""
     rows, figures = plain(record), []
@@ -180,7 +186,8 @@ def figures_of(record: Record) -> list[Figure]:
         if is_grid(own):
             for backend in mapped_backends(own):
                 figures.append(Figure(f"{stem}-ratio-{workload}-{backend}.png", "ratio", workload, backend))
-            figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
+            if has_curves(own):
+                figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
     if any(has_series(of_workload(rows, workload)) for workload in workloads_of(rows)):
         figures.append(Figure(f"{stem}-scaling.png", "scaling"))
     if any(map(is_served, record.rows)):

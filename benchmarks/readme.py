@@ -305,7 +305,11 @@ def repeated(results: Path) -> str:
     """How far two runs of the CPU's suites agree: each suite's means, and the largest change of a part of it."""
     folders = (results / REPEAT, results)
     parts = changes_on_cpu(*folders)
-    far = [timed_far([row for record in on_cpu(folder) for row in record.rows]) for folder in folders]
+    again = {part.suite for part in parts}
+    far = [
+        timed_far([row for record in on_cpu(folder) if record.suite in again for row in record.rows])
+        for folder in folders
+    ]
     lines = ["| suite | cases | first run | second run | change | largest of a cell and workload | largest of a case |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for whole in [part for part in parts if part.cell == "all"]:
@@ -389,6 +393,9 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     every = [record for record in load_all(results) if record.suite not in NOT_SHOWN]
     records = [record for record in every if not quantizes(record)]
     cpu = [record for record in records if record.device == "cpu" and not serves(record)]
+    # A table of its own: measured on one machine, where the types' instructions decide.
+    narrow = [record for record in cpu if record.suite == sixteen_bit.SUITE]
+    cpu = [record for record in cpu if record not in narrow]
     served = [record for record in records if record.device == "cpu" and serves(record)]
     cards = [record for record in records if record.device != "cpu"]
     return {
@@ -399,6 +406,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu packed": lambda: packed(cpu),
         "cpu service": lambda: service(served),
         "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
+        "sixteen-bit speeds": lambda: "\n\n".join(part for part in (speeds(narrow), figures(narrow)) if part),
         "sixteen-bit types": lambda: sixteen_bit.table(results),
         "quantized errors": lambda: quantization.errors_table(results),
         "cpu figures": lambda: figures(cpu),

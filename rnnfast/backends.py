@@ -91,10 +91,17 @@ def _triton_kernel(mode: str, module: Any, data: Tensor) -> str:
     return {"persistent": "one launch a layer (Triton)", "step": "one launch a step (Triton)"}[family]
 
 
+def _cpu_kernel(mode: str, module: Any, data: Tensor) -> str:
+    isa = ops.cpu_isa()
+    allowed = data.dtype == torch.float32 and libraries.bf16_allowed()
+    pairs = isa in ops.ISAS_WITH_PAIRS and (data.dtype == torch.bfloat16 or allowed)
+    return f"C++ time loop ({isa}{', larger products in bfloat16' if pairs else ''})"
+
+
 _CPU = _of_library(
     "cpu", "rnnfast", lambda: libraries.cpu_problem(), libraries.cpu_error is None, devices=("cpu", "meta"),
     describe=lambda: f"C++ kernels, instruction set {ops.cpu_isa()}",
-    kernel=lambda *_: f"C++ time loop ({ops.cpu_isa()})",
+    kernel=_cpu_kernel,
     quantized=ops.quantized_layer("rnnfast") if libraries.cpu_error is None else None,
 )  # fmt: skip
 if libraries.cpu_error is None:

@@ -101,6 +101,10 @@ _matmul: Callable[..., Any] = (
 )
 
 
+# Instruction sets with kernels that multiply in bfloat16 (csrc/cpu/pairs.h).
+ISAS_WITH_PAIRS = ("amx_bf16", "avx512_bf16")
+
+
 def use_cpu_isa(name: str) -> str:
     """Switches the C++ kernels to another instruction set, for tests and measurements.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import MODES, make_call, random_grads, reference, selected
-from rnnfast import LSTM, backend, libraries, ops
+from rnnfast import LSTM, backend, explain, libraries, ops
 from rnnfast.cell_types import CELLS
 from test_build import needs_library
 from test_ops import check_results, double
@@ -179,6 +179,16 @@ def test_the_flag_is_followed_at_every_call() -> None:
         assert torch.equal(one, other)
         assert 1e-4 < ((allowed - one).norm() / one.norm()).item() < 1e-2
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@needs_library
+def test_explain_says_whose_products_are_rounded(isa: str, bf16_allowed: None) -> None:
+    layer, input = LSTM(8, 8), torch.randn(3, 2, 8)
+    assert f"C++ time loop ({isa}, larger products in bfloat16)" in explain(layer, input).kernel
+    assert "in bfloat16" in explain(layer.bfloat16(), input.bfloat16()).kernel
+    assert "in bfloat16" not in explain(layer.double(), input.double()).kernel
+    torch.backends.mkldnn.rnn.fp32_precision = "ieee"
+    assert "in bfloat16" not in explain(layer.float(), input).kernel
 
 
 def matrix(rows: int, columns: int, transposed: bool) -> Tensor:
