@@ -182,7 +182,7 @@ def follow_tf32() -> bool:
 
 
 # What the CPU library was told last.
-_bf16_told = False
+_bf16_told: bool | None = None
 
 
 def bf16_allowed() -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import libraries
 
@@ -118,7 +119,8 @@ def use_cpu_isa(name: str) -> str:
         RuntimeError: this processor lacks it, or the name is unknown.
     """
     used = str(torch.ops.rnnfast.use_cpu_isa(name))
-    _choose_products(used)
+    if name:
+        _choose_products(used)
     return used
 
 
@@ -191,12 +193,12 @@ def _choose_products(isa: str) -> None:
     times slower where not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
     """
     _limits.update({torch.float32: _EVERY, torch.float64: _EVERY})
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    for dtype, supported in native.items():
-        if not torch.backends.mkldnn.is_available() or not supported():
+    for dtype, question in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        # A torch without oneDNN has no such op.
+        if not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, question)():
             _limits[dtype] = _EVERY
         else:
             turned = isa == "amx_bf16" and dtype == torch.bfloat16
@@ -210,13 +212,17 @@ def _is_own(a: Tensor, b: Tensor) -> bool:
         return False
     (rows, columns), width = a.shape, b.shape[1]
     most = limit.transposed if rows > 1 and a.stride(0) == 1 else limit.plain
-    return most == math.inf or rows * columns * width <= most
+    # A program that is being traced must not be bound to sizes.
+    return most == math.inf or (not _is_compiling() and rows * columns * width <= most)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` for two matrices, each with any strides of which one is 1; differentiable any number of times."""
-    if not _is_own(a, b):
+    # The library's product has no derivative in forward mode.
+    if forward_ad._current_level >= 0 or not _is_own(a, b):
         return torch.mm(a, b)
+    if a.dtype == torch.float32:
+        libraries.follow_bf16()
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return _matmul(a, b)
     return Matmul.apply(a, b)

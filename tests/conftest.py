@@ -20,7 +20,7 @@ from rnnfast import ops
 
 # a backend, and for the C++ kernels the instruction set; Triton's kernels as they are chosen, and those of one step
 BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "emulated", "triton", "triton-step"]
-# Instruction sets that have kernels of their own for one type alone.
+# Instruction sets whose kernels of other types are another's; tests without a type are not for them.
 OF_ONE_TYPE = {"cpu-amx_bf16": torch.bfloat16, "cpu-avx512_bf16": torch.bfloat16}
 BACKENDS += list(OF_ONE_TYPE)
 

@@ -32,7 +32,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         gates_width_(kG * params.hidden_size),
         weights_(params),
         groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
-                                       Weights::kSpeed)),
+                                       Weights::kSpeed, Weights::kRowGroup)),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)) {}
 
@@ -255,7 +255,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         step_cell(step, row, unit, dh);
         continue;
       }
-      store<Compute>(step.group.dh.row(r) + unit, dh);
+      step.group.dh.put(r, unit, dh, p_.state_size - unit);
       store<Compute>(at<Storage>(p_.grad_projected, (row.data_row * p_.directions + step.d) * p_.state_size + unit), dh,
                      p_.state_size - unit);
     }
@@ -266,12 +266,13 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     const StateBuffer<RowValue>& dh = step.group.dh;
     for_tiles(my_hidden_tiles, step.from, [&](int64_t tile) {
       const auto on_rows = [&](int64_t first, int height, const Value* sums) {
-        for (int i = 0; i < height; ++i)
+        for (int i = 0; i < height; ++i) {
+          Weights::keep_awake();
           for (int block = 0; block < kBlocks; ++block) {
             const int64_t unit = tile * kTileUnits + block * kL;
-            Weights::keep_awake();
             if (unit < p_.hidden_size) step_cell(step, row_at(step, first + i), unit, sums[i * kBlocks + block]);
           }
+        }
       };
       weights_.multiply_hr(step.d, tile, {dh.data, dh.stride, step.active}, on_rows);
       for (int64_t r = step.active; p_.grad_cx && r < step.started; ++r)

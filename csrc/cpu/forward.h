@@ -38,7 +38,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
         state_tiles_(params.projected ? divide_up(params.state_size, kStateUnits) : 0),
         weights_(params, threads, shares_of_group(threads, params.directions, tiles_)),
         groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
-                                       Weights::kSpeed)),
+                                       Weights::kSpeed, Weights::kRowGroup)),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
@@ -62,9 +62,9 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
  private:
   static constexpr int64_t kMostChunkSteps = 256;
 
-  // Steps whose input projection fits a part of the L2 cache, of one share.
+  // Steps whose input projection fits a part of the L2 cache, of one share; more where the input's weights do not stay
+  // there from one chunk to the next, and reading them takes longer than to write and read the results.
   int64_t chunk_steps() const {
-    // Or what is worth it to read the weights of the input less often.
     const int64_t chunk_bytes = weights_.share_outgrows_cache(shares_) ? 2 << 20 : 448 << 10;
     const int64_t step_bytes = product(group_rows_, tiles_, kVectors, kVectorBytes) / shares_;
     int64_t steps = chunk_bytes / (step_bytes > 0 ? step_bytes : 1);
@@ -210,7 +210,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     // What is stored in the type of the output is rounded by that.
     if constexpr (sizeof(RowValue) == sizeof(Compute)) h = rounded_to<Compute, Storage>(h);
     h = unless<Compute>(row.cut, h);
-    store<Compute>(step.group.h[step.to].row(row.r) + unit, h);
+    step.group.h[step.to].put(row.r, unit, h, left);
     if constexpr (kKeepsExact) store<Compute>(step.group.exact.row(row.r) + unit, h);
   }
 
@@ -272,7 +272,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
       store<Compute>(group.c.row(row.r) + unit, unless<Compute>(row.cut, state.c));
     }
     if (projected())
-      store<Compute>(group.hidden.row(row.r) + unit, state.h);
+      group.hidden.put(row.r, unit, state.h, left);
     else
       write_h(step, row, unit, state.h);
   }

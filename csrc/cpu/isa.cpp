@@ -20,6 +20,8 @@ struct Isa {
   const Kernels* kernels[4];             // in the order of DType
   const PanelForward* panel_forward[3];  // in the order of PanelType
   const Kernels* float32_in_bf16;        // float32 with products in bfloat16, or null
+  // Asks the system, the first time, for what the kernels of bfloat16 and of float32_in_bf16 need; null: nothing.
+  bool (*granted)();
 };
 
 #if defined(__x86_64__)
@@ -31,15 +33,29 @@ bool has_avx512() {
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-// Linux hands the tile registers to a process that asks for them.
+[[maybe_unused]] constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
+
 bool has_amx_bf16() {
   constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;  // of edx, CPUID leaf 7
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if ((edx & (kTiles | kBFloat16)) != (kTiles | kBFloat16)) return false;
 #if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
+#else
+  return false;
+#endif
+}
+
+// Linux hands the tile registers to a process that asks for them. Not before they are used: from then on the process's
+// stacks for signals have to be larger.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
 #else
   return false;
 #endif
@@ -54,14 +70,15 @@ bool has_amx_bf16() {
 // The first that fits is the default.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"amx_bf16", has_amx_bf16, RNNFAST_KERNELS_WITH(amx_bf16), RNNFAST_PANELS_WITH_VNNI, &kernels_amx_bf16_float32},
+    {"amx_bf16", has_amx_bf16, RNNFAST_KERNELS_WITH(amx_bf16), RNNFAST_PANELS_WITH_VNNI, &kernels_amx_bf16_float32,
+     tiles_granted},
     {"avx512_bf16", has_avx512_bf16, RNNFAST_KERNELS_WITH(avx512_bf16), RNNFAST_PANELS_WITH_VNNI,
-     &kernels_avx512_bf16_float32},
-    {"avx512_vnni", has_avx512_vnni, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_WITH_VNNI, nullptr},
-    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512), nullptr},
-    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2), nullptr},
+     &kernels_avx512_bf16_float32, nullptr},
+    {"avx512_vnni", has_avx512_vnni, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_WITH_VNNI, nullptr, nullptr},
+    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512), nullptr, nullptr},
+    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2), nullptr, nullptr},
 #endif
-    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable), nullptr},
+    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable), nullptr, nullptr},
 };
 
 const Isa* find(const std::string& name) {
@@ -90,10 +107,11 @@ std::atomic<const Isa*>& current() {
 }  // namespace
 
 const Kernels& kernels(DType dtype) {
-  const Isa& isa = *current().load(std::memory_order_acquire);
-  if (dtype == DType::float32 && isa.float32_in_bf16 && bf16_allowed.load(std::memory_order_relaxed))
-    return *isa.float32_in_bf16;
-  return *isa.kernels[static_cast<int>(dtype)];
+  const Isa* isa = current().load(std::memory_order_acquire);
+  const bool rounded = dtype == DType::float32 && isa->float32_in_bf16 && bf16_allowed.load(std::memory_order_relaxed);
+  // What the system refuses the next ISA does without.
+  if ((rounded || dtype == DType::bfloat16) && isa->granted && !isa->granted()) ++isa;
+  return rounded ? *isa->float32_in_bf16 : *isa->kernels[static_cast<int>(dtype)];
 }
 
 void allow_bf16(bool allowed) { bf16_allowed.store(allowed, std::memory_order_relaxed); }

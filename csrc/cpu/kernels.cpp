@@ -56,40 +56,48 @@ template <class Products> int64_t run_forward(const ForwardParams& params, Team&
   });
 }
 
-// Whether a call is worth packing pairs for. Fewer rows meet the weights as they lie; and where the products take some
-// microseconds, waking the unit that makes them takes longer than it saves. The bounds are measured.
-bool is_worth_pairs([[maybe_unused]] const ForwardParams& params) {
+// Whether `columns` of a layer's gates are worth packing pairs for. Fewer rows meet the weights as they lie; and where
+// the products take some microseconds, waking the unit that makes them takes longer than it saves. The bounds are
+// measured.
+bool is_worth_pairs([[maybe_unused]] const Recurrence& r, [[maybe_unused]] int64_t columns,
+                    [[maybe_unused]] double few_flops) {
 #if defined(RNNFAST_SANITIZED)
   return true;  // the fuzzer's calls are small
 #else
-  constexpr double kFewRows = 8, kFewFlops = 6e6;
-  const double rows = 1.0 * params.rows.steps * params.rows.batch,
-               weights = 1.0 * params.directions * traits(params.mode).gates * params.hidden_size *
-                         (params.input_size + params.state_size);
-  return rows >= kFewRows && 2 * weights * rows >= kFewFlops;
+  constexpr double kFewRows = 8;
+  const double rows = 1.0 * r.rows.steps * r.rows.batch;
+  return rows >= kFewRows && 2.0 * r.directions * traits(r.mode).gates * r.hidden_size * columns * rows >= few_flops;
 #endif
 }
 
 int64_t forward(const ForwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   if constexpr (!std::is_same_v<Usual, Plain>)
-    if (!is_worth_pairs(params)) return run_forward<Plain>(params, team);
+    if (!is_worth_pairs(params, params.input_size + params.state_size, 6e6)) return run_forward<Plain>(params, team);
   return run_forward<Usual>(params, team);
+}
+
+template <class Products> int64_t run_backward(const BackwardParams& params, Team& team) {
+  return with_mode(params.mode, [&](auto mode) {
+    return run_with_blocks<Loops<Products>::template Backward, decltype(mode)::value>(params, params.state_size, team);
+  });
 }
 
 int64_t backward(const BackwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
-  return with_mode(params.mode, [&](auto mode) {
-    return run_with_blocks<Loops<Usual>::template Backward, decltype(mode)::value>(params, params.state_size, team);
-  });
+  if constexpr (!std::is_same_v<Usual, Plain>)
+    if (!is_worth_pairs(params, params.state_size, 3e6)) return run_backward<Plain>(params, team);
+  return run_backward<Usual>(params, team);
 }
 
 int64_t matmul(const MatmulParams& params, Team& team) {
 #if defined(__AVX512BF16__)
-  return PairMatmul<Storage>(params).run(team);
-#else
-  return MatmulLoop<Storage>(params).run(team);
+  // What small calls do in float32 they do exactly.
+  constexpr double kFewFlops = 3e6;
+  if (sizeof(Storage) < sizeof(float) || 2.0 * params.m * params.n * params.k >= kFewFlops)
+    return PairMatmul<Storage>(params).run(team);
 #endif
+  return MatmulLoop<Storage>(params).run(team);
 }
 
 }  // namespace

@@ -38,11 +38,10 @@ RNNFAST_DECLARE_KERNELS(avx2)
 RNNFAST_DECLARE_PANELS(avx2)
 RNNFAST_DECLARE_KERNELS(avx512)
 RNNFAST_DECLARE_PANELS(avx512)
-// With AVX512-VNNI, of which int8 alone makes use; with AVX512-BF16 and with AMX-BF16, of which
-// bfloat16 does.
+// With AVX512-VNNI, of which int8 alone makes use.
 extern const PanelForward panel_forward_avx512_vnni_int8;
+// With AVX512-BF16 and with AMX-BF16; those of float32 round to bfloat16 as they multiply.
 extern const Kernels kernels_avx512_bf16_bfloat16, kernels_amx_bf16_bfloat16;
-// float32 whose products are in bfloat16.
 extern const Kernels kernels_avx512_bf16_float32, kernels_amx_bf16_float32;
 #endif
 

@@ -19,17 +19,17 @@ template <class Storage> class PairMatmul {
   static constexpr int kRows = kPairRows<kVectors>;
   static_assert(kRows % kRowGroup == 0);
   // A tile of rows stays in L1, one of columns in L2. No block of what one can hold: its sums are written once.
-  static constexpr int64_t kBlockK = 512, kMostInOneBlock = 1024;
+  static constexpr int64_t kStepK = 512, kMostInOneBlock = 1024;
 
  public:
   PairMatmul(const MatmulParams& params)
       : p_(params),
         n_tiles_(divide_up(params.n, kWidth)),
         m_tiles_(divide_up(params.m, kRows)),
-        block_k_(params.k <= kMostInOneBlock ? params.k : kBlockK),
-        blocks_(params.k > block_k_ ? divide_up(params.k, block_k_) : 1),
+        step_k_(params.k <= kMostInOneBlock ? params.k : kStepK),
+        blocks_(params.k > step_k_ ? divide_up(params.k, step_k_) : 1),
         // One line more keeps rows out of the same cache sets.
-        row_stride_(round_up(block_k_, kPairBlock) + kPairBlock) {}
+        row_stride_(round_up(step_k_, kBlockK) + kBlockK) {}
 
   int64_t run(Team& team) {
     shares_ = shares_for(team.planned());
@@ -39,8 +39,8 @@ template <class Storage> class PairMatmul {
     // The packed operands of a block of k are written over those of the last.
     const Stage stage{1, shares_, 2 * blocks_};
     team.run(&stage, 1, [&](const Piece& piece) {
-      const int64_t block = piece.round / 2, k = block * block_k_, left = p_.k - k;
-      const int64_t k_count = left < block_k_ ? left : block_k_;
+      const int64_t block = piece.round / 2, k = block * step_k_, left = p_.k - k;
+      const int64_t k_count = left < step_k_ ? left : step_k_;
       if (piece.round % 2 == 0)
         pack(k, k_count, piece.share);
       else
@@ -50,14 +50,12 @@ template <class Storage> class PairMatmul {
   }
 
  private:
-  static constexpr int kPairBlock = cpu::kBlockK;
-
   void place() {
-    packed_b_ = workspace_.template take<char>(n_tiles_, PairProducts::packed_size(kVectors, block_k_));
+    packed_b_ = workspace_.template take<char>(n_tiles_, PairProducts::packed_size(kVectors, step_k_));
     packed_a_ = workspace_.template take<BFloat16>(m_tiles_, kRows, row_stride_);
     if (blocks_ > 1) sums_ = workspace_.template take<Vector<float>>(m_tiles_, n_tiles_, kRows, kVectors);
   }
-  char* tile_of_b(int64_t tile) const { return packed_b_ + tile * PairProducts::packed_size(kVectors, block_k_); }
+  char* tile_of_b(int64_t tile) const { return packed_b_ + tile * PairProducts::packed_size(kVectors, step_k_); }
   BFloat16* tile_of_a(int64_t tile) const { return packed_a_ + tile * kRows * row_stride_; }
 
   void pack(int64_t k, int64_t k_count, int64_t share) const {
@@ -79,15 +77,26 @@ template <class Storage> class PairMatmul {
       for (int64_t row = rows.first * kRows; row < rows.last * kRows && row < p_.m; ++row) {
         const Storage* from = at<Storage>(p_.a, row * p_.a_row + k);
         BFloat16* to = packed_a_ + row * row_stride_;
-        for (int64_t kk = 0; kk < k_count; kk += kPairBlock) write_pairs(to + kk, load_pairs(from + kk, k_count - kk));
+        for (int64_t kk = 0; kk < k_count; kk += kBlockK) write_pairs(to + kk, load_pairs(from + kk, k_count - kk));
       }
       return;
     }
+    const Range groups = share_of(divide_up(p_.m, kL), share, shares_);
+    if (p_.a_row != 1) {
+      // Neither rows nor columns are together: seldom, and slow.
+      for (int64_t row = groups.first * kL; row < groups.last * kL && row < p_.m; ++row)
+        for (int64_t kk = 0; kk < round_up(k_count, kBlockK); ++kk)
+          packed_a_[row * row_stride_ + kk] = one_value(row, k + kk, kk < k_count);
+      return;
+    }
     // A few k at a time: one line of memory serves several tiles, and must still be in L1 when the next one wants it.
-    for (int64_t kk = 0; kk < k_count; kk += kPairBlock)
-      for (int64_t row = rows.first * kRows; row < rows.last * kRows && row < p_.m; row += kL)
+    for (int64_t kk = 0; kk < k_count; kk += kBlockK)
+      for (int64_t row = groups.first * kL; row < groups.last * kL && row < p_.m; row += kL)
         pack_transposed(at<Storage>(p_.a, row + k * p_.a_col), p_.m - row, kk, k_count,
                         packed_a_ + row * row_stride_ + kk);
+  }
+  BFloat16 one_value(int64_t row, int64_t k, bool there) const {
+    return {there ? bits_of(at<Storage>(p_.a, row * p_.a_row + k * p_.a_col), 1)[0] : uint16_t{0}};
   }
   static void write_pairs(BFloat16* to, Vector<float> pairs) {
     std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
@@ -121,7 +130,7 @@ template <class Storage> class PairMatmul {
     const int height = static_cast<int>(left < kRows ? left : kRows);
     alignas(64) Vector<float> sums[kRows * kVectors];
     multiply_pairs<kVectors>(tile_of_a(m_tile), row_stride_, height, tile_of_b(n_tile), k_count, sums);
-    Vector<float>* const kept = sums_ + (n_tile * m_tiles_ + m_tile) * kRows * kVectors;
+    Vector<float>* const kept = blocks_ > 1 ? sums_ + (n_tile * m_tiles_ + m_tile) * kRows * kVectors : nullptr;
     if (block > 0)
       for (int v = 0; v < height * kVectors; ++v) sums[v] += kept[v];
     if (block < blocks_ - 1) {
@@ -136,7 +145,7 @@ template <class Storage> class PairMatmul {
   }
 
   const MatmulParams& p_;
-  const int64_t n_tiles_, m_tiles_, block_k_, blocks_, row_stride_;
+  const int64_t n_tiles_, m_tiles_, step_k_, blocks_, row_stride_;
   int64_t shares_ = 1;
   Workspace workspace_;
   BFloat16* packed_a_ = nullptr;

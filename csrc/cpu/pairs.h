@@ -77,8 +77,7 @@ inline int64_t blocks_of(int64_t k_count) { return divide_up(k_count, kBlockK); 
 
 // Rows that a tile register takes: so many must be there to be read, whatever stands in those that do not count.
 constexpr int kRowGroup = 16;
-// As PlainProducts has it: of the products with what goes with them.
-constexpr double kPairSpeed = 8;
+constexpr double kPairSpeed = 8;  // PairProducts::kSpeed
 // How many at a time: two registers of rows meet each one of weights.
 constexpr int kRowsAtOnce = 2 * kRowGroup;
 
@@ -110,8 +109,8 @@ template <int kSum, int kRows, int kWeights> RNNFAST_INLINE void add_products() 
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kRows), "i"(kWeights));
 }
 
-// The unit that multiplies tiles goes to sleep after half a microsecond without work, and takes as long to wake, after
-// more the longer. One product, which nobody reads, keeps it awake: between two products, every row of other work.
+// The unit that multiplies tiles goes to sleep after half a microsecond without work, and takes a third of one to wake,
+// the longer it slept the more. A product which nobody reads, one a row of other work, keeps it awake.
 RNNFAST_INLINE void keep_pairs_awake() { add_products<0, 4, 6>(); }
 
 template <class Use, int... kNumber> RNNFAST_INLINE void each(std::integer_sequence<int, kNumber...>, const Use& use) {
@@ -143,7 +142,7 @@ template <int kGroups, int kCount>
   });
 }
 
-// At most kRowsAtOnce rows times a whole tile, (height, kVectors) sums; to the end of the last group of rows.
+// At most kRowsAtOnce rows times a whole tile, (height, kVectors) sums. Those of the whole last group are written.
 template <int kVectors>
 inline void multiply_pairs(const BFloat16* rows, int64_t stride, int height, const char* packed, int64_t k_count,
                            Vector<float>* sums) {
@@ -254,6 +253,9 @@ struct PairProducts {
                         tile + v * kBlockBytes, kVectors * kBlockBytes);
   }
 
+  // To be called after each row of other work, while there is a Scope.
+  RNNFAST_INLINE static void keep_awake() { keep_pairs_awake(); }
+
   // Rows of an input. Where they are not followed by memory up to the end of a group, the last group is a copy.
   struct Input {
     Rows<RowValue> whole, last;
@@ -282,8 +284,6 @@ struct PairProducts {
       use(first, height, sums);
     });
   }
-  // To be called after each row of other work, while there is a Scope.
-  RNNFAST_INLINE static void keep_awake() { keep_pairs_awake(); }
   // The same, written to `to`: (rows, kVectors) vectors.
   template <int kVectors> static void into(const Input& rows, const Packed* tile, int64_t k_count, Vector<float>* to) {
     const auto copy = [&](const Rows<RowValue>& some, Vector<float>* there) {

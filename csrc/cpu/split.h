@@ -43,15 +43,17 @@ inline double product_seconds(double flops, double weight_bytes) {
 // How many groups the rows of each direction are split into. In each group the hidden units are split over some
 // threads, which hand h over at each step (not where there is one thread). `packed_bytes`: of a direction's weights
 // that are packed before the first step. All threads do that together, and each then reads the whole of it, if it has
-// rows of its own, or the part that it has packed itself. `speed`: of products, those in float32 are 1.
+// rows of its own, or the part that it has packed itself. `speed`: of products, those in float32 are 1, which
+// take `rows_at_once` rows, or fewer in the same time.
 inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t element_size, int64_t unit_tiles,
-                                 int64_t packed_bytes, double speed) {
+                                 int64_t packed_bytes, double speed, int64_t rows_at_once) {
   const int64_t per_direction = threads / p.directions;
   if (per_direction <= 1 || p.rows.batch < 2) return 1;
   const double weights = static_cast<double>(product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size));
   const double flops = 2.0 * weights / element_size * p.rows.batch / speed;
   const int64_t groups = per_direction < p.rows.batch ? per_direction : p.rows.batch;
-  const double rows_share = static_cast<double>((p.rows.batch + groups - 1) / groups) / p.rows.batch;
+  const double rows_share = static_cast<double>(round_up(divide_up(p.rows.batch, groups), rows_at_once)) /
+                            round_up(p.rows.batch, rows_at_once);
   const double units_share = static_cast<double>((unit_tiles + per_direction - 1) / per_direction) / unit_tiles;
   const double handed_over = packed_bytes * (1.0 - 1.0 / per_direction) / kBytesHandedOver;
   const double by_rows =

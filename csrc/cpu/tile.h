@@ -138,10 +138,11 @@ inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t 
     use(first, height, acc);
   });
 }
+inline void no_prefetch(int64_t, int) {}
 template <int kVectors, class Compute, class Use>
 inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
                           int64_t k_count, const Use& use) {
-  for_row_tiles<kVectors>(a, a_row, a_k, rows, packed, k_count, use, [](int64_t, int) {});
+  for_row_tiles<kVectors>(a, a_row, a_k, rows, packed, k_count, use, no_prefetch);
 }
 
 // The same, written to `to`: (rows, kVectors) vectors.
@@ -319,8 +320,6 @@ template <class Compute> struct PlainProducts {
     product_into<kVectors>(rows.data, rows.stride, rows.count, tile, k_count, to);
   }
 };
-
-inline void no_prefetch(int64_t, int) {}
 
 }  // namespace
 }  // namespace rnnfast::cpu

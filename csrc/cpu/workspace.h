@@ -53,6 +53,14 @@ template <class Compute> struct StateBuffer {
     data = workspace.take<Compute>(rows, stride);
   }
   Compute* row(int64_t r) const { return data + r * stride; }
+  // A vector of row r, of which the first `left` values count. Products of pairs read to the end of a block, and must
+  // find the zeros there that clear_last left: an infinity that met the zeros behind the last column is no number.
+  template <class Value> void put(int64_t r, int64_t unit, Value value, int64_t left) const {
+    if constexpr (sizeof(Compute) < sizeof(float))
+      store<float>(row(r) + unit, value, left);
+    else
+      store<Compute>(row(r) + unit, value);
+  }
   // Zeros in the vector of row r that has its last unit, where products read all of it.
   void clear_last(int64_t r, int64_t width) const {
     const int64_t last = (width - 1) / kLanes<Compute> * kLanes<Compute>;
