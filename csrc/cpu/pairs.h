@@ -261,7 +261,7 @@ struct PairProducts {
     Rows<RowValue> whole, last;
   };
   // Whether rows of so many columns may be taken as they lie.
-  static bool takes_in_place(int64_t columns) { return columns % kBlockK == 0; }
+  static bool takes_in_place(int64_t columns) { return columns > 0 && columns % kBlockK == 0; }
   // Operands that `input_of` may want of a thread's memory.
   static int64_t input_memory(int64_t columns) { return product(kRowGroup, columns); }
   static Input input_of(const Rows<RowValue>& rows, int64_t columns, bool followed, RowValue* memory) {
