@@ -171,8 +171,8 @@ def unmapped(record: Record) -> list[Row]:
 
 def has_curves(rows: Sequence[Row]) -> bool:
     """Whether most of the curves of time against H would have more than one point."""
-    curves = [len(values(group, "H")) > 1 for group in groups(rows, "cell", "B", "dtype").values()]
-    return 2 * sum(curves) >= len(curves)
+    curves = groups(rows, "cell", "B", "dtype").values()
+    return 2 * sum(len(values(curve, "H")) > 1 for curve in curves) >= len(curves)
 
 
 def figures_of(record: Record) -> list[Figure]:
@@ -184,8 +184,8 @@ def figures_of(record: Record) -> list[Figure]:
     for workload in workloads_of(rows):
         own = of_workload(rows, workload)
         if is_grid(own):
-            for backend in mapped_backends(own):
-                figures.append(Figure(f"{stem}-ratio-{workload}-{backend}.png", "ratio", workload, backend))
+            names = mapped_backends(own)
+            figures += [Figure(f"{stem}-ratio-{workload}-{name}.png", "ratio", workload, name) for name in names]
             if has_curves(own):
                 figures.append(Figure(f"{stem}-time-{workload}.png", "time", workload))
     if any(has_series(of_workload(rows, workload)) for workload in workloads_of(rows)):

@@ -189,8 +189,8 @@ _limits: dict[torch.dtype, _Limit] = {}
 def _choose_products(isa: str) -> None:
     """Whose product is faster, by type; measured (docs/performance.md).
 
-    ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and a hundred
-    times slower where not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
+    ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and slow where
+    not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
     """
     _limits.update({torch.float32: _EVERY, torch.float64: _EVERY})
     for dtype, question in (

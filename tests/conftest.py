@@ -15,13 +15,14 @@ import torch
 # Switches Triton's interpreter on: before the others, which may import Triton.
 from triton_interpreter import triton_problem  # isort: skip
 from emulated_library import emulated_problem
+from isas import WITH_PAIRS
 from rnnfast import backend as use_backend
 from rnnfast import ops
 
 # a backend, and for the C++ kernels the instruction set; Triton's kernels as they are chosen, and those of one step
 BACKENDS = ["reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "emulated", "triton", "triton-step"]
 # Instruction sets whose kernels of other types are another's; tests without a type are not for them.
-OF_ONE_TYPE = {"cpu-amx_bf16": torch.bfloat16, "cpu-avx512_bf16": torch.bfloat16}
+OF_ONE_TYPE = {f"cpu-{isa}": torch.bfloat16 for isa in WITH_PAIRS}
 BACKENDS += list(OF_ONE_TYPE)
 
 # Every instruction set has the same source: by default the widest runs all cases, the others every third.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cases import MODES, RESULTS, Call, make_call, random_grads, reference, selected
+from isas import WITH_PAIRS
 from rnnfast import GRU, LSTM, backend, explain, libraries, ops
 from rnnfast.cell_types import CELLS
 from test_build import needs_library
 from test_ops import check_results, double
 from tolerances import check
 
-ISAS = ["amx_bf16", "avx512_bf16"]
 BFLOAT16 = torch.bfloat16
 
 # Sizes at which forward packs pairs (kernels.cpp: is_worth_pairs). Rows of a step: one, less than a group of 16, a
@@ -61,7 +61,7 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=WITH_PAIRS)
 def isa(request: pytest.FixtureRequest) -> str:
     try:
         ops.use_cpu_isa(request.param)
@@ -74,7 +74,7 @@ def each_isa(threads: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Those that this processor has, each in use in its turn, with so many threads: what is true of all of them is
     computed once."""
     found = False
-    for name in ISAS:
+    for name in WITH_PAIRS:
         try:
             ops.use_cpu_isa(name)
         except RuntimeError:
@@ -84,7 +84,7 @@ def each_isa(threads: Sequence[int]) -> Iterator[tuple[str, int]]:
             found = True
             yield name, number
     if not found:
-        pytest.skip(f"this processor has none of {', '.join(ISAS)}")
+        pytest.skip(f"this processor has none of {', '.join(WITH_PAIRS)}")
 
 
 def leave_not_a_number_in_free_memory() -> None:
@@ -336,7 +336,7 @@ def test_where_bfloat16_products_go(isa: str, monkeypatch: pytest.MonkeyPatch) -
         ops.matmul(matrix(8, 8, False), matrix(8, 8, False))
     assert torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert asked == ["own" if isa == "amx_bf16" else "torch", "torch", "own"]
-    # Without oneDNN ATen's are a hundred times slower.
+    # Without oneDNN ATen's are no choice.
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(ops, "_limits", {})
     ops._choose_products(isa)

@@ -56,24 +56,28 @@ template <class Products> int64_t run_forward(const ForwardParams& params, Team&
   });
 }
 
-// Whether `columns` of a layer's gates are worth packing pairs for. Fewer rows meet the weights as they lie; and where
-// the products take some microseconds, waking the unit that makes them takes longer than it saves. The bounds are
-// measured.
+// Of each product of a call. So few take some microseconds, and waking the unit that makes them takes longer than it
+// saves; where float32 may be rounded, small calls so stay exact. Measured, as kFewRows.
+[[maybe_unused]] constexpr double kFewFlops = 3e6;
+
+// Whether a pass with `products` products, with `columns` columns of weights together, is worth packing pairs for.
+// Fewer rows meet the weights as they lie.
 bool is_worth_pairs([[maybe_unused]] const Recurrence& r, [[maybe_unused]] int64_t columns,
-                    [[maybe_unused]] double few_flops) {
+                    [[maybe_unused]] int products) {
 #if defined(RNNFAST_SANITIZED)
   return true;  // the fuzzer's calls are small
 #else
   constexpr double kFewRows = 8;
   const double rows = 1.0 * r.rows.steps * r.rows.batch;
-  return rows >= kFewRows && 2.0 * r.directions * traits(r.mode).gates * r.hidden_size * columns * rows >= few_flops;
+  return rows >= kFewRows &&
+         2.0 * r.directions * traits(r.mode).gates * r.hidden_size * columns * rows >= products * kFewFlops;
 #endif
 }
 
 int64_t forward(const ForwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   if constexpr (!std::is_same_v<Usual, Plain>)
-    if (!is_worth_pairs(params, params.input_size + params.state_size, 6e6)) return run_forward<Plain>(params, team);
+    if (!is_worth_pairs(params, params.input_size + params.state_size, 2)) return run_forward<Plain>(params, team);
   return run_forward<Usual>(params, team);
 }
 
@@ -86,14 +90,12 @@ template <class Products> int64_t run_backward(const BackwardParams& params, Tea
 int64_t backward(const BackwardParams& params, Team& team) {
   if (has_empty_results(params)) return 0;
   if constexpr (!std::is_same_v<Usual, Plain>)
-    if (!is_worth_pairs(params, params.state_size, 3e6)) return run_backward<Plain>(params, team);
+    if (!is_worth_pairs(params, params.state_size, 1)) return run_backward<Plain>(params, team);
   return run_backward<Usual>(params, team);
 }
 
 int64_t matmul(const MatmulParams& params, Team& team) {
 #if defined(__AVX512BF16__)
-  // What small calls do in float32 they do exactly.
-  constexpr double kFewFlops = 3e6;
   if (sizeof(Storage) < sizeof(float) || 2.0 * params.m * params.n * params.k >= kFewFlops)
     return PairMatmul<Storage>(params).run(team);
 #endif

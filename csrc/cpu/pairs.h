@@ -167,7 +167,7 @@ template <int> constexpr int kPairRows = kRowsAtOnce;
 #else
 
 constexpr int kRowGroup = 1;
-constexpr double kPairSpeed = 1;  // 0.5 on Intel's first cores that have them, 2 on AMD's later ones
+constexpr double kPairSpeed = 1;  // 0.5 where it was measured, on a core that has AMX as well
 
 using PairRegisters = NoScope;
 RNNFAST_INLINE void keep_pairs_awake() {}

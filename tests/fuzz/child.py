@@ -34,7 +34,7 @@ from calls import OpCall  # noqa: E402
 
 from build_sanitized import companions, library  # noqa: E402
 from cases import MODES, make_call  # noqa: E402
-from isas import ISAS  # noqa: E402
+from isas import ISAS, WITH_PAIRS  # noqa: E402
 
 COMPARED = 0.2  # of the calls that can be
 counted: collections.Counter[str] = collections.Counter()
@@ -198,7 +198,7 @@ def run_case(seed: int) -> None:
     torch.ops.rnnfast.use_cpu_isa(isa)
     torch.ops.rnnfast.use_cpu_team(rng.choice(TEAMS))
     # Others must not round what they are allowed to.
-    calls.bf16_allowed = isa in ("amx_bf16", "avx512_bf16") and rng.random() < 0.3
+    calls.bf16_allowed = isa in WITH_PAIRS and rng.random() < 0.3
     torch.ops.rnnfast.cpu_allow_bf16(calls.bf16_allowed)
     (case,) = rng.choices(list(CASES), list(CASES.values()))
     case(rng)
