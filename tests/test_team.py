@@ -54,12 +54,20 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {sanitizer: build(folder, sanitizer) for sanitizer in SANITIZERS}
 
 
-def run(program: Path, mode: str, seconds: float = 2, seed: int = 1, cores: set[int] | None = None) -> str:
-    """What the program said."""
+def run(
+    program: Path, mode: str, seconds: float = 2, seed: int = 1, cores: set[int] | None = None, limit: float = 100
+) -> str:
+    """What the program said, and whether it was stopped after `limit` seconds."""
     pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
     command = [*fixed_addresses(), str(program), mode, str(seconds), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, preexec_fn=pin, check=False)
-    return done.stdout + done.stderr
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin
+    ) as process:
+        try:
+            return process.communicate(timeout=limit)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.communicate()[0] + f"stopped after {limit} s"
 
 
 @pytest.fixture
@@ -165,8 +173,13 @@ def test_what_orders_the_threads_is_needed(tmp_path: Path, fault: str) -> None:
     changed = cpu / file
     assert changed.read_text().count(text) == 1
     changed.write_text(changed.read_text().replace(text, instead))
-    said = run(build(tmp_path, "thread", cpu), mode, seconds=3)
-    assert told in said
+    program, outputs = build(tmp_path, "thread", cpu), []
+    # Memory is no longer safe in such a program: once in a while it crashes or hangs before the sanitizer speaks.
+    for seed in range(1, 6):
+        outputs.append(run(program, mode, seconds=3, seed=seed, limit=20))
+        if told in outputs[-1]:
+            return
+    pytest.fail(f"nobody said {told!r}, but: {outputs}")
 
 
 # ---- the layers ------------------------------------------------------------------------------------------------------
