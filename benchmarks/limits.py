@@ -14,6 +14,10 @@ A step cannot be faster than the slowest of three things that may all go on at o
 On top comes the cost of being called, spread over the steps. Gate functions, and what an implementation keeps for its
 backward pass, are left out: the floor is to be below every implementation, and near a good one.
 
+In a loop of cells (`Case.cells`) each step is a call, or two with gradients, and the chain has the input's weights too,
+as in streaming. The traffic has the weights once a loop: where they are read again they may come from nearer, and the
+chain has that.
+
 A CPU's numbers are measured, in some seconds (`measure_cpu`), before the suites and after them: the better counts, as
 others on the machine can only take away; and no peak is below what a case of a suite reached. A GPU's are those of its
 maker's data sheets (`GPUS`) and, where these are silent (caches, latencies), estimates: limits on a GPU are therefore
@@ -124,7 +128,7 @@ def chain(case: Case, workload: str, machine: Machine, peak: float) -> float:
     """Seconds of one step of the recurrence, once through (third item above)."""
     chains = case.directions * case.layers
     size = getattr(torch, case.dtype).itemsize
-    if workload == "streaming":
+    if case.cells or workload == "streaming":
         # Nothing can be made in advance: the input's weights belong to the step as well.
         elements = case.weights() / chains
     else:
@@ -160,11 +164,12 @@ def limit_us_per_step(case: Case, workload: str, machine: Machine, tf32: bool = 
         return None
     steps = timed_steps(case, workload)
     arithmetic = case.flops(workload) / peak
-    traffic = case.bytes(workload) / machine.home(case.bytes(workload) * (1 if workload == "streaming" else steps))
+    once = replace(case, cells=False).bytes(workload)
+    traffic = once / machine.home(once * (1 if workload == "streaming" else steps))
     walks = 2 if workload == "training" else 1
     # The last layer is done so many steps after the first as there are layers between them.
     latest = 1 if workload == "streaming" else (steps + case.layers - 1) / steps
-    calls = {"inference": 1 / steps, "training": 2 / steps, "streaming": 1.0}[workload] * machine.call
+    calls = walks / (1 if case.cells or workload == "streaming" else steps) * machine.call
     return 1e6 * (max(arithmetic, traffic, walks * latest * chain(case, workload, machine, peak)) + calls)
 
 

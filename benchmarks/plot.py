@@ -59,8 +59,8 @@ MARKERS = {"torch.nn": "s", "cpu": "o", "cpu-one-thread": "^", "cuda": "o", "tri
 BACKENDS = ("cpu", "cpu-one-thread", "cuda", "cuda-graph", "triton", "triton-graph")
 # The bars' colours of other libraries.
 OTHER_COLOURS = ("#009e73", "#e69f00", "#56b4e9", "#999933")
-# One layer, one direction, rows of full length.
-PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0}
+# One layer, one direction, rows of full length; no loop of cells.
+PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0, "cells": False}
 PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets, no pause or neighbours"
 # So many different values make a heat map or a line.
 LEAST_HIDDEN, LEAST_BATCHES, LEAST_SERIES = 3, 2, 3
@@ -91,8 +91,8 @@ def source_of(figure: Path) -> str | None:
 
 
 def is_plain(row: Row) -> bool:
-    """Whether cell, H, B, T and type describe the row: everything else is as in `PLAIN`."""
-    return all(row[key] == value for key, value in PLAIN.items()) and not is_served(row)
+    """Whether cell, H, B, T and type describe the row: everything else is as in `PLAIN`; earlier files lack some."""
+    return all(row.get(key, value) == value for key, value in PLAIN.items()) and not is_served(row)
 
 
 def plain(record: Record) -> list[Row]:

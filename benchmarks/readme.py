@@ -43,6 +43,7 @@ from records import (
     condition,
     in_conditions,
     in_order,
+    is_loop,
     is_served,
     load_all,
     loaded,
@@ -153,6 +154,42 @@ def speeds(records: Sequence[Record]) -> str:
         if beside := sum(loaded([row]) for row in rows):
             lines += [f"{beside} of the {len(rows)} rows were timed {BESIDE}.", ""]
     return "\n".join(lines).strip()
+
+
+def loops(record: Record) -> bool:
+    """Whether it has loops of cells: these stand in a block of their own."""
+    return any(map(is_loop, record.data["rows"]))
+
+
+def cell_speeds(records: Sequence[Record]) -> str:
+    """A table: of every cell and number of steps, and of every model, the mean and the worst of each workload; then the
+    rows in which torch.nn is faster, and the figures."""
+    if not records:
+        return "There is no result file of the suite `cells` yet."
+    parts = []
+    for record in records:
+        rows = [row for row in record.rows if is_loop(row)]
+        workloads = in_order(WORKLOADS, [row["workload"] for row in rows])
+        several = len({row["backend"] for row in rows}) > 1
+        parts.append(f"Ratio of torch.nn's time to rnnfast's: {versions(record)}.")
+        lines = ["| cell |" + "".join(f" {workload}: mean | worst |" for workload in workloads)]
+        lines.append("| --- |" + " ---: | --- |" * len(workloads))
+        by_line: dict[str, list[Row]] = {}
+        for row in rows:
+            words = f"{row['cell']}Cell, T = {row['T']}" + f", {row['backend']}" * several
+            by_line.setdefault(f"{row['model']}: {words}" if row["model"] else words, []).append(row)
+        for words, own in by_line.items():
+            line = [words]
+            for group in ([row for row in own if row["workload"] == workload] for workload in workloads):
+                low = worst(group) if group else None
+                line += [f"{mean_ratio(group):.2f}" if group else ""]
+                # The model's name stands in the first column.
+                line += [f"{low['ratio']:.2f} ({shape({**low, 'model': ''})})" if low else ""]
+            lines.append("| " + " | ".join(line) + " |")
+        parts.append("\n".join(lines))
+        if beside := sum(loaded([row]) for row in rows):
+            parts.append(f"{beside} of the {len(rows)} rows were timed {BESIDE}.")
+    return "\n\n".join([*parts, slower(records), *filter(None, [figures(records)])])
 
 
 def timed_far(rows: Sequence[Row]) -> int:
@@ -395,7 +432,8 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     cpu = [record for record in records if record.device == "cpu" and not serves(record)]
     # A table of its own: measured on one machine, where the types' instructions decide.
     narrow = [record for record in cpu if record.suite == sixteen_bit.SUITE]
-    cpu = [record for record in cpu if record not in narrow]
+    stepped = [record for record in cpu if loops(record)]
+    cpu = [record for record in cpu if record not in (*narrow, *stepped)]
     served = [record for record in records if record.device == "cpu" and serves(record)]
     cards = [record for record in records if record.device != "cpu"]
     return {
@@ -405,6 +443,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu slower": lambda: slower(cpu),
         "cpu packed": lambda: packed(cpu),
         "cpu service": lambda: service(served),
+        "cell speeds": lambda: cell_speeds(stepped),
         "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
         "sixteen-bit speeds": lambda: "\n\n".join(part for part in (speeds(narrow), figures(narrow)) if part),
         "sixteen-bit types": lambda: sixteen_bit.table(results),

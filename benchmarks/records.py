@@ -57,6 +57,7 @@ SUITES = (
     "lengths",
     "packed",
     "one-step",
+    "cells",
     "service",
     "quantized",
     "sixteen-bit",
@@ -190,6 +191,11 @@ def is_served(row: Row) -> bool:
     return bool(row.get("pause_ms") or row.get("neighbours"))
 
 
+def is_loop(row: Row) -> bool:
+    """Whether it is of a loop of cells, not of a layer; earlier files have no such rows."""
+    return bool(row.get("cells"))
+
+
 def quantizes(record: Record) -> bool:
     """Whether it has cases with quantized weights, whose ratios say nothing of other layers: they have a table of their
     own (quantization.py), and no figures."""
@@ -274,8 +280,8 @@ def bench_options(row: Row) -> str:
     """The row's case as options of `python -m rnnfast bench`."""
     options = [f"{option} {row[key]}" for option, key in BENCH_OPTIONS.items() if row[key]]
     options += ["--bidirectional"] * (row["directions"] == 2)
-    options += [f"--{flag}" for flag in ("packed", "lengths") if row[flag]]
-    # Earlier files have none.
+    # Earlier files have not all of these.
+    options += [f"--{flag}" for flag in ("packed", "lengths", "cells") if row.get(flag)]
     options += [f"--quantized {kind}" for kind in [row.get("quantized")] if kind]
     return " ".join([*options, f"--backends {row['backend'].removesuffix(GRAPH).removesuffix(QUANTIZED)}"])
 

@@ -187,11 +187,11 @@ class Runner:
 
 def needs_turns(case: Case, workload: str, settings: Settings) -> bool:
     """Whether the candidates must have a process each: calls of a service, or a peer whose threads stay awake, which
-    would slow down all others in one process with it. Packed rows are compared with padded ones in one process, and
-    what trains is timed there."""
+    would slow down all others in one process with it. Packed rows are compared with padded ones in one process, what
+    trains is timed there, and cells have no peers."""
     if case.served:
         return True
-    if settings.device.type != "cpu" or workload == "training" or case.packed:
+    if settings.device.type != "cpu" or workload == "training" or case.packed or case.cells:
         return False
     return any(map(peers.threads_stay_awake, settings.peers))
 

@@ -4,6 +4,8 @@ file (`read`), and nowhere else.
 `SUITES` has a list of cases for each name:
 
 * `sizes`: the cells over batch and hidden sizes that are usual on a CPU; `one-step`: T = 1, one step a call.
+* `cells`: loops of LSTMCell, GRUCell and RNNCell, one call a step, and single steps (T = 1), against torch.nn's cells;
+  cells of real models.
 * `packed`: packed rows of different lengths. `lengths`: the same and smaller ones, packed, and padded with `lengths=`.
   Packed rows are compared with the same rows padded and with dense ones too.
 * `grid`: every cell over hidden sizes and batch sizes, for heat maps. `flashrnn` and `deepbench`: others' benchmarks.
@@ -176,6 +178,50 @@ MODELS = [
 ]
 
 
+CELLS_OF_MODELS = [
+    Case(
+        "LSTM",
+        16,
+        1024,
+        steps=20,
+        input_size=768,
+        cells=True,
+        model="Tacotron2 decoder",
+        source="github.com/NVIDIA/tacotron2, model.py and hparams.py: attention_rnn, an LSTMCell of 1024 on 256 "
+        "features of the prenet and 512 of the encoder; 16 utterances, 20 frames",
+    ),
+    Case(
+        "GRU",
+        2000,
+        64,
+        steps=5,
+        cells=True,
+        model="GatedGraphConv",
+        source="github.com/pyg-team/pytorch_geometric, nn/conv/gated_graph_conv.py: a GRUCell with as many inputs as "
+        "channels; 64 channels, 2000 nodes, 5 layers",
+    ),
+    Case(
+        "LSTM",
+        64,
+        128,
+        steps=20,
+        cells=True,
+        model="BabyAI PPO",
+        source="github.com/mila-iqia/babyai, model.py and arguments.py: an LSTMCell of 128 on 128 features, 1280 "
+        "frames a batch and 20 steps of recurrence, so 64 rows",
+    ),
+]
+
+
+def cells() -> list[Case]:
+    """Every cell in a loop and in a single step, from one row to a decoder's batch; then cells of models."""
+    sizes = ((1, 64), (1, 256), (8, 64), (8, 256), (32, 128), (32, 512))
+    found = [
+        Case(cell, *size, steps=steps, cells=True, source=OWN) for steps, cell, size in product((20, 1), CELLS, sizes)
+    ]
+    return found + CELLS_OF_MODELS
+
+
 def service() -> list[Case]:
     """Small batches, called with pauses of each length; some of them without, beside busy neighbours."""
     shapes = [*(("LSTM", 1, hidden) for hidden in (208, 256, 320)), ("LSTM", 8, 256), ("LSTM", 12, 144)]
@@ -212,6 +258,7 @@ SUITES: dict[str, list[Case]] = {
     "one-step": [
         Case(cell, batch, hidden, steps=1, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8), (64, 256))
     ],
+    "cells": cells(),
     "packed": [Case(cell, 64, 256, packed=True, source=OWN) for cell in CELLS],
     "lengths": [
         Case(cell, batch, hidden, packed=not lengths, lengths=lengths, source=OWN)

@@ -19,70 +19,72 @@ template <class Backend> struct LayerOps {
     const Tensor& like = context.like;
     return Backend::empty({context.op, name, Sizes(sizes.begin(), sizes.size()), like.scalar_type(), like});
   }
-  // Of shape (0,): what does not apply.
+  // Of shape (0,): what does not apply, where it is a tensor all the same.
   static Tensor none(const Context& context) { return empty(context, "nothing", {0}); }
+  static Tensor or_none(const Context& context, const OptionalTensor& tensor) {
+    return tensor ? *tensor : none(context);
+  }
 
-  // Results, of which the params struct gets a pointer: null, and none(), where one is not wanted. (rows..., width).
-  static Tensor rows(const Context& context, const char* name, bool wanted, void*& pointer, int64_t width) {
+  // Results, of which the params struct gets a pointer: null where one is not wanted. (rows..., width).
+  static OptionalTensor rows(const Context& context, const char* name, bool wanted, void*& pointer, int64_t width) {
     const Tensor& like = context.like;
-    if (!wanted) return none(context);
+    if (!wanted) return std::nullopt;
     if (like.dim() == 2) return pointed_at(empty(context, name, {like.size(0), width}), pointer);
     return pointed_at(empty(context, name, {like.size(0), like.size(1), width}), pointer);
   }
   // (D, B, width), of one step (B, width).
-  static Tensor state(const Context& context, const char* name, bool wanted, void*& pointer, const Recurrence& r,
-                      int64_t width) {
-    if (!wanted) return none(context);
+  static OptionalTensor state(const Context& context, const char* name, bool wanted, void*& pointer,
+                              const Recurrence& r, int64_t width) {
+    if (!wanted) return std::nullopt;
     if (context.one_step) return pointed_at(empty(context, name, {r.rows.batch, width}), pointer);
     return pointed_at(empty(context, name, {r.directions, r.rows.batch, width}), pointer);
   }
 
-  // What a backward pass will want.
-  struct Saved {
-    Tensor cell_states, reserve;
+  // What a forward pass gives, and what it saves for a backward pass, if there will be one.
+  struct Forwards {
+    Tensor output;
+    OptionalTensor h_n, c_n, cell_states, reserve;
   };
 
-  // `saved` is null where there will be none.
-  static Three whole_layer(const char* op, Saved* saved, const std::string& mode, const Tensor& input,
-                           const OptionalTensor& hx, const OptionalTensor& cx, const Sequences& sequences,
-                           const Places& places) {
-    Context context(op, "input", input);
+  static Forwards forwards(Context& context, bool saves, const std::string& mode, const OptionalTensor& hx,
+                           const OptionalTensor& cx, const Sequences& sequences, const Places& places) {
     ForwardParams p;
     fill(mode, hx, cx, sequences, places, context, p);
     // What makes the input projection: a backend takes it in its own way.
     for (const KindTraits& kind : kKinds)
       if (!kind.multiplies_steps()) check_parameters(kind, context, p, places);
-    const Three results = make_results(saved, context, p);
+    const Forwards results = make_results(saves, context, p);
     Backend::forward(p, context, places);
     return results;
   }
 
   // Of a forward pass whose sizes are known.
-  static Three make_results(Saved* saved, const Context& context, ForwardParams& p) {
+  static Forwards make_results(bool saves, const Context& context, ForwardParams& p) {
     const CellTraits& cell = traits(p.mode);
     const int64_t D = p.directions, H = p.hidden_size;
-    Tensor output = rows(context, "output", true, p.output, D * p.state_size);
+    Forwards results{*rows(context, "output", true, p.output, D * p.state_size), {}, {}, {}, {}};
     // After one step h_n would be the output once more.
-    Tensor h_n = state(context, "h_n", !context.one_step, p.h_n, p, p.state_size);
+    results.h_n = state(context, "h_n", !context.one_step, p.h_n, p, p.state_size);
     if (context.one_step) p.h_n = p.output;
-    Tensor c_n = state(context, "c_n", cell.has_cell_state, p.c_n, p, H);
-    if (saved) {
-      saved->cell_states = rows(context, "cell_states", cell.has_cell_state, p.cell_states, D * H);
-      saved->reserve = rows(context, "reserve", cell.reserve, p.reserve, D * cell.reserve * H);
-    }
-    return {output, h_n, c_n};
+    results.c_n = state(context, "c_n", cell.has_cell_state, p.c_n, p, H);
+    results.cell_states = rows(context, "cell_states", saves && cell.has_cell_state, p.cell_states, D * H);
+    results.reserve = rows(context, "reserve", saves && cell.reserve, p.reserve, D * cell.reserve * H);
+    return results;
   }
 
   static Five layer_forward(std::string mode, Tensor input, OptionalTensor hx, OptionalTensor cx, Sequences sequences,
                             Places places) {
-    Saved saved;
-    auto [output, h_n, c_n] = whole_layer("rnnfast::layer_forward", &saved, mode, input, hx, cx, sequences, places);
-    return {output, h_n, c_n, saved.cell_states, saved.reserve};
+    Context context("rnnfast::layer_forward", "input", input);
+    const Forwards f = forwards(context, true, mode, hx, cx, sequences, places);
+    return {f.output, or_none(context, f.h_n), or_none(context, f.c_n), or_none(context, f.cell_states),
+            or_none(context, f.reserve)};
   }
 
   static Three layer(std::string mode, Tensor input, OptionalTensor hx, OptionalTensor cx, Sequences sequences,
                      Places places) {
-    return whole_layer("rnnfast::layer", nullptr, mode, input, hx, cx, sequences, places);
+    Context context("rnnfast::layer", "input", input);
+    const Forwards f = forwards(context, false, mode, hx, cx, sequences, places);
+    return {f.output, or_none(context, f.h_n), or_none(context, f.c_n)};
   }
 
   static Five recurrence_backward(std::string mode, OptionalTensor grad_output, OptionalTensor grad_h_n,
@@ -91,6 +93,22 @@ template <class Backend> struct LayerOps {
                                   Sequences sequences, Places places) {
     // Of one step a reserve says all: nobody need keep the output.
     Context context("rnnfast::recurrence_backward", output ? "output" : "reserve", output ? *output : reserve);
+    const Backwards b = backwards(context, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states,
+                                  reserve, hx, cx, sequences, places);
+    return {b.grad_gates, or_none(context, b.grad_gates_hh), or_none(context, b.grad_hx), or_none(context, b.grad_cx),
+            or_none(context, b.grad_projected)};
+  }
+
+  struct Backwards {
+    Tensor grad_gates;
+    OptionalTensor grad_gates_hh, grad_hx, grad_cx, grad_projected;
+  };
+
+  static Backwards backwards(Context& context, const std::string& mode, const OptionalTensor& grad_output,
+                             const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                             const OptionalTensor& grad_cell_states, const OptionalTensor& output,
+                             const OptionalTensor& cell_states, const OptionalTensor& reserve, const OptionalTensor& hx,
+                             const OptionalTensor& cx, const Sequences& sequences, const Places& places) {
     BackwardParams p;
     fill(mode, hx, cx, sequences, places, context, p);
     const CellTraits& cell = traits(p.mode);
@@ -114,22 +132,26 @@ template <class Backend> struct LayerOps {
                   ": grad_h_n: expected None for one step, whose h_n is the output");
     p.grad_h_n = state_of("grad_h_n", grad_h_n, p.state_size);
     if (cell.has_cell_state) {
+      RNNFAST_CHECK(cell_states, context.op, ": cell_states: expected a tensor, got None");
       p.cell_states = rows_of("cell_states", cell_states, D * H);
       p.grad_c_n = state_of("grad_c_n", grad_c_n, H);
       p.grad_cell_states = rows_of("grad_cell_states", grad_cell_states, D * H);
     }
-    if (cell.reserve) p.reserve = rows_of("reserve", reserve, D * cell.reserve * H);
-    Tensor grad_gates = rows(context, "grad_gates", true, p.grad_gates, gates_width);
-    Tensor grad_gates_hh = rows(context, "grad_gates_hh", cell.split_gate != kNoGate, p.grad_gates_hh, gates_width);
-    Tensor grad_hx = state(context, "grad_hx", hx.has_value(), p.grad_hx, p, p.state_size);
-    Tensor grad_cx = state(context, "grad_cx", cell.has_cell_state && cx, p.grad_cx, p, H);
-    Tensor grad_projected = rows(context, "grad_projected", p.projected, p.grad_projected, D * p.state_size);
+    if (cell.reserve) {
+      RNNFAST_CHECK(reserve, context.op, ": reserve: expected a tensor, got None");
+      p.reserve = rows_of("reserve", reserve, D * cell.reserve * H);
+    }
+    Backwards results{*rows(context, "grad_gates", true, p.grad_gates, gates_width), {}, {}, {}, {}};
+    results.grad_gates_hh = rows(context, "grad_gates_hh", cell.split_gate != kNoGate, p.grad_gates_hh, gates_width);
+    results.grad_hx = state(context, "grad_hx", hx.has_value(), p.grad_hx, p, p.state_size);
+    results.grad_cx = state(context, "grad_cx", cell.has_cell_state && cx, p.grad_cx, p, H);
+    results.grad_projected = rows(context, "grad_projected", p.projected, p.grad_projected, D * p.state_size);
     Backend::backward(p, context, places);
-    return {grad_gates, grad_gates_hh, grad_hx, grad_cx, grad_projected};
+    return results;
   }
 
  private:
-  static Tensor pointed_at(const Tensor& tensor, void*& pointer) {
+  static OptionalTensor pointed_at(const Tensor& tensor, void*& pointer) {
     pointer = mutable_data_of(tensor);
     return tensor;
   }

@@ -31,4 +31,19 @@ template <class Library> void define_quantized_op(Library& library) {
   library.def(schema.c_str());
 }
 
+// One step of a layer with one direction and no projection, on the CPU alone, where passing arguments and results takes
+// as long as the step: few of them, and None where there is nothing.
+//   step: output, h_n (None where rows are (B, I)), c_n, and with `saves` cell_states and reserve, as layer_forward.
+//   step_backward: all that goes to what came before the step: grad_gates, grad_gates_hh, grad_hx and grad_cx as of
+//   recurrence_backward, and grad_input, as the input.
+template <class Library> void define_step_ops(Library& library) {
+  library.def(
+      "step(str mode, bool saves, Tensor input, Tensor? hx, Tensor? cx, bool batch_first, Tensor weight_ih, "
+      "Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh) -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)");
+  library.def(
+      "step_backward(str mode, bool wants_input, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor input, Tensor? output, Tensor? cell_states, Tensor? reserve, Tensor? hx, Tensor? cx, bool batch_first, "
+      "Tensor weight_ih, Tensor weight_hh) -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)");
+}
+
 }  // namespace rnnfast

@@ -61,7 +61,7 @@ _NOT_NEEDED = [i for i, name in enumerate(_LAYER) if name.startswith("bias")]
 _NOT_NEEDED_OF_DATA = [i for i, name in enumerate(_LAYER) if name.startswith(("bias", "weight_ih"))]
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """The types were chosen in forward: an autocast region around backward() must not change them."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -166,7 +166,7 @@ class Layer(torch.autograd.Function):
         backend, mode, input, *others = values[: len(_LAYER)]
         saved = values[len(_LAYER) :]
         arguments = (backend, input, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, *saved, *others)
-        with _without_autocast(input.device.type):
+        with without_autocast(input.device.type):
             return tuple(_layer_backward(arguments, ctx.needs_input_grad))
 
     @staticmethod
@@ -221,8 +221,8 @@ def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[T
     weight_ih = parameters.each("weight_ih")
     directions = len(weight_ih)
     # (rows, D*G*H) as a matrix, whatever the leading dimensions; a view, because results are contiguous.
-    of_gates = _matrix(grad_gates)
-    of_recurrent = _matrix(grad_gates_hh) if split else of_gates
+    of_gates = as_matrix(grad_gates)
+    of_recurrent = as_matrix(grad_gates_hh) if split else of_gates
     # Nothing that is handed out shares memory: callers write into gradients.
     grads: list[Tensor | None] = [None] * len(_LAYER)
     if needs[_INPUT]:
@@ -251,11 +251,11 @@ def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[T
             grads[_WEIGHT_HH + d] = _grad_weight_hh(_columns(of_recurrent, d, directions), d, directions, step)
         if needs[_WEIGHT_HR + d]:
             projected, unprojected = _columns(grad_projected, d, directions), _columns(hidden, d, directions)
-            grads[_WEIGHT_HR + d] = ops.matmul(_matrix(projected).t(), _matrix(unprojected))
+            grads[_WEIGHT_HR + d] = ops.matmul(as_matrix(projected).t(), as_matrix(unprojected))
     return grads
 
 
-def _matrix(rows: Tensor) -> Tensor:
+def as_matrix(rows: Tensor) -> Tensor:
     """(rows, K) whatever the leading dimensions. (Not by flatten: autograd's own batched gradients do not know it.)"""
     return rows.reshape(-1, rows.size(-1))
 
@@ -294,7 +294,7 @@ def _grad_weight_hh(grad: Tensor, direction: int, directions: int, step: Backwar
             later, first, shifted = grad[batch:], grad[:batch], output[: rows - batch]
         product = ops.matmul(later.t(), shifted)
         return product if state is None else product + ops.matmul(first.t(), state)
-    return ops.matmul(grad.t(), _matrix(entered(output, state, reverse, sequences)))
+    return ops.matmul(grad.t(), as_matrix(entered(output, state, reverse, sequences)))
 
 
 def _hidden(step: BackwardArguments) -> Tensor:
@@ -380,7 +380,7 @@ class RecurrenceBackward(torch.autograd.Function):
                 every = (*reference.recurrence_backward(step), hidden)
                 return tuple(every[i] for i in given)
 
-            with _without_autocast(values["input"].device.type):
+            with without_autocast(values["input"].device.type):
                 pull_back = torch.func.vjp(recompute, *[values[name] for name in wanted])[1]
                 pulled = pull_back(tuple(cotangents[i] for i in given))
                 grads.update(zip(wanted, pulled, strict=True))

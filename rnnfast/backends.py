@@ -9,6 +9,7 @@ warning); a backend that is asked for by name runs or raises an error that names
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -266,7 +267,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 
 
-def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool) -> str | None:
+def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool, follows: bool) -> str | None:
     """Whether torch's own op is faster than our kernels in training of one step on the CPU.
 
     The table that this rule comes from is in docs/performance.md.
@@ -276,16 +277,24 @@ def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool) -> s
         batch: B.
         one_gate: weights of one gate, H * (I + H).
         cell: whether a cell is called, else layers.
+        follows: whether the state came from a step before it, so that the gradients of the weights can be put off
+            (`steps.py`).
 
     Returns:
         The reason in words; None where ours is to run.
     """
-    if CELLS[mode].torch_cell is None:
+    kind = CELLS[mode]
+    if kind.torch_cell is None or batch == 0:
         return None
-    if batch == 1 and one_gate >= 2**15:
-        return "torch's own op reads the weights for a single row faster"
-    if CELLS[mode].gates == 1 and 0 < batch * one_gate < (2**20 if cell else 2**18):
+    makers = ops.atens_products_are_the_makers()
+    if kind.gates == 1 and batch * one_gate < (math.inf if makers else 2**20 if cell else 2**18):
         return "in so small a step what surrounds the kernels decides, and torch's own op has less of it"
+    if follows or one_gate < 2**15:
+        return None
+    if batch == 1:
+        return "torch's own op reads the weights for a single row faster"
+    if makers and batch <= 16:
+        return "torch's own op multiplies so few rows faster on this processor"
     return None
 
 
@@ -305,9 +314,18 @@ def torch_runs_cell(
     """
     if _is_compiling() or _tracing_state() is not None:
         return None
-    hidden_size = weights[1].shape[1]
-    reason = torchs_step_is_faster(mode, input.shape[0], hidden_size * (input.shape[1] + hidden_size), True)
-    return reason if reason and _is_plain_training(input, (hx, cx, *weights)) else None
+    reason = torch_runs_plain_cell(mode, input, hx, cx, weights)
+    return reason if reason and is_plain_call() else None
+
+
+def torch_runs_plain_cell(
+    mode: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Tensor | None]
+) -> str | None:
+    """As `torch_runs_cell`, where nothing but autograd looks on."""
+    hidden_size, batch = weights[1].shape[1], input.shape[0]  # type: ignore[union-attr]
+    follows = hx is not None and hx.grad_fn is not None
+    reason = torchs_step_is_faster(mode, batch, hidden_size * (input.shape[1] + hidden_size), True, follows)
+    return reason if reason and _is_training(input, (hx, cx, *weights)) else None
 
 
 def torch_runs_layers(
@@ -326,22 +344,40 @@ def torch_runs_layers(
     if steps != 1:
         return None
     hidden_size = weights[1].shape[1]
-    reason = torchs_step_is_faster(mode, batch, hidden_size * (input.shape[2] + hidden_size), False)
-    return reason if reason and _is_plain_training(input, (hx, *weights)) else None
+    follows = hx is not None and hx.grad_fn is not None
+    reason = torchs_step_is_faster(mode, batch, hidden_size * (input.shape[2] + hidden_size), False, follows)
+    return reason if reason and _is_training(input, (hx, *weights)) and is_plain_call() else None
 
 
-def _is_plain_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Whether torch's op may stand in: nobody asked for a backend, and autograd looks on, and nothing else does."""
+def _is_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether torch's op may stand in for a step in grad mode: nobody asked for a backend, somebody for gradients."""
     return (
         input.is_cpu
         # In 16 bits torch rounds within the step.
         and input.dtype in (torch.float32, torch.float64)
         and asked_for() == "auto"
         and ops.library_error is None
-        and not _functorch_active()
-        and not _autocast_active()
-        and forward_ad._current_level < 0
-        and any(tensor is not None and tensor.requires_grad for tensor in (input, *others))
+        and _wants_gradient(input, others)
+    )
+
+
+def _wants_gradient(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+    if input.requires_grad:
+        return True
+    for tensor in others:  # noqa: SIM110 (a generator would cost more than the loop)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def is_plain_call() -> bool:
+    """Whether nothing but autograd looks on: no compiler, tracer, transform, autocast or forward-mode derivative."""
+    return not (
+        _is_compiling()
+        or _functorch_active()
+        or _autocast_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
     )
 
 

@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .backends import torch_runs_cell
+from .backends import is_plain_call, select, torch_runs_cell, torch_runs_plain_cell
 from .cell_types import CELLS, NONLINEARITIES
 from .functional import COMPUTED_TYPES, run_layers
 from .modules import check_alike, check_weights, refuse_type
 from .sequences import Sequences
 from .signatures import kinds_of
+from .steps import run_step
 from .tools import as_torch_nn, result_for_tool, tool_watches
 
 __all__ = ["GRUCell", "LSTMCell", "MGUCell", "RNNCell"]
@@ -81,6 +82,28 @@ class Cell(nn.RNNCellBase):
             check_alike(input, state, "hidden")
         self._check_weights(input, weights)
 
+    def _at_once(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The results of a usual call, whose checks the op makes; None for any other, and where the op refuses the call:
+        what comes after this will say why, in the words of torch.nn."""
+        if not is_plain_call() or self._kernel is not None or not input.is_cpu or input.dim() != 2:
+            return None
+        parameters = self._parameters
+        weight_ih, weight_hh = parameters.get("weight_ih"), parameters.get("weight_hh")
+        biases: Any = parameters.get("bias_ih", self), parameters.get("bias_hh", self)
+        # weight_norm, prune and parametrize keep some elsewhere; a bias may have been taken out or put in.
+        if weight_ih is None or weight_hh is None or self is biases[1] or (biases[0] is not None) is not self.bias:
+            return None
+        if self.hidden_size == 0 or (h is None and weight_hh.shape[1] != self.hidden_size) or select(input) != "cpu":
+            return None
+        mode, weights = self._mode(), (weight_ih, weight_hh, *biases)
+        try:
+            if _grad_enabled() and torch_runs_plain_cell(mode, input, h, c, weights):
+                return _torchs_step(mode, input, h, c, weights)
+            output, _, c_n = run_step(("cpu", mode, False, *weights), input, h, c)
+        except RuntimeError:
+            return None
+        return output, c_n
+
     def _step(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks, then one step for input (N, I) or (I,). Returns h', c' (c' None without a cell state)."""
         mode = self._mode()
@@ -130,8 +153,13 @@ class Cell(nn.RNNCellBase):
 
     def _one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
         """What forward does where the state is one tensor."""
-        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
-            return result[0]
+        if type(input) is Tensor and not tool_watches():
+            done = self._at_once(input, hx, None)
+            if done is not None:
+                return done[0]
+        elif (result := result_for_tool(self, input, hx)) is not None:
+            output: Tensor = result[0]
+            return output
         if input.dim() not in (1, 2):
             self._refuse_rank("input", input)
         if hx is not None and hx.dim() not in (1, 2):
@@ -144,7 +172,7 @@ class Cell(nn.RNNCellBase):
 
 
 def _torchs_step(
-    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Any]
 ) -> tuple[Tensor, Tensor | None]:
     """One step by torch's own op: `backends.torch_runs_cell` says when."""
     zeros = input.new_zeros(input.shape[0], weights[1].shape[1]) if h is None else h
@@ -190,12 +218,18 @@ class LSTMCell(Cell, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: shapes, types and devices that do not fit, in the words of torch.nn.
         """
-        if (type(input) is not Tensor or tool_watches()) and (result := result_for_tool(self, input, hx)) is not None:
-            return result[0]
-        if input.dim() not in (1, 2):
-            self._refuse_rank("input", input)
         h: Tensor | None = None
         c: Tensor | None = None
+        if type(input) is Tensor and not tool_watches():
+            if hx is not None and len(hx) == 2:
+                h, c = hx
+            if (hx is None or h is not None) and (done := self._at_once(input, h, c)) is not None:
+                return done  # type: ignore[return-value]
+        elif (result := result_for_tool(self, input, hx)) is not None:
+            states: tuple[Tensor, Tensor] = result[0]
+            return states
+        if input.dim() not in (1, 2):
+            self._refuse_rank("input", input)
         if hx is not None:
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")

@@ -19,6 +19,7 @@ from .backends import BACKENDS, select, torch_runs_layers
 from .cell_types import CELLS, NONLINEARITIES
 from .sequences import RowOptions, Sequences, dense_sequences, packed_sequences
 from .signatures import LayerArguments, kinds_of, nested, place_weights, shapes_of
+from .steps import is_one_step, run_step
 
 Tensors = Sequence[Tensor]
 
@@ -144,13 +145,30 @@ def _choose(
             # A program gets the op itself, whether or not gradients are wanted now: it carries its derivative.
             kernels = backend.differentiable if captured else backend.kernels
             return kernels.layer_forward if return_cell_states else kernels.layer
+        if torch.compiler.is_compiling():
+            return functools.partial(Layer.apply, select(input))
         # One step in plain training, where torch's own op is faster.
         if torch_runs_layers(mode, input, hx, sequences, weights):
             return _torchs
-        apply = Layer.apply if torch.compiler.is_compiling() else apply_layer
+        if sequences.every_row_counts and not return_cell_states and is_one_step(input, sequences.batch_first):
+            return functools.partial(_step, select(input))
+        apply = apply_layer
     else:
         apply = layer_in_graph if torch.compiler.is_compiling() and mark_layer_in_graph() else Layer.apply
     return functools.partial(apply, select(input))
+
+
+def _step(
+    backend: str, mode: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step of a layer. With two directions or a projection it is a layer like any other."""
+    _, _, _, batch_first, *places = others
+    # The kinds that a step has stand first.
+    weight_ih, _, weight_hh, _, bias_ih, _, bias_hh, *rest = places
+    if any(parameter is not None for parameter in (places[1], *rest)):
+        results: tuple[Tensor, Tensor, Tensor] = apply_layer(backend, mode, input, hx, cx, *others)[:3]
+        return results
+    return run_step((backend, mode, batch_first, weight_ih, weight_hh, bias_ih, bias_hh), input, hx, cx)
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, ...]:

@@ -211,6 +211,7 @@ def follow_bf16() -> bool:
 cpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+bf16_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

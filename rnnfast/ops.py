@@ -179,20 +179,32 @@ class _Limit(NamedTuple):
     transposed: float  # where the columns of `a` lie one after the other, as in the gradients of weights
 
 
-_EVERY = _Limit(math.inf, math.inf)
+_EVERY, _NONE = _Limit(math.inf, math.inf), _Limit(-1, -1)
 # Of products up to here calling ATen's takes longer than they do.
 _SMALL = 2e6
 # Where a type is not here ATen's product runs.
 _limits: dict[torch.dtype, _Limit] = {}
+# Of the ISA in use.
+_has_pairs = False
+
+
+# Gradients of gates are multiplied at once by the step that made them up to here, where larger products are ATen's.
+_SMALL_OF_STEP = 1e6
 
 
 def _choose_products(isa: str) -> None:
     """Whose product is faster, by type; measured (docs/performance.md).
 
+    In float32 and float64 ATen's is MKL's, which is the faster one on the processors of its maker. That ours is as
+    right, on another ISA than the processor's best, is for tests to see.
+
     ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and slow where
     not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
     """
-    _limits.update({torch.float32: _EVERY, torch.float64: _EVERY})
+    global _has_pairs
+    _has_pairs = isa in ISAS_WITH_PAIRS
+    vendors = isa == _best_isa and torch.backends.mkl.is_available() and torch.ops.rnnfast.cpu_vendor() == "intel"
+    _limits.update(dict.fromkeys((torch.float32, torch.float64), _NONE if vendors else _EVERY))
     for dtype, question in (
         (torch.bfloat16, "_is_mkldnn_bf16_supported"),
         (torch.float16, "_is_mkldnn_fp16_supported"),
@@ -205,15 +217,55 @@ def _choose_products(isa: str) -> None:
             _limits[dtype] = _Limit(_SMALL, math.inf if turned else _SMALL)
 
 
+def atens_products_are_the_makers() -> bool:
+    """Whether ATen's product in float32 and float64 is one that was made for this processor by who made that."""
+    return _limits.get(torch.float32) is _NONE
+
+
 def _is_own(a: Tensor, b: Tensor) -> bool:
     """Whether the C++ library makes this product."""
     limit = _limits.get(a.dtype)
     if limit is None or not a.is_cpu:
         return False
-    (rows, columns), width = a.shape, b.shape[1]
+    if limit is _NONE:
+        # In bfloat16, where that is allowed, ours is the only one.
+        return a.dtype == torch.float32 and _has_pairs and libraries.bf16_allowed()
+    rows, columns = a.shape
     most = limit.transposed if rows > 1 and a.stride(0) == 1 else limit.plain
     # A program that is being traced must not be bound to sizes.
-    return most == math.inf or (not _is_compiling() and rows * columns * width <= most)
+    return most == math.inf or (not _is_compiling() and rows * columns * b.shape[1] <= most)
+
+
+def _direct(name: str) -> Callable[..., Any]:
+    """An op of the CPU library for plain calls that need no derivative or bring one, with nothing before it."""
+    if library_error is not None:
+
+        def missing(*_: Any) -> Any:
+            raise RuntimeError(f"rnnfast: backend 'cpu' is not available: {library_error}")
+
+        return missing
+    op: Any = getattr(torch.ops.rnnfast, name).default._op
+    follow = libraries.follow_bf16
+
+    def call(*arguments: Any) -> Any:
+        follow()
+        with _below_autograd():
+            return op(*arguments)
+
+    return call
+
+
+# One step: csrc/schemas.h says what they take and give.
+step, step_backward = _direct("step"), _direct("step_backward")
+
+
+def makes_product(rows: Tensor, weights: Tensor) -> bool:
+    """Whether the C++ library is to multiply gradients of gates, as many as `rows` (..., I), by weights (G*H, I)."""
+    limit = _limits.get(rows.dtype)
+    if limit is None or not rows.is_cpu:
+        return False
+    most = _SMALL_OF_STEP if limit is _NONE else limit.plain
+    return most == math.inf or rows.numel() * weights.shape[0] <= most
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -235,8 +287,9 @@ def batched_matmul(info: Any, in_dims: tuple[int | None, int | None], a: Tensor,
     return torch.matmul(a, b), 0
 
 
+_best_isa = cpu_isa()
 if library_error is None:
-    _choose_products(cpu_isa())
+    _choose_products(_best_isa)
     _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)

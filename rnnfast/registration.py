@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import libraries, ops, reference
+from . import libraries, ops, reference, step_ops
 from ._after_import import after_import
 from .autograd import Layer
 from .backends import BACKENDS
@@ -22,7 +22,6 @@ from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
 from .quantized_op import QuantizedLayer, by_reference, no_derivative, without_tangents
 from .sequences import Role, Sequences
 from .signatures import (
-    EVERY_OP,
     KINDS,
     OF_RECURRENCE,
     OPS,
@@ -72,6 +71,8 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
         "layer": lambda *arguments: layer_forward(*arguments)[:3],
         "quantized_layer": quantized_layer,
         "matmul": ops.Matmul.apply,
+        "step": step_ops.differentiable_step(backend_of),
+        "step_backward": step_ops.step_backward_by_reference,
     }
 
 
@@ -80,6 +81,8 @@ _references: dict[str, Callable[..., Any]] = {
     **BACKENDS["reference"].kernels._asdict(),
     "quantized_layer": without_tangents,
     "matmul": reference.matmul,
+    "step": step_ops.step_by_reference,
+    "step_backward": step_ops.step_backward_by_reference,
 }
 
 
@@ -187,14 +190,13 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.size(0), b.size(1))
 
 
-def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _on_one_device(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake with a check of the devices.
 
     The dispatcher takes it for real tensors too, where a single one is on the meta device: what it makes of those would
     pass for results.
     """
-    signature = EVERY_OP.get(op)
-    names = ("a", "b") if signature is None else signature.names
+    names = [argument.name for argument in op._schema.arguments]
     of_data = [(i, name) for i, name in enumerate(names) if role_of(name) is not Role.SIZES]
 
     def checked(*arguments: Any) -> Any:
@@ -204,7 +206,7 @@ def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         for name, tensor in others:
             if tensor.device != like.device:
                 raise RuntimeError(
-                    f"rnnfast::{op}: {name}: expected the device of {first}, {like.device}, got {tensor.device}"
+                    f"rnnfast::{op._opname}: {name}: expected the device of {first}, {like.device}, got {tensor.device}"
                 )
         return fake(*arguments)
 
@@ -217,6 +219,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "layer": _layer_fake,
     "quantized_layer": _quantized_fake,
     "matmul": _matmul_fake,
+    "step": step_ops.step_fake,
+    "step_backward": step_ops.step_backward_fake,
 }
 
 
@@ -257,6 +261,8 @@ _COUNTS: dict[str, Callable[..., int]] = {
     "layer": _count_layer,
     "quantized_layer": _count_quantized,
     "matmul": lambda a, b, **_: 2 * a[0] * a[1] * b[1],
+    "step": step_ops.count_step,
+    "step_backward": step_ops.count_step_backward,
 }
 
 
@@ -282,7 +288,7 @@ def _register(namespace: str) -> None:
             if not hasattr(getattr(torch.ops, namespace), name):
                 continue
             op = getattr(getattr(torch.ops, namespace), name).default
-            torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
+            torch.library.register_fake(f"{namespace}::{name}", _on_one_device(op, fake), lib=library)
             own, plain = differentiable[name], _references[name]
             library.impl(name, _autograd_kernel(op, own, plain), "Autograd", with_keyset=True)
             library.impl(name, _functorch_kernel(own, plain), "FuncTorchDynamicLayerFrontMode")

@@ -30,7 +30,7 @@ from run import summary, table
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 SCHEMA = (
-    "case cell layers directions dtype T B I H P packed lengths resets pause_ms neighbours quantized model "
+    "case cell layers directions dtype T B I H P packed lengths resets pause_ms neighbours quantized cells model "
     "workload backend us_per_step torch_us_per_step ratio p20 p80 limit_us_per_step plan correct"
 ).split()
 TINY = Case("LSTM", 2, 8, steps=5)

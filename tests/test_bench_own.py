@@ -61,8 +61,9 @@ def written(folder, value, name="my.json"):
 def test_a_suite_from_a_file(tmp_path):
     every = {"input_size": 3, "layers": 2, "directions": 2, "dtype": "float64", "resets": 0.5, "proj_size": 4}
     every |= {"pause_ms": 0.5, "neighbours": 3, "packed": False, "lengths": False, "model": "mine", "source": "here"}
-    path = written(tmp_path, [TINY, {**TINY, **every}, {**TINY, "resets": 1}])
-    assert shapes.read(path) == ("my", [Case(**TINY), Case(**TINY, **every), Case(**TINY, resets=1)])
+    path = written(tmp_path, [TINY, {**TINY, **every}, {**TINY, "resets": 1}, {**TINY, "cells": True}])
+    expected = [Case(**TINY), Case(**TINY, **every), Case(**TINY, resets=1), Case(**TINY, cells=True)]
+    assert shapes.read(path) == ("my", expected)
     assert shapes.read(written(tmp_path, {"name": "other", "cases": [TINY]}))[0] == "other"
 
 
@@ -100,6 +101,8 @@ def test_a_suite_from_a_file(tmp_path):
         ('[{"cell": "GRU", "batch": 1, "hidden_size": 1, "pause_ms": NaN}]', "case 0: pause_ms: expected milliseconds"),
         ([{**TINY, "neighbours": 0.5}], "case 0: neighbours: expected an integer, got 0.5"),
         ([{**TINY, "neighbours": -2}], "case 0: neighbours: expected a number of processes, 0 to 1024, got -2"),
+        ([{**TINY, "cells": "GRU"}], "case 0: cells: expected true or false, got 'GRU'"),
+        ([{**TINY, "cells": True, "layers": 2}], "case 0: layers: expected 1 for a loop of cells, got 2"),
         ([{**TINY, "neighbours": True}], "case 0: neighbours: expected an integer, got True"),
         ([TINY, {**TINY, "cell": "GRU"}, TINY], "case 2: expected a name of its own, got that of case 0"),
     ],

@@ -186,7 +186,7 @@ def test_worst_cases_become_options_of_the_bench_command(card: Path):
     assert main(["bench", *options, "--seconds", "0.01"]) == 0
 
 
-@pytest.mark.parametrize("suite", ["smoke", "models", "quantized"])
+@pytest.mark.parametrize("suite", ["smoke", "models", "quantized", "cells"])
 def test_a_row_has_all_that_the_bench_command_needs(suite: str):
     """A case's row, written as the command's options, gives the case again."""
     parser = argparse.ArgumentParser()

@@ -129,4 +129,13 @@ std::string use_isa(const std::string& name) {
   return current().load(std::memory_order_acquire)->name;
 }
 
+std::string processor_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "";
+}
+
 }  // namespace rnnfast::cpu

@@ -18,4 +18,7 @@ PanelForward panel_forward(PanelType type);
 // measurements.
 std::string use_isa(const std::string& name);
 
+// Who made the processor: "intel", "amd", or "" for any other. Libraries of the makers are made for their own.
+std::string processor_vendor();
+
 }  // namespace rnnfast::cpu

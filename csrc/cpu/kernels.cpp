@@ -11,6 +11,7 @@
 #include "matmul.h"
 #include "pair_matmul.h"
 #include "pairs.h"
+#include "turned_weights.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -48,6 +49,10 @@ template <class Products> struct Loops {
 template <class Products> int64_t run_forward(const ForwardParams& params, Team& team) {
   return with_mode(params.mode, [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
+    if constexpr (std::is_same_v<Products, Plain> && sizeof(Storage) >= sizeof(float))
+      if (is_worth_turning<Storage>(params))
+        return ForwardLoop<kMode, Storage, 1, TurnedWeights<Storage, traits(kMode).gates>>(params, team.planned())
+            .run(team);
     // A forward tile holds every gate of a block.
     if constexpr (traits(kMode).gates > 1)
       return typename Loops<Products>::template Forward<kMode, Storage, 1>(params, team.planned()).run(team);

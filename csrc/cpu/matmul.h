@@ -1,9 +1,9 @@
-// Matrix product for the weight and input gradients: packed tiles of b, rows of a as they lie
-// (or transposed by the packing), k in blocks that keep a tile of b in L2. A round for each block's packing and one for
-// its output tiles.
+// Matrix product for the weight and input gradients: packed tiles of b (or tiles as they lie, packing.h), rows of a as
+// they lie (or transposed by the packing), k in blocks that keep a tile of b in L2. A round for each block's packing
+// and one for its output tiles.
 #pragma once
 
-#include "split.h"
+#include "packing.h"
 #include "team.h"
 #include "tile.h"
 #include "workspace.h"
@@ -37,6 +37,10 @@ template <class Storage> class MatmulLoop {
         direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 &&
                 sizeof(Storage) == sizeof(Compute)),
         // A transposed operand that few tiles of b use is read across its rows; packing it would take longer.
+        first_packed_(params.b_col == 1 && sizeof(Storage) == sizeof(Compute) &&
+                              reads_columns_as_they_lie(m_tiles_, product(block_k_, kWidth, sizeof(Compute)))
+                          ? params.n / kWidth
+                          : 0),
         pack_a_(sizeof(Storage) != sizeof(Compute) || (params.a_col != 1 && n_tiles_ > kTilesWorthPacking)) {}
 
   int64_t run(Team& team) {
@@ -63,14 +67,14 @@ template <class Storage> class MatmulLoop {
 
  private:
   void place() {
-    packed_b_ = workspace_.template take<Compute>(n_tiles_, kWidth, block_k_);
+    packed_b_ = workspace_.template take<Compute>(n_tiles_ - first_packed_, kWidth, block_k_);
     if (pack_a_) packed_a_ = workspace_.template take<Compute>(m_tiles_, kRows, block_k_);
   }
 
   void pack(int64_t k, int64_t k_count, int64_t share) {
-    const Range tiles = share_of(n_tiles_, share, shares_);
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      Compute* to = packed_b_ + tile * kWidth * block_k_;
+    const Range tiles = share_of(n_tiles_ - first_packed_, share, shares_);
+    for (int64_t tile = first_packed_ + tiles.first; tile < first_packed_ + tiles.last; ++tile) {
+      Compute* to = packed_tile(tile);
       const int64_t column = tile * kWidth, left = p_.n - column;
       if (p_.b_col == 1) {
         pack_columns(at<Storage>(p_.b, k * p_.b_row + column), p_.b_row, left, k_count, to, kWidth);
@@ -105,6 +109,13 @@ template <class Storage> class MatmulLoop {
     }
   }
 
+  Compute* packed_tile(int64_t tile) const { return packed_b_ + (tile - first_packed_) * kWidth * block_k_; }
+  TileAt<Compute> tile_at(int64_t tile, int64_t k) const {
+    if constexpr (sizeof(Storage) == sizeof(Compute))
+      if (tile < first_packed_) return {at<Storage>(p_.b, k * p_.b_row + tile * kWidth), p_.b_row};
+    return packed_at<kVectors>(static_cast<const Compute*>(packed_tile(tile)));
+  }
+
   // One row of accumulators: c = sum in the first block of k, c += sum in the later ones.
   void write(int64_t row, int64_t column, const Value* acc, int vectors, bool first_block) const {
     for (int v = 0; v < vectors && column + v * kL < p_.n; ++v) {
@@ -119,7 +130,7 @@ template <class Storage> class MatmulLoop {
     for (int64_t i = range.first; i < range.last;) {
       const int64_t n_tile = i / m_tiles_, m_first = i % m_tiles_;
       const int64_t m_last = range.last - n_tile * m_tiles_ < m_tiles_ ? range.last - n_tile * m_tiles_ : m_tiles_;
-      const Compute* b = packed_b_ + n_tile * kWidth * block_k_;
+      const TileAt<Compute> b = tile_at(n_tile, k);
       for (int64_t m = m_first; m < m_last; ++m) {
         const int64_t row = m * kRows, height = p_.m - row < kRows ? p_.m - row : kRows;
         const Compute* a =
@@ -152,7 +163,9 @@ template <class Storage> class MatmulLoop {
 
   const MatmulParams& p_;
   const int64_t n_tiles_, m_tiles_, block_k_;
-  const bool direct_, pack_a_;
+  const bool direct_;
+  const int64_t first_packed_;  // tiles of b before it are read as they lie
+  const bool pack_a_;
   int64_t shares_ = 1;
   Workspace workspace_;
   Compute* packed_a_ = nullptr;

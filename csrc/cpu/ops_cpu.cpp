@@ -43,13 +43,13 @@ struct Need {
 
   // input_size: of an input that is multiplied too. speed: how many times as fast as in float32 products are.
   Need(const Recurrence& r, int64_t row_count, int64_t input_size, double speed = 1) {
-    const double weights = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size * r.state_size;
+    const double units = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size, weights = units * r.state_size;
     const int64_t steps = r.rows.steps ? r.rows.steps : 1;
-    const double flops = 2 * weights * row_count / speed;
-    // Two directions hand nothing over.
-    threads = useful_threads(flops, r.directions > 1 ? 1e9 : flops / steps);
-    alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes / speed) +
-                    2.0 * r.directions * traits(r.mode).gates * r.hidden_size * input_size * row_count / kFlops / speed;
+    const double flops = 2 * weights * row_count / speed, of_input = 2 * units * input_size * row_count / speed;
+    // One step's products are made in the same round. Two directions hand nothing over.
+    const double shared = steps == 1 ? flops + of_input : flops;
+    threads = useful_threads(shared, r.directions > 1 ? 1e9 : shared / steps);
+    alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes / speed) + of_input / kFlops;
   }
 
  private:
@@ -143,11 +143,74 @@ Three quantized_layer(std::string weights, int64_t hidden_size, int64_t proj_siz
       hold_parameters(kind, context, p, places);
     }
   }
-  const Three results = LayerOps<CpuBackend>::make_results(nullptr, context, p);
+  const auto results = LayerOps<CpuBackend>::make_results(false, context, p);
   const Need need(p, context.row_count, p.input_size, panel.speed);
   Team team(need.threads, need.alone_seconds);
   check_memory(op, input, panel_forward(panel.type)(p, team));
-  return results;
+  return {results.output, LayerOps<CpuBackend>::or_none(context, results.h_n),
+          LayerOps<CpuBackend>::or_none(context, results.c_n)};
+}
+
+// c = a b, of whatever size.
+void multiply(const Context& context, const MatmulParams& m) {
+  if (!m.m || !m.n) return;
+  const double flops = 2.0 * m.m * m.n * m.k;
+  Team team(useful_threads(flops, flops), flops / kFlops);
+  check_memory(context.op, context.like, kernels(m.dtype).matmul(m, team));
+}
+
+using Stepped = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+// How the rows of one step lie, (B, width), (1, B, width) or with batch_first (B, 1, width).
+Sequences one_step(const Context& context, bool batch_first) {
+  const Tensor& rows = context.like;
+  RNNFAST_CHECK(rows.dim() == 2 || (rows.dim() == 3 && rows.size(batch_first ? 1 : 0) == 1), context.op, ": ",
+                context.like_name, ": expected rows of one step, got shape ",
+                shape_text(rows.sizes().data(), rows.dim()));
+  Sequences sequences;
+  sequences.batch_first = batch_first;
+  return sequences;
+}
+
+Stepped step(std::string mode, bool saves, Tensor input, OptionalTensor hx, OptionalTensor cx, bool batch_first,
+             Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh) {
+  Context context("rnnfast::step", "input", input);
+  Places places;
+  places[Kind::weight_ih][0] = weight_ih;
+  places[Kind::weight_hh][0] = weight_hh;
+  places[Kind::bias_ih][0] = bias_ih;
+  places[Kind::bias_hh][0] = bias_hh;
+  const auto f = LayerOps<CpuBackend>::forwards(context, saves, mode, hx, cx, one_step(context, batch_first), places);
+  return {f.output, f.h_n, f.c_n, f.cell_states, f.reserve};
+}
+
+Stepped step_backward(std::string mode, bool wants_input, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                      OptionalTensor grad_c_n, Tensor input, OptionalTensor output, OptionalTensor cell_states,
+                      OptionalTensor reserve, OptionalTensor hx, OptionalTensor cx, bool batch_first, Tensor weight_ih,
+                      Tensor weight_hh) {
+  // The input has the rows of all.
+  Context context("rnnfast::step_backward", "input", input);
+  Places places;
+  places[Kind::weight_hh][0] = weight_hh;
+  const auto b = LayerOps<CpuBackend>::backwards(context, mode, grad_output, grad_h_n, grad_c_n, std::nullopt, output,
+                                                 cell_states, reserve, hx, cx, one_step(context, batch_first), places);
+  const int64_t width = b.grad_gates.size(input.dim() - 1), input_size = input.size(input.dim() - 1);
+  context.check("weight_ih", weight_ih, {width, input_size});
+  MatmulParams m;
+  const OptionalTensor grad_input = LayerOps<CpuBackend>::rows(context, "grad_input", wants_input, m.c, input_size);
+  if (wants_input) {
+    m.dtype = dtype_of(context.op, input);
+    m.m = context.row_count;
+    m.k = m.a_row = width;
+    m.n = m.c_row = input_size;
+    m.a = data_of(b.grad_gates);
+    m.a_col = m.b_col = 1;
+    const Matrix weights = context.hold_rows("weight_ih", weight_ih);
+    m.b = weights.data;
+    m.b_row = weights.stride;
+    multiply(context, m);
+  }
+  return {b.grad_gates, b.grad_gates_hh, grad_input, b.grad_hx, b.grad_cx};
 }
 
 Tensor matmul(Tensor a, Tensor b) {
@@ -171,10 +234,7 @@ Tensor matmul(Tensor a, Tensor b) {
   Tensor c = LayerOps<CpuBackend>::empty(context, "the product", {m.m, m.n});
   m.c = mutable_data_of(c);
   m.c_row = m.n;
-  if (!m.m || !m.n) return c;
-  const double flops = 2.0 * m.m * m.n * m.k;
-  Team team(useful_threads(flops, flops), flops / kFlops);
-  check_memory(op, a, kernels(m.dtype).matmul(m, team));
+  multiply(context, m);
   return c;
 }
 
@@ -207,11 +267,14 @@ double core_latency(int64_t rounds) {
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
   rnnfast::register_layer_ops<rnnfast::cpu::CpuBackend>(library);
   library.impl("quantized_layer", &rnnfast::Boxed<&rnnfast::cpu::quantized_layer>::call);
+  library.impl("step", TORCH_BOX(&rnnfast::cpu::step));
+  library.impl("step_backward", TORCH_BOX(&rnnfast::cpu::step_backward));
   library.impl("matmul", TORCH_BOX(&rnnfast::cpu::matmul));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("use_cpu_isa", TORCH_BOX(&rnnfast::cpu::use_cpu_isa));
+  library.impl("cpu_vendor", TORCH_BOX(&rnnfast::cpu::processor_vendor));
   library.impl("use_cpu_team", TORCH_BOX(&rnnfast::cpu::use_cpu_team));
   library.impl("cpu_allow_bf16", TORCH_BOX(&rnnfast::cpu::cpu_allow_bf16));
   library.impl("core_latency", TORCH_BOX(&rnnfast::cpu::core_latency));

@@ -1,5 +1,5 @@
-// Which weights of a forward call are packed into the order in which the products read them, and which are read as they
-// lie: row by row, each a dot product (`dot_rows`), whose lanes are summed at the end.
+// Which weights of a call are packed into the order in which the products read them, and which are read as they lie: in
+// a forward call row by row, each a dot product (`dot_rows`), whose lanes are summed at the end.
 //
 // Packing takes about as long as it saves in K / 8 rows of input, for rows of K weights, where each such product has to
 // sum its lanes; and memory to write to and to read again. So few rows of input are multiplied by the weights as they
@@ -31,6 +31,14 @@ inline bool reads_as_it_lies(const WeightUse& use) {
   const int64_t least = use.narrow ? 4 : 8, rows = use.k / (use.narrow ? 32 : 8),
                 most = ragged || use.rows_a_step == use.rows ? kMostAtOnce : kMostInSteps;
   return use.rows < (rows < least ? least : rows > most ? most : rows);
+}
+
+// Columns of a matrix are multiplied as they lie without sums over lanes: only their order in memory is worse. That is
+// worth packing where they are read often, or soon from beyond the cache. The bounds are measured.
+//   passes: how often each weight is read, some rows at once; bytes: of what is read again and again.
+inline bool reads_columns_as_they_lie(int64_t passes, int64_t bytes) {
+  constexpr int64_t kMost = 11, kMostBeyondCache = 2;
+  return passes <= (static_cast<double>(bytes) > 2 * kL2 ? kMostBeyondCache : kMost);
 }
 
 }  // namespace

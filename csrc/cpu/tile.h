@@ -39,12 +39,20 @@ constexpr int kMostRows = 12;
 // than 8 results at once need a split.
 template <int kResults> constexpr int kSplitOf = kResults >= 8 ? 1 : kResults >= 4 ? 2 : kResults >= 2 ? 4 : 8;
 
-// acc[r][v] = sum over k of a[r * a_row + k * a_k] * packed[k][v]. acc is written, whole, at the end.
+// Where a product finds a tile: packed, or whole vectors of a row-major matrix as they lie.
+template <class Compute> struct TileAt {
+  const Compute* data;
+  int64_t k_step;  // elements from one k to the next
+};
+template <int kVectors, class Compute> inline TileAt<Compute> packed_at(const Compute* packed) {
+  return {packed, kVectors * kLanes<Compute>};
+}
+
+// acc[r][v] = sum over k of a[r * a_row + k * a_k] * tile[k][v]. acc is written, whole, at the end.
 template <class Compute, int kRows, int kVectors>
 [[gnu::noinline]] void tile_product(const Compute* __restrict a, int64_t a_row, int64_t a_k,
-                                    const Compute* __restrict packed, int64_t k_count,
+                                    const Compute* __restrict tile, int64_t k_step, int64_t k_count,
                                     Vector<Compute>* __restrict acc) {
-  constexpr int kWidth = kVectors * kLanes<Compute>;
   constexpr int kSplit = kSplitOf<kRows * kVectors>;
   Vector<Compute> sum[kSplit][kRows][kVectors] = {};
   int64_t k = 0;
@@ -53,7 +61,7 @@ template <class Compute, int kRows, int kVectors>
     for (int s = 0; s < kSplit; ++s) {
       Vector<Compute> weight[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) weight[v] = load<Compute>(packed + (k + s) * kWidth + v * kLanes<Compute>);
+      for (int v = 0; v < kVectors; ++v) weight[v] = load<Compute>(tile + (k + s) * k_step + v * kLanes<Compute>);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         const Vector<Compute> x = broadcast(a[r * a_row + (k + s) * a_k]);
@@ -67,7 +75,7 @@ template <class Compute, int kRows, int kVectors>
     for (int r = 0; r < kRows; ++r) {
       const Vector<Compute> x = broadcast(a[r * a_row + k * a_k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load<Compute>(packed + k * kWidth + v * kLanes<Compute>);
+      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += x * load<Compute>(tile + k * k_step + v * kLanes<Compute>);
     }
   }
 #pragma GCC unroll 12
@@ -82,7 +90,7 @@ template <class Compute, int kRows, int kVectors>
 }
 
 template <class Compute>
-using TileProduct = void (*)(const Compute*, int64_t, int64_t, const Compute*, int64_t, Vector<Compute>*);
+using TileProduct = void (*)(const Compute*, int64_t, int64_t, const Compute*, int64_t, int64_t, Vector<Compute>*);
 
 template <class Compute, int kVectors, int... kRowsMinusOne>
 inline TileProduct<Compute> tile_product_for(int rows, std::integer_sequence<int, kRowsMinusOne...>) {
@@ -120,37 +128,38 @@ inline void for_some_rows(int64_t rows, const Product& product, const Use& use) 
 }
 
 template <int kVectors, class Compute>
-inline void multiply_rows(const Compute* a, int64_t a_row, int64_t a_k, int height, const Compute* packed,
+inline void multiply_rows(const Compute* a, int64_t a_row, int64_t a_k, int height, TileAt<Compute> tile,
                           int64_t k_count, Vector<Compute>* acc) {
   tile_product_for<Compute, kVectors>(height, std::make_integer_sequence<int, kMaxRows<kVectors>>{})(
-      a, a_row, a_k, packed, k_count, acc);
+      a, a_row, a_k, tile.data, tile.k_step, k_count, acc);
 }
 
-// The product of `rows` rows of a with a packed tile, register tile by register tile: use(first_row, height, acc).
+// The product of `rows` rows of a with a tile, register tile by register tile: use(first_row, height, acc).
 // Before each product prefetch(first_row, height) may ask for what `use` will read: the product hides the wait.
 template <int kVectors, class Compute, class Use, class Prefetch>
-inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
+inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, TileAt<Compute> tile,
                           int64_t k_count, const Use& use, const Prefetch& prefetch) {
   alignas(64) Vector<Compute> acc[kMaxRows<kVectors> * kVectors];
   split_rows<kMaxRows<kVectors>>(rows, [&](int64_t first, int height) {
     prefetch(first, height);
-    multiply_rows<kVectors>(a + first * a_row, a_row, a_k, height, packed, k_count, acc);
+    multiply_rows<kVectors>(a + first * a_row, a_row, a_k, height, tile, k_count, acc);
     use(first, height, acc);
   });
 }
 inline void no_prefetch(int64_t, int) {}
 template <int kVectors, class Compute, class Use>
-inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, const Compute* packed,
+inline void for_row_tiles(const Compute* a, int64_t a_row, int64_t a_k, int64_t rows, TileAt<Compute> tile,
                           int64_t k_count, const Use& use) {
-  for_row_tiles<kVectors>(a, a_row, a_k, rows, packed, k_count, use, no_prefetch);
+  for_row_tiles<kVectors>(a, a_row, a_k, rows, tile, k_count, use, no_prefetch);
 }
 
-// The same, written to `to`: (rows, kVectors) vectors.
+// The same with a packed tile, written to `to`: (rows, kVectors) vectors.
 template <int kVectors, class Compute>
 inline void product_into(const Compute* a, int64_t a_row, int64_t rows, const Compute* packed, int64_t k_count,
                          Vector<Compute>* to) {
   split_rows<kMaxRows<kVectors>>(rows, [&](int64_t first, int height) {
-    multiply_rows<kVectors>(a + first * a_row, a_row, 1, height, packed, k_count, to + first * kVectors);
+    multiply_rows<kVectors>(a + first * a_row, a_row, 1, height, packed_at<kVectors>(packed), k_count,
+                            to + first * kVectors);
   });
 }
 
@@ -237,10 +246,59 @@ template <int kRows, class Compute, class Storage>
   }
 }
 
-// The same for `x_rows` vectors.
+// The same for more vectors, so that each weight is read once: kRows with two rows of the matrix at a time.
+template <int kRows, class Compute, class Storage>
+[[gnu::noinline]] void dot_more_rows(const Compute* x, int64_t x_stride, const Storage* matrix, int64_t stride,
+                                     int64_t rows, int64_t k_count, Vector<Compute>* sums, int64_t sums_step) {
+  constexpr int kCount = kLanes<Compute>, kPart = 2;
+  Vector<Compute> part[kRows][kCount];
+  for (int j = 0; j < kCount; j += kPart) {
+    const Storage* row[kPart];
+#pragma GCC unroll 2
+    for (int i = 0; i < kPart; ++i) row[i] = matrix + (j + i < rows ? j + i : rows - 1) * stride;
+    Vector<Compute> sum[kRows][kPart] = {};
+    const auto add = [&](int64_t k, auto... count) {
+      Vector<Compute> weight[kPart];
+#pragma GCC unroll 2
+      for (int i = 0; i < kPart; ++i) weight[i] = load<Compute>(row[i] + k, count...);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vector<Compute> value = load<Compute>(x + r * x_stride + k, count...);
+#pragma GCC unroll 2
+        for (int i = 0; i < kPart; ++i) sum[r][i] += value * weight[i];
+      }
+    };
+    int64_t k = 0;
+    for (; k + kCount <= k_count; k += kCount) add(k);
+    if (k < k_count) add(k, k_count - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < kPart; ++i) part[r][j + i] = sum[r][i];
+  }
+  for (int r = 0; r < kRows; ++r) sums[r * sums_step] = sum_lanes<1, kCount, Compute>(part[r]);
+}
+
+// As many as leave registers for the sums.
+constexpr int kMostDotRows = kVectorRegisters == 32 ? 8 : 4;
+
+template <class Compute, class Storage, int... kRowsLessFour>
+inline void dot_some_rows(int x_rows, const Compute* x, int64_t x_stride, const Storage* matrix, int64_t stride,
+                          int64_t rows, int64_t k_count, Vector<Compute>* sums, int64_t sums_step,
+                          std::integer_sequence<int, kRowsLessFour...>) {
+  static constexpr auto table = {&dot_more_rows<kRowsLessFour + 4, Compute, Storage>...};
+  table.begin()[x_rows - 4](x, x_stride, matrix, stride, rows, k_count, sums, sums_step);
+}
+
+// Dot products of `x_rows` vectors.
 template <class Compute, class Storage>
 inline void dot_all_rows(const Compute* x, int64_t x_stride, int64_t x_rows, const Storage* matrix, int64_t stride,
                          int64_t rows, int64_t k_count, Vector<Compute>* sums, int64_t sums_step) {
+  if (x_rows >= 4 && (kMostDotRows > 4 || x_rows % 4 == 0))
+    return split_rows<kMostDotRows>(x_rows, [&](int64_t first, int height) {
+      dot_some_rows(height, x + first * x_stride, x_stride, matrix, stride, rows, k_count, sums + first * sums_step,
+                    sums_step, std::make_integer_sequence<int, kMostDotRows - 3>{});
+    });
   int64_t i = 0;
   for (; i + 3 <= x_rows; i += 3)
     dot_rows<3>(x + i * x_stride, x_stride, matrix, stride, rows, k_count, sums + i * sums_step, sums_step);
@@ -313,7 +371,7 @@ template <class Compute> struct PlainProducts {
   template <int kVectors, class Use, class Prefetch>
   static void for_rows(const Rows<RowValue>& rows, const Packed* tile, int64_t k_count, const Use& use,
                        const Prefetch& prefetch) {
-    for_row_tiles<kVectors>(rows.data, rows.stride, 1, rows.count, tile, k_count, use, prefetch);
+    for_row_tiles<kVectors>(rows.data, rows.stride, 1, rows.count, packed_at<kVectors>(tile), k_count, use, prefetch);
   }
   template <int kVectors>
   static void into(const Input& rows, const Packed* tile, int64_t k_count, Vector<Compute>* to) {

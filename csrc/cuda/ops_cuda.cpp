@@ -176,7 +176,7 @@ struct CudaBackend {
       if (!parts.empty()) biases.push_back(parts.size() == 2 ? sum_of(op, "biases", parts[0], parts[1]) : parts[0]);
     }
     void* data = nullptr;
-    Tensor gates = Ops::rows(context, "gates", true, data, r.directions * traits(r.mode).gates * r.hidden_size);
+    Tensor gates = *Ops::rows(context, "gates", true, data, r.directions * traits(r.mode).gates * r.hidden_size);
     const Tensor x =
         torch::stable::reshape(as_contiguous(op, "input", detached(input)), {-1, input.size(input.dim() - 1)});
     const Tensor flat = torch::stable::view(gates, {x.size(0), gates.size(gates.dim() - 1)});

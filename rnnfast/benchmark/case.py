@@ -1,4 +1,4 @@
-"""A case of a benchmark: a layer on a shape; both layers of it, its input, what is called, checked and timed."""
+"""A case of a benchmark: a layer, or a loop of cells, on a shape; both of it, the input, what is called and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from .. import cell_types, modules
+from .. import cell_types, cells, modules
 from ..quantization import TYPES, rounded
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -30,8 +30,23 @@ MOST_PAUSE_MS, MOST_NEIGHBOURS = 60_000, 1024
 # What a field of `Case` must be, by the name of its type.
 KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}
 
+# What the other fields of a case are where it is a loop of cells.
+BESIDE_CELLS = {
+    "layers": 1,
+    "directions": 1,
+    "packed": False,
+    "lengths": False,
+    "resets": 0.0,
+    "proj_size": 0,
+    "pause_ms": 0.0,
+    "neighbours": 0,
+    "quantized": "",
+}
+
 # What is timed: gives its results, in an order that all implementations share.
 Call = Callable[[], list[Tensor]]
+# A layer, or for a loop of cells a cell; of torch.nn or of rnnfast, whose classes are subclasses of torch.nn's.
+Layer = torch.nn.RNNBase | torch.nn.RNNCellBase
 
 
 class Impossible(Exception):
@@ -40,7 +55,7 @@ class Impossible(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer on one shape. A benchmark's option is a field here; `row` says what a result file calls it.
+    """One layer on one shape, or a loop of cells. An option is a field here; `row` says what a result file calls it.
 
     Args:
         cell: "LSTM", "GRU" or "RNN".
@@ -62,6 +77,8 @@ class Case:
         neighbours: other processes that compute meanwhile, each with one busy thread.
         quantized: type of ``rnnfast.quantize_weights``: a second layer of rnnfast has such weights. All layers have the
             rounded ones, so that all compute the same. "" means none.
+        cells: a loop of cells, one call a step, in place of a layer: the state is handed from call to call, the outputs
+            are stacked.
         model: the model that the shape is taken from.
         source: where that can be read.
 
@@ -84,6 +101,7 @@ class Case:
     pause_ms: float = 0.0
     neighbours: int = 0
     quantized: str = ""
+    cells: bool = False
     model: str = ""
     source: str = ""
 
@@ -134,6 +152,9 @@ class Case:
             raise ValueError(f"resets: expected 0 for rows of different lengths, got {self.resets}")
         if self.ragged and self.steps < 2:
             raise ValueError(f"steps: expected at least 2 for rows of different lengths, got {self.steps}")
+        for name, only in BESIDE_CELLS.items() if self.cells else ():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}: expected {only!r} for a loop of cells, got {getattr(self, name)!r}")
 
     @property
     def inputs(self) -> int:
@@ -152,7 +173,7 @@ class Case:
         parts += [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * (self.directions > 1)
         parts += [self.dtype] * (self.dtype != "float32")
         parts += ["packed"] * self.packed + ["lengths"] * self.lengths + ["resets"] * (self.resets > 0)
-        parts += [f"weights-{self.quantized}"] * bool(self.quantized)
+        parts += ["cells"] * self.cells + [f"weights-{self.quantized}"] * bool(self.quantized)
         parts += [f"pause{self.pause_ms:g}ms"] * (self.pause_ms > 0)
         parts += [f"neighbours{self.neighbours}"] * (self.neighbours > 0)
         return (f"{self.model} " if self.model else "") + "-".join(parts)
@@ -177,6 +198,7 @@ class Case:
             "pause_ms": self.pause_ms,
             "neighbours": self.neighbours,
             "quantized": self.quantized,
+            "cells": self.cells,
             "model": self.model,
         }
 
@@ -193,6 +215,8 @@ class Case:
             return "quantized weights are not trained"
         if workload == "streaming" and (self.ragged or self.resets):
             return "a streaming step has neither lengths nor resets"
+        if workload == "streaming" and self.cells:
+            return "inference of cells is one step a call already"
         return None
 
     @property
@@ -233,14 +257,16 @@ class Case:
         """Bytes that every implementation has to move for one step of all rows (mean over the steps of a call).
 
         Forward reads input and weights once a call and writes the output; with gradients, input and weights are read
-        again, their gradients written, and the output's gradient read. A streaming step reads the weights each time.
+        again, their gradients written, and the output's gradient read. A streaming step, and each call of a cell, reads
+        the weights each time, forward and backward; the weights' gradients are written once also for a loop of cells.
         What an implementation keeps for its backward pass is its own affair.
         """
         size = getattr(torch, self.dtype).itemsize
-        weights = self.weights() / (1 if workload == "streaming" else self.steps)
+        once = self.weights() / self.steps
+        weights = self.weights() if self.cells or workload == "streaming" else once
         rows_in, rows_out = self.batch * self.inputs, self.batch * self.directions * self.outputs
         if workload == "training":
-            return size * (3 * rows_in + 2 * rows_out + 3 * weights)
+            return size * (3 * rows_in + 2 * rows_out + 2 * weights + once)
         return size * (rows_in + rows_out + weights)
 
 
@@ -262,20 +288,24 @@ class Data(NamedTuple):
 
 
 def is_ours(layer: torch.nn.Module) -> bool:
-    return isinstance(layer, modules.LSTM | modules.GRU | modules.RNN)
+    return isinstance(layer, modules.LSTM | modules.GRU | modules.RNN | cells.Cell)
 
 
-def make_layers(case: Case, device: torch.device) -> tuple[torch.nn.RNNBase, torch.nn.RNNBase]:
-    """torch.nn's layer and rnnfast's with the same weights."""
-    options: dict[str, Any] = {"bidirectional": case.directions == 2}
+def make_layers(case: Case, device: torch.device) -> tuple[Layer, Layer]:
+    """torch.nn's layer and rnnfast's with the same weights, or their cells."""
+    options: dict[str, Any] = {}
+    if not case.cells:
+        options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
     if case.proj_size:
         options["proj_size"] = case.proj_size
-    pair: list[torch.nn.RNNBase] = []
-    for home in (torch.nn, modules):
-        layer = getattr(home, case.cell)(case.inputs, case.hidden_size, case.layers, **options)
-        pair.append(layer.to(device, getattr(torch, case.dtype)))
-        # cuDNN wants its weights in one piece: anything else would cost torch.nn a copy in every call.
-        pair[-1].flatten_parameters()
+    pair: list[Layer] = []
+    for home in (torch.nn, cells if case.cells else modules):
+        made = getattr(home, case.cell + "Cell" * case.cells)(case.inputs, case.hidden_size, **options)
+        layer: Layer = made.to(device, getattr(torch, case.dtype))
+        if isinstance(layer, torch.nn.RNNBase):
+            # cuDNN wants its weights in one piece: anything else would cost torch.nn a copy in every call.
+            layer.flatten_parameters()
+        pair.append(layer)
     if case.quantized:
         with torch.no_grad():
             for weight in pair[0].parameters():
@@ -308,8 +338,10 @@ def _stretches(resets: Tensor) -> list[int]:
     return sorted(set(cuts))
 
 
-def _run(layer: torch.nn.RNNBase, data: Data, cuts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Output (its data, if packed) and last states of either layer."""
+def _run(layer: Layer, data: Data, cuts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Output (its data, if packed) and last states of either layer; (B, H) where it is a cell."""
+    if isinstance(layer, torch.nn.RNNCellBase):
+        return _run_cell(layer, data.values)
     if is_ours(layer):
         options = {"lengths": data.lengths, "resets": data.resets}
         # Not even an empty keyword is handed over where there is nothing to say: the call is what a user writes.
@@ -324,6 +356,16 @@ def _run(layer: torch.nn.RNNBase, data: Data, cuts: Sequence[int]) -> tuple[Tens
         output, state = layer(data.rows)
     output = output.data if isinstance(output, PackedSequence) else output
     return output, list(state) if isinstance(state, tuple) else [state]
+
+
+def _run_cell(cell: torch.nn.RNNCellBase, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A loop of calls, as decoders, policies and graph networks have it; the first state is left to the cell."""
+    outputs: list[Tensor] = []
+    state: Any = None
+    for row in rows.unbind(0):
+        state = cell(row, state)
+        outputs.append(state[0] if isinstance(state, tuple) else state)
+    return torch.stack(outputs), list(state) if isinstance(state, tuple) else [state]
 
 
 def _run_stretches(
@@ -344,11 +386,11 @@ def _run_stretches(
     return torch.cat(outputs), states
 
 
-def make_call(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> Call:
+def make_call(layer: Layer, case: Case, workload: str, data: Data) -> Call:
     """What is timed.
 
     Args:
-        layer: torch.nn's or rnnfast's.
+        layer: torch.nn's or rnnfast's; a cell where the case is a loop of cells.
         case: the case.
         workload: one of `WORKLOADS`.
         data: its input.
@@ -405,7 +447,7 @@ def timed_steps(case: Case, workload: str) -> int:
     return min(case.steps, STREAMED) if workload == "streaming" else case.steps
 
 
-def exact(layer: torch.nn.RNNBase, case: Case, workload: str, data: Data) -> list[Tensor]:
+def exact(layer: Layer, case: Case, workload: str, data: Data) -> list[Tensor]:
     """What the call should give: torch.nn's results in float64."""
     truth = make_call(copy.deepcopy(layer).double(), case, workload, data.with_values(data.values.double()))
     return [value.detach() for value in truth()]

@@ -127,6 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resets", type=number(float, 0), default=0.0, help="how likely a row starts anew before a step"
     )
+    parser.add_argument("--cells", action="store_true", help="a loop of cells, one call a step, in place of a layer")
     parser.add_argument("--quantized", choices=TYPES, default="", help="also a layer with such weights (inference)")
     add_measuring_options(parser)
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")

@@ -20,7 +20,7 @@ from ..backends import NAMES, backend
 from ..backends import backends as installed
 from ..explanation import explain
 from ..quantized_modules import quantize_weights
-from .case import Call, Case, Data, Impossible, compare, exact, make_call, make_data, make_layers, timed_steps
+from .case import Call, Case, Data, Impossible, Layer, compare, exact, make_call, make_data, make_layers, timed_steps
 from .cores import core_to_core_ns
 from .load import Watch
 from .timing import Ratio, capture, interleave, peak_memory, settings
@@ -265,9 +265,7 @@ def alone(case: Case, workload: str, name: str, peer: Peer | None = None) -> Can
     return found
 
 
-def _baseline(
-    case: Case, workload: str, theirs: torch.nn.RNNBase, data: Sequence[Data], device: torch.device
-) -> Candidate:
+def _baseline(case: Case, workload: str, theirs: Layer, data: Sequence[Data], device: torch.device) -> Candidate:
     """torch.nn's candidate."""
 
     def build(candidate: Candidate) -> None:
@@ -291,8 +289,8 @@ def failed_rows(case: Case, workload: str, backends: Sequence[str] | None, devic
 def _candidates(
     case: Case,
     workload: str,
-    theirs: torch.nn.RNNBase,
-    ours: torch.nn.RNNBase,
+    theirs: Layer,
+    ours: Layer,
     data: Sequence[Data],
     names: Sequence[str],
     torch_nn: Candidate,
@@ -305,6 +303,8 @@ def _candidates(
     coarse = tf32 and device.type == "cuda"
     truth = exact(theirs, case, workload, data[0])
     yardstick = [value.detach().clone() for value in torch_nn.calls[0]()]
+    # Of one call: a cell gets one step.
+    rows = data[0].values[0] if case.cells else data[0].rows
 
     def of_backend(candidate: Candidate) -> None:
         layer = ours
@@ -313,7 +313,7 @@ def _candidates(
             quantize_weights(layer, case.quantized)
         candidate.calls = [make_call(layer, case, workload, each) for each in data]
         with torch.set_grad_enabled(workload == "training"):
-            candidate.plan = explain(layer, data[0].rows).kernel
+            candidate.plan = explain(layer, rows).kernel
         _check(candidate, truth, yardstick, coarse or (layer is not ours and case.quantized == "int8"))
         if candidate.calls:
             candidate.peak = peak_memory(candidate.calls[0], device)
@@ -328,7 +328,7 @@ def _candidates(
     if "torch" + GRAPH not in wanted and any(name.endswith(GRAPH) for name in wanted):
         wanted.append("torch" + GRAPH)
     with torch.no_grad():  # in training of one step it may be torch's own op, which is no backend
-        own_choice = explain(ours, data[0].rows).backend
+        own_choice = explain(ours, rows).backend
     candidates = [
         _attempt(name, in_graph if name.endswith(GRAPH) else of_backend, name.removesuffix(GRAPH) != own_choice)
         for name in wanted
@@ -349,7 +349,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _peer(
     name: str,
     peer: Peer,
-    theirs: torch.nn.RNNBase,
+    theirs: Layer,
     case: Case,
     workload: str,
     data: Sequence[Data],
@@ -363,6 +363,8 @@ def _peer(
     Raises:
         Impossible: the peer does not have what the case needs.
     """
+    if not isinstance(theirs, torch.nn.RNNBase):
+        raise Impossible("a peer is a layer, and this case is a loop of cells")
     candidate = Candidate(name)
     shared: dict[str, Tensor] = {f"the weights ({key})": value for key, value in theirs.named_parameters()}
     for number, each in enumerate(data):
@@ -459,8 +461,8 @@ def check_again(candidate: Candidate) -> None:
 def _padded_and_dense(
     case: Case,
     workload: str,
-    theirs: torch.nn.RNNBase,
-    ours: torch.nn.RNNBase,
+    theirs: Layer,
+    ours: Layer,
     data: Data,
     candidates: Sequence[Candidate],
 ) -> list[Candidate]:

@@ -1,0 +1,493 @@
+"""Loops of steps in training: the gradients of the weights are put off until all steps are done (rnnfast/steps.py), and
+nobody must notice but by the clock. Everything is compared with torch.nn's modules."""
+
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnfast
+from rnnfast import ops, steps
+
+backends = sys.modules["rnnfast.backends"]
+pytestmark = pytest.mark.skipif(ops.library_error is not None, reason="the C++ library is not built")
+
+KINDS = ["LSTM", "GRU", "RNN"]
+over_kinds = pytest.mark.parametrize("kind", KINDS)
+IN, H, B = 5, 7, 3
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our step at every size."""
+    monkeypatch.setattr(backends, "torchs_step_is_faster", lambda *call: None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No rows of a pass outlive it, and no step its graph."""
+    yield
+    if "rows" in request.fixturenames:
+        return  # many tests of single steps
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is steps.Rows]
+    assert not steps._alive
+
+
+class Loop(nn.Module):
+    """A cell, or a layer called with one step at a time: (T, B, IN) to (T, B, H)."""
+
+    def __init__(self, home: Any, kind: str, layer: bool = False, dtype: torch.dtype = torch.float64, **options: Any):
+        super().__init__()
+        self.kind, self.layer = kind, layer
+        self.core = getattr(home, kind if layer else kind + "Cell")(IN, H, dtype=dtype, **options)
+
+    def forward(self, input: Tensor, state: Any = None) -> Tensor:
+        return self.states(input, state)[0]
+
+    def states(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        outputs = []
+        for row in input:
+            if self.layer:
+                first = self.core.batch_first
+                output, state = self.core(row.unsqueeze(1 if first else 0), state)
+                outputs.append(output.squeeze(1 if first else 0))
+            else:
+                state = self.core(row, state)
+                outputs.append(state[0] if self.kind == "LSTM" else state)
+        return torch.stack(outputs), state
+
+
+def pair(kind: str, **options: Any) -> list[Loop]:
+    """torch.nn's and ours, with the same weights."""
+    loops = [Loop(home, kind, **options) for home in (nn, rnnfast)]
+    loops[1].load_state_dict(loops[0].state_dict())
+    return loops
+
+
+def data(length: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(length, B, IN, dtype=dtype)
+
+
+def gradients(loss: Callable[[Loop], Tensor], loop: Loop, more: Sequence[Tensor] = (), **options: Any) -> list[Tensor]:
+    wanted = [*more, *(weight for weight in loop.parameters() if weight.requires_grad)]
+    return list(torch.autograd.grad(loss(loop), wanted, **options))
+
+
+def same(loops: list[Loop], loss: Callable[[Loop], Tensor], more: Sequence[Tensor] = ()) -> None:
+    assert_close(gradients(loss, loops[1], more), gradients(loss, loops[0], more))
+
+
+def ends_in(output: Tensor, name: str) -> int:
+    """How many nodes of that name the graph of `output` has."""
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [before for before, _ in node.next_functions]
+    return sum(node.name() == name for node in seen)
+
+
+# ---- the gradients ---------------------------------------------------------------------------------------------------
+
+FORMS = {"cell": {}, "no bias": {"bias": False}, "layer": {"layer": True}, "layers": {"layer": True, "num_layers": 2}}
+FORMS["batch first"] = {"layer": True, "batch_first": True}
+FORMS["both ways"] = {"layer": True, "bidirectional": True}
+
+
+@over_kinds
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_are_torchs(kind: str, form: str, length: int, backend: str) -> None:
+    loops, input = pair(kind, **FORMS[form]), data(length).requires_grad_()
+    expected = gradients(lambda loop: loop(input).sin().sum(), loops[0], [input])
+    with rnnfast.backend(backend):
+        assert_close(gradients(lambda loop: loop(input).sin().sum(), loops[1], [input]), expected)
+        output = loops[1](input)
+    put_off = form != "both ways" and length > 1
+    assert ends_in(output, "WeightGradientsBackward") == (FORMS[form].get("num_layers", 1) if put_off else 0)
+
+
+@over_kinds
+@pytest.mark.parametrize("of_input", [True, False])
+@pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight", "bias", ""])
+def test_what_is_frozen_gets_none(kind: str, frozen: str, of_input: bool) -> None:
+    loops, input = pair(kind), data(4).requires_grad_(of_input)
+    for loop in loops:
+        for name, weight in loop.core.named_parameters():
+            weight.requires_grad_(not frozen or not name.startswith(frozen))
+    same(loops, lambda loop: loop(input).sin().sum(), [input] if of_input else [])
+
+
+@over_kinds
+def test_nothing_of_the_weights_is_made_where_nobody_asks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops, input = pair(kind), data(5).requires_grad_()
+    monkeypatch.setattr(steps.Rows, "gradients", lambda *_: pytest.fail("gradients of weights"))
+    output = loops[1](input)[1:].sin().sum()
+    # Its first step, which makes its own, is there for the states of the others alone.
+    for weight in loops[1].parameters():
+        weight.requires_grad_(False)
+    state = loops[1].states(input[:1])[1]
+    for weight in loops[1].parameters():
+        weight.requires_grad_(True)
+    output = loops[1](input[1:], state).sin().sum()
+    expected = torch.autograd.grad(loops[0](input)[1:].sin().sum(), input)
+    assert_close(torch.autograd.grad(output, input), expected)
+
+
+@over_kinds
+def test_one_product_for_all_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    product = ops.matmul
+    monkeypatch.setattr(steps.ops, "matmul", lambda a, b: shapes.append(a.shape) or product(a, b))
+    loop, input = pair(kind)[1], data(9)
+    loop(input).sum().backward()
+    # The first step's own, and one of all others, for W_ih; it had no state, so for W_hh only the latter.
+    assert sorted(rows for _, rows in shapes) == [B, 8 * B, 8 * B]
+
+
+@over_kinds
+def test_a_state_that_another_step_made(kind: str) -> None:
+    """Steps by torch's own op, which the rule may choose for the first, lead to ours."""
+    loops, (first, _), input = pair(kind), pair(kind), data(4)
+    same(loops, lambda loop: loop(input[1:], first.states(input[:1])[1]).sin().sum(), list(first.parameters()))
+    assert ends_in(loops[1](input[1:2], first.states(input[:1])[1]), "WeightGradientsBackward") == 1
+
+
+@over_kinds
+def test_states_given_and_their_gradients(kind: str) -> None:
+    loops, input = pair(kind), data(4)
+    states = [torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "LSTM" else 1)]
+    same(loops, lambda loop: loop(input, tuple(states) if kind == "LSTM" else states[0]).sin().sum(), states)
+
+
+@over_kinds
+@pytest.mark.parametrize("last", [True, False], ids=["last state", "cell states"])
+def test_gradients_that_come_from_states_alone(kind: str, last: bool) -> None:
+    loops, input = pair(kind), data(4).requires_grad_()
+
+    def loss(loop: Loop) -> Tensor:
+        state = loop.states(input)[1]
+        return (state if kind != "LSTM" else state[0] if last else state[1]).sin().sum()
+
+    same(loops, loss, [input])
+
+
+@over_kinds
+def test_second_derivatives(kind: str) -> None:
+    loops, input = pair(kind), data(3).requires_grad_()
+    found = []
+    for loop in loops:
+        first = gradients(lambda loop: loop(input).sin().sum(), loop, [input], create_graph=True)
+        norm = sum(grad.square().sum() for grad in first)
+        found.append([*first, *torch.autograd.grad(norm, [input, *loop.parameters()])])
+    assert_close(found[1], found[0])
+
+
+@over_kinds
+def test_batched_gradients(kind: str) -> None:
+    """autograd's own, which calls the backward pass once with batched tensors."""
+    loops, input = pair(kind), data(3).requires_grad_()
+    many = torch.randn(4, 3, B, H, dtype=torch.float64)
+    found = [
+        torch.autograd.grad((output := loop(input)), [input, *loop.parameters()], many, is_grads_batched=True)
+        for loop in loops
+    ]
+    del output
+    assert_close(found[1], found[0])
+
+
+@over_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [7, 200])
+def test_the_other_types(kind: str, dtype: torch.dtype, hidden: int) -> None:
+    """Large products of 16-bit types are ATen's, small ones ours."""
+    cells = [getattr(home, kind + "Cell")(hidden, hidden, dtype=torch.float64) for home in (nn, rnnfast)]
+    cells[1].load_state_dict(cells[0].state_dict())
+    cells[1].to(dtype)
+    input = torch.randn(4, 17, hidden, dtype=torch.float64).to(dtype)
+    found = []
+    for cell in cells:
+        cell.zero_grad()
+        state, leaf = None, input.to(cell.weight_hh.dtype).requires_grad_()
+        for row in leaf:
+            state = cell(row, state)
+        (state[0] if kind == "LSTM" else state).sum().backward()
+        found.append([leaf.grad, *(weight.grad for weight in cell.parameters())])
+    eps = torch.finfo(dtype).eps
+    for right, got in zip(*found, strict=True):
+        scale = float(right.abs().max())
+        assert_close(got.double(), right, rtol=0.0, atol=(8 if dtype != torch.float32 else 60) * eps * max(scale, 1))
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+@over_kinds
+def test_two_passes_over_one_graph(kind: str) -> None:
+    loops, input = pair(kind), data(4)
+    for loop in loops:
+        loss = loop(input).sin().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_close([w.grad for w in loops[1].parameters()], [w.grad for w in loops[0].parameters()])
+
+
+@over_kinds
+def test_passes_over_parts_of_one_graph(kind: str) -> None:
+    loops, input = pair(kind), data(6)
+    for loop in loops:
+        output = loop(input)
+        output[2].sum().backward(retain_graph=True)
+        output[4].sin().sum().backward(retain_graph=True)
+        output[5].cos().sum().backward()
+    assert_close([w.grad for w in loops[1].parameters()], [w.grad for w in loops[0].parameters()])
+
+
+@over_kinds
+def test_two_loops_in_one_graph_and_what_uses_the_weights_beside(kind: str) -> None:
+    loops, inputs = pair(kind), [data(3), data(4)]
+
+    def loss(loop: Loop) -> Tensor:
+        outputs = [loop(input) for input in inputs]
+        return sum(output.sin().sum() for output in outputs) + loop.core.weight_hh.square().sum()
+
+    same(loops, loss)
+
+
+@over_kinds
+def test_a_pass_that_fails_leaves_nothing_and_the_next_is_right(kind: str) -> None:
+    loops, input = pair(kind), data(5).requires_grad_()
+    expected = gradients(lambda loop: loop(input).sin().sum(), loops[0])
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("from a hook")
+
+    output = loops[1](input)
+    hook = input.register_hook(fail)
+    inner = loops[1].states(input[:2])[1]
+    state = inner[0] if kind == "LSTM" else inner
+    broken = loops[1](input[2:], inner)
+    state.register_hook(fail)
+    for loss in (output.sum(), broken.sum()):
+        with pytest.raises(ValueError, match="from a hook"):
+            loss.backward(retain_graph=True)
+    hook.remove()
+    del broken, inner, state, loss
+    assert_close(list(torch.autograd.grad(output.sin().sum(), list(loops[1].parameters()))), expected)
+
+
+@over_kinds
+def test_hooks_see_the_whole_gradient_once(kind: str) -> None:
+    loop, input = pair(kind)[1], data(5)
+    seen: list[Tensor] = []
+    accumulated: list[Tensor] = []
+    handles = [
+        loop.core.weight_hh.register_hook(lambda grad: seen.append(grad.clone())),
+        loop.core.weight_hh.register_post_accumulate_grad_hook(lambda weight: accumulated.append(weight.grad.clone())),
+    ]
+    loop(input).sum().backward()
+    assert_close(seen, [loop.core.weight_hh.grad])
+    assert_close(accumulated, [loop.core.weight_hh.grad])
+    for handle in handles:
+        handle.remove()
+
+
+@over_kinds
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(kind: str, reentrant: bool) -> None:
+    loops, input = pair(kind), data(6).requires_grad_()
+
+    for loop in loops:
+        first = loop(input[:3])
+        rest = checkpoint(lambda rows, loop=loop: loop(rows), input[3:] * first.mean(), use_reentrant=reentrant)
+        (rest.sin().sum() + first.cos().sum()).backward()
+    assert_close([w.grad for w in loops[1].parameters()], [w.grad for w in loops[0].parameters()])
+
+
+@over_kinds
+def test_saved_tensors_may_be_kept_elsewhere(kind: str) -> None:
+    loops, input = pair(kind), data(4).requires_grad_()
+    with save_on_cpu():
+        same(loops, lambda loop: loop(input).sin().sum(), [input])
+
+
+def test_passes_in_several_threads_at_once() -> None:
+    loops, inputs = pair("GRU"), [data(30) for _ in range(4)]
+    expected = [gradients(lambda loop, input=input: loop(input).sin().sum(), loops[0]) for input in inputs]
+    found: list[Any] = [None] * 4
+    outputs = [loops[1](input).sin().sum() for input in inputs]
+
+    def run(i: int) -> None:
+        for _ in range(10):
+            own = loops[1](inputs[i]).sin().sum()
+            for loss in (outputs[i], own):
+                found[i] = torch.autograd.grad(loss, list(loops[1].parameters()), retain_graph=True)
+                if any((a - b).abs().max() > 1e-9 for a, b in zip(found[i], expected[i], strict=True)):
+                    return
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, right in zip(found, expected, strict=True):
+        assert_close(list(got), right)
+
+
+# ---- what changes in between -----------------------------------------------------------------------------------------
+
+
+@over_kinds
+@pytest.mark.parametrize("name", ["weight_hh", "weight_ih", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("of_input", [True, False])
+def test_weights_changed_before_the_pass(kind: str, name: str, of_input: bool) -> None:
+    """As in torch.nn: an error where the first derivative needs them, and right numbers elsewhere."""
+    outcomes = []
+    loops, input = pair(kind), data(3).requires_grad_(of_input)
+    for loop in loops:
+        loss = loop(input).sin().sum()
+        with torch.no_grad():
+            getattr(loop.core, name).add_(1)
+        wanted = list(loop.parameters())
+        if name == "weight_hh" or (name == "weight_ih" and of_input):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, wanted)
+        else:
+            outcomes.append(torch.autograd.grad(loss, wanted))
+        del loss
+    assert_close(outcomes[1:], outcomes[:1])
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "bias_ih", "bias_hh"])
+def test_what_the_second_derivative_needs_must_be_as_it_was(name: str) -> None:
+    loop, input = pair("GRU")[1], data(3)
+    loss = loop(input).sum()
+    with torch.no_grad():
+        getattr(loop.core, name).add_(1)
+    with pytest.raises(RuntimeError, match=f"rnnfast: {name} has been modified by an inplace operation"):
+        torch.autograd.grad(loss, list(loop.parameters()), create_graph=True)
+
+
+def test_weights_replaced_within_a_loop() -> None:
+    loops, input = pair("LSTM"), data(6)
+
+    def loss(loop: Loop) -> Tensor:
+        output, state = loop.states(input[:3])
+        before = loop.core.weight_hh
+        loop.core.weight_hh = nn.Parameter(before.detach() * 0.5)
+        more = loop(input[3:], state)
+        loop.core.weight_hh = before
+        return output.sum() + more.sin().sum()
+
+    same(loops, loss)
+
+
+def test_a_weight_that_is_frozen_within_a_loop() -> None:
+    loops, input = pair("GRU"), data(6)
+
+    def loss(loop: Loop) -> Tensor:
+        output, state = loop.states(input[:3])
+        loop.core.weight_ih.requires_grad_(False)
+        more = loop(input[3:], state)
+        loop.core.weight_ih.requires_grad_(True)
+        return output.sum() + more.sin().sum()
+
+    same(loops, loss)
+
+
+def test_a_step_of_a_training_loop_keeps_nothing_for_the_next() -> None:
+    loop, input = pair("LSTM")[1], data(3)
+    optimizer = torch.optim.SGD(loop.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loop(input).square().sum().backward()
+        optimizer.step()
+        assert not steps._alive
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+@over_kinds
+def test_operations_are_counted_as_torch_counts_its_own(kind: str) -> None:
+    counts = []
+    for loop in pair(kind):
+        input = data(4).requires_grad_()
+        state = torch.randn(B, H, dtype=torch.float64)
+        with FlopCounterMode(display=False) as counter:
+            loop(input, (state, state) if kind == "LSTM" else state).sum().backward()
+        counts.append(counter.get_total_flops())
+    # torch.nn multiplies for the gradient of the first state too, which nobody asked for, and so do we.
+    assert abs(counts[1] - counts[0]) <= 2 * B * H * H * {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+
+
+SEQUENCE = torch.zeros(2, B, IN)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("step", {"input": SEQUENCE}, "input: expected rows of one step, got shape"),
+        ("step", {"weight_ih": torch.zeros(H, IN + 1)}, "weight_ih: expected shape"),
+        ("step", {"hx": torch.zeros(B + 1, H)}, "hx: expected shape"),
+        ("step", {"bias_hh": torch.zeros(H + 1)}, "bias_hh: expected shape"),
+        ("step", {"mode": "ELMAN"}, "mode: expected one of"),
+        ("step_backward", {"input": SEQUENCE}, "input: expected rows of one step, got shape"),
+        ("step_backward", {"output": None}, "output: expected a tensor, got None"),
+        ("step_backward", {"weight_ih": torch.zeros(H, IN + 1)}, "weight_ih: expected shape"),
+        ("step_backward", {"grad_output": torch.zeros(B + 1, H)}, "grad_output: expected shape"),
+        ("step_backward", {"mode": "LSTM", "weight_hh": torch.zeros(4 * H, H)}, "cell_states: expected a tensor, got"),
+        ("step_backward", {"mode": "GRU", "weight_hh": torch.zeros(3 * H, H)}, "reserve: expected a tensor, got None"),
+    ],
+)
+def test_the_ops_refuse_what_does_not_fit(op: str, change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "mode": "RNN_TANH", "input": torch.zeros(B, IN), "hx": None, "cx": None, "batch_first": False,
+        "weight_ih": torch.zeros(H, IN), "weight_hh": torch.zeros(H, H),
+    }  # fmt: skip
+    if op == "step":
+        given |= {"saves": True, "bias_ih": torch.zeros(H), "bias_hh": torch.zeros(H)}
+    else:
+        given |= dict.fromkeys(("grad_h_n", "grad_c_n", "cell_states", "reserve"))
+        given |= {"wants_input": True, "grad_output": torch.zeros(B, H), "output": torch.zeros(B, H)}
+    getattr(torch.ops.rnnfast, op)(**given)
+    with pytest.raises(RuntimeError, match=f"rnnfast::{op}: {message}"):
+        getattr(torch.ops.rnnfast, op)(**given | change)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "MGU"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 11, 12, 16, 17, 20, 33, 48, 64, 65])
+@pytest.mark.parametrize("sizes", [(5, 7), (16, 32), (40, 50)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_any_number_of_rows(kind: str, rows: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Few rows meet the weights row by row, more as lanes (csrc/cpu/turned_weights.h), many packed; forth and back."""
+    cell = getattr(rnnfast, kind + "Cell")(*sizes, dtype=torch.float64)
+    given = [torch.randn(rows, size, dtype=torch.float64) for size in (*sizes, sizes[1])][: 3 if kind == "LSTM" else 2]
+    found = []
+    for backend, kept in (("reference", torch.float64), ("cpu", dtype)):
+        cell.to(kept)
+        leaves = [tensor.to(kept).requires_grad_() for tensor in given]
+        with rnnfast.backend(backend):
+            results = cell(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1])
+            results = results if kind == "LSTM" else (results,)
+            loss = sum(result.sin().sum() for result in results)
+            found.append([*results, *torch.autograd.grad(loss, [*leaves, *cell.parameters()])])
+        with torch.no_grad(), rnnfast.backend(backend):
+            again = cell(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1])
+        assert all(torch.equal(a, b) for a, b in zip(again if kind == "LSTM" else (again,), results, strict=True))
+    near = 2e-5 if dtype == torch.float32 else 1e-12
+    for right, got in zip(*found, strict=True):
+        assert_close(got.double(), right.detach(), rtol=near, atol=near * max(1.0, float(right.detach().abs().max())))
