@@ -292,9 +292,9 @@ def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool, foll
     if follows or one_gate < 2**15:
         return None
     if batch == 1:
-        return "torch's own op reads the weights for a single row faster"
+        return "torch's own op reads the weights for a single row faster, where no other step led to this one"
     if makers and batch <= 16:
-        return "torch's own op multiplies so few rows faster on this processor"
+        return "torch's own op is faster with so few rows on this processor, where no other step led to this one"
     return None
 
 

@@ -82,10 +82,11 @@ class Cell(nn.RNNCellBase):
             check_alike(input, state, "hidden")
         self._check_weights(input, weights)
 
-    def _at_once(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """The results of a usual call, whose checks the op makes; None for any other, and where the op refuses the call:
-        what comes after this will say why, in the words of torch.nn."""
+    def _at_once(self, input: Tensor, h: Any, c: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The results of a usual call, whose checks the op makes; None for any other."""
         if not is_plain_call() or self._kernel is not None or not input.is_cpu or input.dim() != 2:
+            return None
+        if h is not None and not isinstance(h, Tensor):
             return None
         parameters = self._parameters
         weight_ih, weight_hh = parameters.get("weight_ih"), parameters.get("weight_hh")
@@ -101,6 +102,11 @@ class Cell(nn.RNNCellBase):
                 return _torchs_step(mode, input, h, c, weights)
             output, _, c_n = run_step(("cpu", mode, False, *weights), input, h, c)
         except RuntimeError:
+            # What does not fit, in the words of torch.nn; anything else is not about this call.
+            states = () if h is None else (h,) if c is None else (h, c)
+            if all(state.dim() == 2 for state in states):
+                self._check(input, states, self._weights())
+                raise
             return None
         return output, c_n
 
@@ -223,7 +229,9 @@ class LSTMCell(Cell, nn.LSTMCell):
         if type(input) is Tensor and not tool_watches():
             if hx is not None and len(hx) == 2:
                 h, c = hx
-            if (hx is None or h is not None) and (done := self._at_once(input, h, c)) is not None:
+            if (hx is None or (h is not None and isinstance(c, Tensor))) and (
+                done := self._at_once(input, h, c)
+            ) is not None:
                 return done  # type: ignore[return-value]
         elif (result := result_for_tool(self, input, hx)) is not None:
             states: tuple[Tensor, Tensor] = result[0]

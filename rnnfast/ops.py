@@ -196,7 +196,7 @@ def _choose_products(isa: str) -> None:
     """Whose product is faster, by type; measured (docs/performance.md).
 
     In float32 and float64 ATen's is MKL's, which is the faster one on the processors of its maker. That ours is as
-    right, on another ISA than the processor's best, is for tests to see.
+    right, where an ISA is asked for by name, is for tests to see.
 
     ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and slow where
     not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
@@ -287,10 +287,11 @@ def batched_matmul(info: Any, in_dims: tuple[int | None, int | None], a: Tensor,
     return torch.matmul(a, b), 0
 
 
-_best_isa = cpu_isa()
+_wanted = os.environ.get("RNNFAST_CPU_ISA", "")
+# The processor's own, where nobody asked for one by name.
+_best_isa = cpu_isa() if not _wanted else ""
 if library_error is None:
-    _choose_products(_best_isa)
-    _wanted = os.environ.get("RNNFAST_CPU_ISA", "")
+    _choose_products(cpu_isa())
     if _wanted and _wanted != cpu_isa():
         warnings.warn(f"RNNFAST_CPU_ISA={_wanted}: this processor has none such, {cpu_isa()} is used", stacklevel=2)
     _wanted = os.environ.get("RNNFAST_CPU_TEAM", "")

@@ -13,6 +13,7 @@ and makes its own product.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ _current_pass = torch._C._current_graph_task_id
 _pass_reaches = torch._C._will_engine_execute_node
 # autograd's own batched gradients (is_grads_batched), which are no transform of torch.func
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # Of a step: (backend, mode, batch_first, weight_ih, weight_hh, bias_ih, bias_hh).
 Call = tuple[str, str, bool, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -68,6 +70,13 @@ def step(
     return found[0], h_n, c_n, cell_states, reserve
 
 
+def _is_any_batched(*grads: Tensor | None) -> bool:
+    for grad in grads:  # noqa: SIM110 (a generator would cost more than the loop)
+        if grad is not None and _is_batched(grad):
+            return True
+    return False
+
+
 def step_backward(
     call: Call,
     weight_ih: Tensor,
@@ -89,14 +98,13 @@ def step_backward(
     """
     backend, mode, batch_first, _, _, bias_ih, bias_hh = call
     differentiable = _grad_enabled() or _functorch_active()
-    if backend == "cpu" and not differentiable and ops.makes_product(input, weight_ih):
-        grad: Any = grad_output if grad_output is not None else grad_h_n if grad_h_n is not None else grad_c_n
-        if not _is_batched(grad):
-            results: SteppedBack = ops.step_backward(
-                mode, wants_input, grad_output, grad_h_n, grad_c_n, input, output, cell_states, reserve, hx, cx,
-                batch_first, weight_ih, weight_hh,
-            )  # fmt: skip
-            return results
+    batched = differentiable or _is_any_batched(grad_output, grad_h_n, grad_c_n)
+    if backend == "cpu" and not batched and ops.makes_product(input, weight_ih):
+        results: SteppedBack = ops.step_backward(
+            mode, wants_input, grad_output, grad_h_n, grad_c_n, input, output, cell_states, reserve, hx, cx,
+            batch_first, weight_ih, weight_hh,
+        )  # fmt: skip
+        return results
     with without_autocast(input.device.type):
         nothing = input.new_empty(0)
         arguments = (
@@ -130,11 +138,20 @@ class Rows:
         gates, inputs: the gradient of W_ih x, (B, G*H), and x, (B, I).
         recurrent, states: the gradient of W_hh h, (B, G*H), and h, (B, H), of the steps that a state entered.
         split: the gradient of W_hh h of every step, of cells where it is not that of W_ih x.
+        versions: the sum of those of inputs and states, which are others' tensors. (Versions only grow.)
+        elements: in `gates`.
+        made: the gradients of the rows that are no longer here.
     """
 
-    __slots__ = ("__weakref__", "gates", "inputs", "recurrent", "split", "states")
+    __slots__ = (
+        "__weakref__", "elements", "gates", "inputs", "made", "recurrent", "split", "states", "versions",
+    )  # fmt: skip
+
+    # So many elements of gates are worth a product of their own: what is left of them is not kept any longer.
+    MOST = 1 << 22
 
     def __init__(self) -> None:
+        self.made: list[Tensor | None] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -143,19 +160,46 @@ class Rows:
         self.recurrent: list[Tensor] = []
         self.states: list[Tensor] = []
         self.split: list[Tensor] = []
+        self.versions = 0
+        self.elements = 0
 
     def add(self, gates: Tensor, split: Tensor | None, input: Tensor, state: Tensor | None) -> None:
         self.gates.append(gates)
+        self.elements += gates.numel()
         self.inputs.append(input)
+        self.versions += input._version
         if split is not None:
             self.split.append(split)
         if state is not None:
             self.recurrent.append(gates if split is None else split)
             self.states.append(state)
+            self.versions += state._version
+
+    def _check(self) -> None:
+        """Between a step's backward and this, others may have written into its input or state, or freed them."""
+        tensors = [*self.inputs, *self.states]
+        changed = sum(tensor._version for tensor in tensors) != self.versions
+        if changed or any(tensor.untyped_storage().size() == 0 and tensor.numel() for tensor in tensors):
+            raise RuntimeError(
+                "rnnfast: the input or the state of a step has been modified by an inplace operation, or freed, during "
+                "the backward pass: the gradients of the weights are made of them when the pass has done with all steps"
+            )
+
+    def fold(self, weight_hh: Tensor, needs: Sequence[bool]) -> None:
+        """The rows' gradients in place of the rows."""
+        self.made = self.gradients(weight_hh, needs)
+        self.clear()
 
     def gradients(self, weight_hh: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of weight_ih, weight_hh, bias_ih and bias_hh, of those that are needed. Nothing that is handed out
-        shares memory: callers write into gradients."""
+        shares memory: callers write into gradients.
+
+        Raises:
+            RuntimeError: the input or state of a step is not what it was when the step left it.
+        """
+        if not self.gates and self.made is not None:
+            return self.made
+        self._check()
         grads: list[Tensor | None] = [None] * 4
         of_input, of_recurrent, of_bias_ih, of_bias_hh = needs
         gates = _joined(self.gates)
@@ -173,7 +217,9 @@ class Rows:
                 grads[3] = _joined(self.split).sum(0) if self.split else sums.clone() if of_bias_ih else sums
             if of_bias_ih:
                 grads[2] = sums
-        return grads
+        if self.made is None:
+            return grads
+        return [a if b is None else b if a is None else a + b for a, b in zip(self.made, grads, strict=True)]
 
     def __call__(self) -> None:
         """What autograd calls at the end of the pass. Until then, or until the pass fails, it keeps the rows alive."""
@@ -181,6 +227,11 @@ class Rows:
 
 def _joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def origins_of(weights: Sequence[Tensor | None]) -> list[Any]:
+    """Where in autograd's graph the weights come from: None of those that came from nowhere."""
+    return [None if weight is None else weight.grad_fn for weight in weights]
 
 
 class WeightGradients(torch.autograd.Function):
@@ -191,6 +242,7 @@ class WeightGradients(torch.autograd.Function):
     def forward(ctx: Any, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.weight_hh = weight_hh
+        ctx.origins = origins_of((weight_ih, weight_hh, *biases))
         # Of each pass in which a step has left rows, by the number that autograd gives it: where they are.
         ctx.passes = {}
         return weight_ih.new_empty(0)
@@ -204,6 +256,7 @@ class WeightGradients(torch.autograd.Function):
         with without_autocast(ctx.weight_hh.device.type):
             grads = rows.gradients(ctx.weight_hh, ctx.needs_input_grad)
         rows.clear()
+        rows.made = None
         return tuple(grads)
 
 
@@ -326,6 +379,9 @@ class Step(torch.autograd.Function):
             hx = None if hx is None else as_matrix(hx)
         rows.add(gates, split, input, hx)
         if token is not None:
+            if rows.elements >= Rows.MOST:
+                with without_autocast(input.device.type):
+                    rows.fold(weight_hh, token.grad_fn.needs_input_grad)
             return grad_input, grad_hx, grad_cx, None, None
         with without_autocast(input.device.type):
             return grad_input, grad_hx, grad_cx, None, None, *rows.gradients(weight_hh, needs[5:])
@@ -359,6 +415,12 @@ def _remember(key: tuple[Any, ...], node: Any) -> None:
     _alive[key] = weakref.ref(node, forget)
 
 
+def _autograd_is_compiled() -> bool:
+    """Whether backward passes are compiled, which come to each node once, when the graph is made of them."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled is not None and bool(compiled.compiled_autograd_enabled)
+
+
 def run_step(call: Call, input: Tensor, hx: Tensor | None, cx: Tensor | None) -> Stepped:
     """One step in a plain call: `Step`'s results, with a derivative where anything wants a gradient."""
     _, _, _, weight_ih, weight_hh, bias_ih, bias_hh = call
@@ -375,15 +437,22 @@ def run_step(call: Call, input: Tensor, hx: Tensor | None, cx: Tensor | None) ->
             return step(call, False, input, hx, cx)[:3]
         results: Stepped = _apply_step(input, hx, cx, None, call)
         return results
-    # While a step of that graph is alive, so are its weights: these numbers are no others'.
-    key = (id(weight_ih), id(weight_hh), id(bias_ih), id(bias_hh), wanted, input.dtype)
+    # While a step of that graph is alive, so are its weights: these numbers are no others'. (Not id(): what a Python
+    # object stands for can be swapped.)
+    weights = weight_ih, weight_hh, bias_ih, bias_hh
+    key = (*[None if weight is None else weight._cdata for weight in weights], wanted, input.dtype)
     where = _alive.get(key)
     earlier = None if where is None else where()
     token = None if earlier is None else earlier.token
-    if token is None and (earlier is not None or (hx is not None and hx.grad_fn is not None)):
-        token, earlier = _defer(weight_ih, weight_hh, bias_ih, bias_hh), None
+    if token is not None and token.grad_fn.origins != origins_of(weights):
+        # Others were written into them, with a graph of their own.
+        token = None
+    in_loop = earlier is not None or (hx is not None and hx.grad_fn is not None)
+    # Whoever keeps saved tensors elsewhere lends them to a step's backward alone.
+    if token is None and in_loop and _saved_tensors_hooks(False) is None and not _autograd_is_compiled():
+        token, earlier = _defer(*weights), None
     if token is None:
-        results = _apply_step(input, hx, cx, None, call, weight_ih, weight_hh, bias_ih, bias_hh)
+        results = _apply_step(input, hx, cx, None, call, *weights)
     else:
         results = _apply_step(input, hx, cx, token, call)
     if earlier is None:

@@ -113,16 +113,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     if ops.library_error is not None:
         pytest.skip(ops.library_error)
-    before = torch.ops.rnnfast.use_cpu_isa("")
+    before = ops.use_cpu_isa("")
     try:
-        torch.ops.rnnfast.use_cpu_isa(isa)
+        ops.use_cpu_isa(isa)
     except RuntimeError as error:
         pytest.skip(f"{isa}: {str(error).splitlines()[0]}")
     try:
         with use_backend(name):
             yield request.param
     finally:
-        torch.ops.rnnfast.use_cpu_isa(before)
+        ops.use_cpu_isa(before)
 
 
 @pytest.fixture

@@ -28,16 +28,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.ops.rnnfast.use_cpu_isa("")
+    before = ops.use_cpu_isa("")
     try:
-        torch.ops.rnnfast.use_cpu_isa(request.param)
+        ops.use_cpu_isa(request.param)
     except RuntimeError as error:
         pytest.skip(f"{request.param}: {str(error).splitlines()[0]}")
     try:
         with rnnfast.backend("cpu"):
             yield request.param
     finally:
-        torch.ops.rnnfast.use_cpu_isa(before)
+        ops.use_cpu_isa(before)
 
 
 def module_of(library: Any, cell: str, *sizes: int, **options: Any) -> nn.Module:

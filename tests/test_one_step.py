@@ -331,23 +331,30 @@ def test_nan_stays_in_its_row_either_way(kind: str, options: dict[str, Any], way
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch", "size", "torchs"),
+    ("kind", "batch", "size", "torchs", "torchs_beside_makers"),
     [
-        ("LSTMCell", 1, 256, True),
-        ("LSTMCell", 1, 32, False),
-        ("LSTMCell", 4, 256, False),
-        ("GRUCell", 1, 256, True),
-        ("GRUCell", 64, 32, False),
-        ("RNNCell", 4, 32, True),
-        ("RNNCell", 512, 64, False),
-        ("RNNCell", 0, 64, False),
-        ("LSTM", 1, 256, False),
-        ("GRU", 1, 256, True),
-        ("RNN", 4, 32, True),
-        ("RNN", 64, 64, False),
+        ("LSTMCell", 1, 256, True, True),
+        ("LSTMCell", 1, 32, False, False),
+        ("LSTMCell", 4, 256, False, True),
+        ("LSTMCell", 17, 256, False, False),
+        ("GRUCell", 1, 256, True, True),
+        ("GRUCell", 64, 32, False, False),
+        ("RNNCell", 4, 32, True, True),
+        ("RNNCell", 512, 64, False, True),
+        ("RNNCell", 0, 64, False, False),
+        ("LSTM", 1, 256, False, False),
+        ("GRU", 1, 256, True, True),
+        ("RNN", 4, 32, True, True),
+        ("RNN", 64, 64, False, True),
     ],
 )
-def test_the_rule_and_what_explain_says(kind: str, batch: int, size: int, torchs: bool) -> None:
+@pytest.mark.parametrize("makers", [False, True], ids=["any processor", "its maker's products"])
+def test_the_rule_and_what_explain_says(
+    kind: str, batch: int, size: int, torchs: bool, torchs_beside_makers: bool, makers: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ops, "atens_products_are_the_makers", lambda: makers)
+    torchs = torchs_beside_makers if makers else torchs
     module = getattr(rnnfast, kind)(size, size)
     input = torch.randn(*(() if kind.endswith("Cell") else (1,)), batch, size)
     assert ran_kernels(module(input)) != torchs
@@ -358,6 +365,17 @@ def test_the_rule_and_what_explain_says(kind: str, batch: int, size: int, torchs
     with torch.no_grad():
         assert rnnfast.explain(module, input).backend == "cpu"
     assert rnnfast.explain(module, input.bfloat16()).backend == "cpu"
+
+
+@pytest.mark.parametrize("makers", [False, True], ids=["any processor", "its maker's products"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_the_steps_that_follow_are_ours(kind: str, makers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop the gradients of the weights are put off, which torch's own op cannot do."""
+    monkeypatch.setattr(ops, "atens_products_are_the_makers", lambda: makers)
+    cell, input = getattr(rnnfast, kind)(256, 256), torch.randn(1, 256)
+    first = cell(input)
+    assert not ran_kernels(first)
+    assert ran_kernels(cell(input, first))
 
 
 def test_there_is_no_op_for_the_linear_cell() -> None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
 from rnnfast import ops, steps
+from test_build import in_new_process
 
 backends = sys.modules["rnnfast.backends"]
 pytestmark = pytest.mark.skipif(ops.library_error is not None, reason="the C++ library is not built")
@@ -416,6 +417,191 @@ def test_a_step_of_a_training_loop_keeps_nothing_for_the_next() -> None:
         loop(input).square().sum().backward()
         optimizer.step()
         assert not steps._alive
+
+
+# ---- what autograd knows of the weights ------------------------------------------------------------------------------
+
+
+@over_kinds
+@pytest.mark.parametrize("change", ["written into", "detached"])
+def test_weights_that_come_from_elsewhere_than_before(kind: str, change: str) -> None:
+    """A step of an earlier graph is alive, and its weights are the same tensors, but of another graph."""
+    cells, input = pair(kind), data(3)
+    names = [name for name, _ in cells[0].core.named_parameters()]
+    values = [weight.detach().clone() for weight in cells[0].core.parameters()]
+    found = []
+    for loop in cells:
+        leaves = [[value.clone().requires_grad_() for value in values] for _ in range(2)]
+        weights = [leaf * 1 for leaf in leaves[0]]
+
+        def run(loop: Loop = loop, weights: list[Tensor] = weights) -> Tensor:
+            named = {f"core.{name}": weight for name, weight in zip(names, weights, strict=True)}
+            return torch.func.functional_call(loop, named, (input,))
+
+        kept = run()
+        for weight, other in zip(weights, leaves[1], strict=True):
+            if change == "written into":
+                weight.copy_(other)
+            else:
+                weight.detach_().requires_grad_()
+        run().sin().sum().backward()
+        found.append([tensor.grad for tensor in (leaves[1] if change == "written into" else weights)])
+        assert not any(leaf.grad is not None and leaf.grad.any() for leaf in leaves[0])
+        del kept
+    assert_close(found[1], found[0])
+
+
+def test_weights_that_were_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops, input = pair("GRU", dtype=torch.float32), data(3)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for loop in loops:
+            kept = loop(input.float())
+            kept.sum().backward()
+            loop.zero_grad()
+            loop.double()
+            loop(input).sin().sum().backward()
+            del kept
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_close([w.grad for w in loops[1].parameters()], [w.grad for w in loops[0].parameters()])
+
+
+@over_kinds
+@pytest.mark.parametrize("what", ["written into", "freed"])
+def test_what_the_rows_are_must_stay_until_the_end_of_the_pass(kind: str, what: str) -> None:
+    """torch.nn has used a step's input when its backward is over. We have not: an error, and no wrong numbers."""
+    loop, inputs, state, outputs = pair(kind)[1], [data(1)[0].clone() for _ in range(5)], None, []
+    for input in inputs:
+        state = loop.core(input, state)
+        outputs.append(state[0] if kind == "LSTM" else state)
+
+    def spoil(_: Tensor) -> None:
+        if what == "freed":
+            inputs[3].untyped_storage().resize_(0)
+        else:
+            inputs[3].zero_()
+
+    outputs[2].register_hook(spoil)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation, or freed, during the backward pass"):
+        outputs[-1].sum().backward()
+
+
+@over_kinds
+def test_hooks_of_saved_tensors_lend_them_for_a_moment(kind: str) -> None:
+    """An offloader may give out the same buffers again and again: then each step makes the gradients itself."""
+    loops, input = pair(kind), data(20).requires_grad_()
+    rings: dict[Any, list[Tensor]] = {}
+
+    def unpack(kept: Tensor) -> Tensor:
+        ring = rings.setdefault(tuple(kept.shape), [torch.empty_like(kept) for _ in range(16)])
+        ring.append(ring.pop(0))
+        return ring[-1].copy_(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), unpack):
+        outputs = [loop(input) for loop in loops]
+    assert ends_in(outputs[1], "WeightGradientsBackward") == 0
+    found = [
+        torch.autograd.grad(output.sin().sum(), [input, *loop.parameters()])
+        for output, loop in zip(outputs, loops, strict=True)
+    ]
+    assert_close(found[1], found[0])
+
+
+@over_kinds
+@pytest.mark.parametrize("length", [3, 8])
+def test_many_rows_are_folded_before_the_end(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.Rows, "MOST", 2 * B * H)
+    most: list[int] = []
+    add = steps.Rows.add
+    monkeypatch.setattr(steps.Rows, "add", lambda self, *rows: (add(self, *rows), most.append(len(self.gates)))[0])
+    loops, input = pair(kind), data(length).requires_grad_()
+    same(loops, lambda loop: loop(input).sin().sum(), [input])
+    assert max(most) <= 2
+    for loop in loops:
+        first = gradients(lambda loop: loop(input).sin().sum(), loop, create_graph=True)
+        sum(grad.square().sum() for grad in first).backward()
+    assert_close([w.grad for w in loops[1].parameters()], [w.grad for w in loops[0].parameters()])
+
+
+COMPILED = """
+import torch, rnnfast
+from torch._dynamo import compiled_autograd
+from torch.testing import assert_close
+cell, rows = rnnfast.LSTMCell(5, 7), torch.randn(3, 4, 5)
+def loss():
+    state = None
+    for row in rows: state = cell(row, state)
+    return state[0].sin().sum()
+expected = torch.autograd.grad(loss(), list(cell.parameters()))
+with compiled_autograd._enable(torch.compile(backend="eager")):
+    loss().backward()
+assert_close([weight.grad for weight in cell.parameters()], list(expected))
+print("the same")
+"""
+
+
+def test_compiled_backward_passes() -> None:
+    assert "the same" in in_new_process(COMPILED)
+
+
+class Constant(torch.autograd.Function):
+    """The identity, whose gradient is one constant."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor) -> Tensor:
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ones(B, H, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_batched_gradients_of_one_state_alone(which: int) -> None:
+    loops, input = pair("LSTM"), data(1)[0]
+    many, found = torch.randn(4, B, H, dtype=torch.float64), []
+    for loop in loops:
+        states = list(loop.core(input))
+        states[which] = Constant.apply(states[which])
+        output = states[0].sin() * states[1].cos() if which else states[0] + states[1]
+        found.append(torch.autograd.grad(output, list(loop.parameters()), many, is_grads_batched=True))
+    assert_close(found[1], found[0])
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@over_kinds
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_no_state_is_refused_as_by_torch(kind: str, grad: bool) -> None:
+    cells, input, state = [loop.core for loop in pair(kind)], data(1)[0], torch.zeros(B, H, dtype=torch.float64)
+    wrong: list[Any] = [[state], state.numpy(), 3]
+    if kind == "LSTM":
+        wrong = [(state, None), (state, [state]), (state.numpy(), state), (state,)]
+    with torch.set_grad_enabled(grad):
+        for hx in wrong:
+            errors = []
+            for cell in cells:
+                with pytest.raises((AttributeError, RuntimeError, TypeError)) as caught:
+                    cell(input, hx)
+                errors.append((caught.type, str(caught.value)))
+            assert errors[1] == errors[0]
+
+
+def test_errors_that_are_not_about_the_call_are_raised_once() -> None:
+    cell, input, calls = pair("GRU")[1].core, data(1)[0], []
+
+    def fail(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        raise RuntimeError("no room on the disk")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor),
+        pytest.raises(RuntimeError, match="no room on the disk"),
+    ):
+        cell(input)
+    assert len(calls) == 1
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------

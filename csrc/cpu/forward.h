@@ -5,8 +5,8 @@
 //   project  with a projection, in a round of its own: h_t = W_hr hidden.
 // The input projection is made a few steps at a time by the thread that does the share, so that it stays in its cache
 // instead of going to memory and back. What the weights are, and how rows are multiplied by them, `Weights` knows:
-// those that a layer keeps are CallWeights (call_weights.h), those that were packed before the call PanelWeights
-// (panel_weights.h).
+// those that a layer keeps are CallWeights (call_weights.h), or in calls of one step TurnedWeights (turned_weights.h);
+// those that were packed before the call are PanelWeights (panel_weights.h).
 #pragma once
 
 #include "../cells.h"
