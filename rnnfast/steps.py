@@ -421,6 +421,12 @@ def _autograd_is_compiled() -> bool:
     return compiled is not None and bool(compiled.compiled_autograd_enabled)
 
 
+def _is_worth_deferring(input: Tensor, weight_hh: Tensor) -> bool:
+    """Whether to keep a step's rows, and to read them again later, takes less than a product of their own. Measured."""
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+    return rows <= 64 or 4 * rows <= weight_hh.shape[1]
+
+
 def run_step(call: Call, input: Tensor, hx: Tensor | None, cx: Tensor | None) -> Stepped:
     """One step in a plain call: `Step`'s results, with a derivative where anything wants a gradient."""
     _, _, _, weight_ih, weight_hh, bias_ih, bias_hh = call
@@ -448,6 +454,7 @@ def run_step(call: Call, input: Tensor, hx: Tensor | None, cx: Tensor | None) ->
         # Others were written into them, with a graph of their own.
         token = None
     in_loop = earlier is not None or (hx is not None and hx.grad_fn is not None)
+    in_loop = in_loop and _is_worth_deferring(input, weight_hh)
     # Whoever keeps saved tensors elsewhere lends them to a step's backward alone.
     if token is None and in_loop and _saved_tensors_hooks(False) is None and not _autograd_is_compiled():
         token, earlier = _defer(*weights), None

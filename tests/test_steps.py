@@ -168,6 +168,15 @@ def test_a_state_that_another_step_made(kind: str) -> None:
 
 
 @over_kinds
+@pytest.mark.parametrize("layer", [False, True])
+def test_many_rows_make_their_own_products(kind: str, layer: bool) -> None:
+    loops, input = pair(kind, layer=layer), torch.randn(3, 65, IN, dtype=torch.float64, requires_grad=True)
+    same(loops, lambda loop: loop(input).sin().sum(), [input])
+    assert ends_in(loops[1](input), "WeightGradientsBackward") == 0
+    assert ends_in(loops[1](input[:, :64]), "WeightGradientsBackward") == 1
+
+
+@over_kinds
 def test_states_given_and_their_gradients(kind: str) -> None:
     loops, input = pair(kind), data(4)
     states = [torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "LSTM" else 1)]
