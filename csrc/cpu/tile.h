@@ -246,25 +246,26 @@ template <int kRows, class Compute, class Storage>
   }
 }
 
-// The same for more vectors, so that each weight is read once: kRows with two rows of the matrix at a time.
+// The same for more vectors, so that each weight is read once: kRows with some rows of the matrix at a time, as many as
+// give the sums that must be under way at once.
 template <int kRows, class Compute, class Storage>
 [[gnu::noinline]] void dot_more_rows(const Compute* x, int64_t x_stride, const Storage* matrix, int64_t stride,
                                      int64_t rows, int64_t k_count, Vector<Compute>* sums, int64_t sums_step) {
-  constexpr int kCount = kLanes<Compute>, kPart = 2;
+  constexpr int kCount = kLanes<Compute>, kPart = kVectorRegisters == 32 && kRows <= 5 && kCount >= 4 ? 4 : 2;
   Vector<Compute> part[kRows][kCount];
   for (int j = 0; j < kCount; j += kPart) {
     const Storage* row[kPart];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < kPart; ++i) row[i] = matrix + (j + i < rows ? j + i : rows - 1) * stride;
     Vector<Compute> sum[kRows][kPart] = {};
     const auto add = [&](int64_t k, auto... count) {
       Vector<Compute> weight[kPart];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int i = 0; i < kPart; ++i) weight[i] = load<Compute>(row[i] + k, count...);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Vector<Compute> value = load<Compute>(x + r * x_stride + k, count...);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kPart; ++i) sum[r][i] += value * weight[i];
       }
     };
@@ -273,7 +274,7 @@ template <int kRows, class Compute, class Storage>
     if (k < k_count) add(k, k_count - k);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int i = 0; i < kPart; ++i) part[r][j + i] = sum[r][i];
   }
   for (int r = 0; r < kRows; ++r) sums[r * sums_step] = sum_lanes<1, kCount, Compute>(part[r]);
