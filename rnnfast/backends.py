@@ -357,11 +357,12 @@ def _is_training(input: Tensor, others: Sequence[Tensor | None]) -> bool:
         and input.dtype in (torch.float32, torch.float64)
         and asked_for() == "auto"
         and ops.library_error is None
-        and _wants_gradient(input, others)
+        and wants_gradient(input, others)
     )
 
 
-def _wants_gradient(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+def wants_gradient(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether anything wants a gradient."""
     if input.requires_grad:
         return True
     for tensor in others:  # noqa: SIM110 (a generator would cost more than the loop)

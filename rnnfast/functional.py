@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .autograd import Layer, apply_layer, layer_in_graph, mark_layer_in_graph
-from .backends import BACKENDS, select, torch_runs_layers
+from .backends import BACKENDS, select, torch_runs_layers, wants_gradient
 from .cell_types import CELLS, NONLINEARITIES
 from .sequences import RowOptions, Sequences, dense_sequences, packed_sequences
 from .signatures import LayerArguments, kinds_of, nested, place_weights, shapes_of
-from .steps import is_one_step, run_step
+from .steps import has_one_step, run_step
 
 Tensors = Sequence[Tensor]
 
@@ -140,7 +140,7 @@ def _choose(
     if not _functorch_active():
         differentiating = _grad_enabled()
         captured = differentiating and _captures()
-        if captured or not (differentiating and _wants_gradient(input, hx, cx, weights)):
+        if captured or not (differentiating and wants_gradient(input, (hx, cx, *weights))):
             backend = BACKENDS[select(input)]
             # A program gets the op itself, whether or not gradients are wanted now: it carries its derivative.
             kernels = backend.differentiable if captured else backend.kernels
@@ -150,7 +150,7 @@ def _choose(
         # One step in plain training, where torch's own op is faster.
         if torch_runs_layers(mode, input, hx, sequences, weights):
             return _torchs
-        if sequences.every_row_counts and not return_cell_states and is_one_step(input, sequences.batch_first):
+        if sequences.every_row_counts and not return_cell_states and has_one_step(input, sequences.batch_first):
             return functools.partial(_step, select(input))
         apply = apply_layer
     else:
@@ -202,16 +202,6 @@ def _autocast_available(device: str) -> bool:
 
 # The effect of torch.compiler.assume_constant_result, which would import Dynamo: 2.11's cannot trace the question.
 _autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _wants_gradient(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> bool:
-    """Whether anything wants a gradient."""
-    if input.requires_grad or (hx is not None and hx.requires_grad) or (cx is not None and cx.requires_grad):
-        return True
-    for weight in weights:  # noqa: SIM110 (a generator would cost more than the loop)
-        if weight.requires_grad:
-            return True
-    return False
 
 
 def _autocast(

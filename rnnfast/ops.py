@@ -186,8 +186,6 @@ _SMALL = 2e6
 _limits: dict[torch.dtype, _Limit] = {}
 # Of the ISA in use.
 _has_pairs = False
-
-
 # Gradients of gates are multiplied at once by the step that made them up to here, where larger products are ATen's.
 _SMALL_OF_STEP = 1e6
 

@@ -4,7 +4,7 @@ numbers of operations. Plain calls go past all of this (`steps.py`)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,86 +52,85 @@ def step_fake(
     )
 
 
-def step_backward_fake(
-    mode: str,
-    wants_input: bool,
-    grad_output: Optional,
-    grad_h_n: Optional,
-    grad_c_n: Optional,
-    input: Tensor,
-    output: Optional,
-    cell_states: Optional,
-    reserve: Optional,
-    hx: Optional,
-    cx: Optional,
-    batch_first: bool,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-) -> Five:
-    cell, width = CELLS[mode], weight_hh.size(0)
+class StepBackwardArguments(NamedTuple):
+    """What `step_backward` takes."""
+
+    mode: str
+    wants_input: bool
+    grad_output: Optional
+    grad_h_n: Optional
+    grad_c_n: Optional
+    input: Tensor
+    output: Optional
+    cell_states: Optional
+    reserve: Optional
+    hx: Optional
+    cx: Optional
+    batch_first: bool
+    weight_ih: Tensor
+    weight_hh: Tensor
+
+
+def step_backward_fake(*arguments: Any) -> Five:
+    call = StepBackwardArguments(*arguments)
+    cell, input, width = CELLS[call.mode], call.input, call.weight_hh.size(0)
     return (
         input.new_empty(*input.shape[:-1], width),
         input.new_empty(*input.shape[:-1], width) if cell.split_gate is not None else None,
-        input.new_empty(input.shape) if wants_input else None,
-        None if hx is None else hx.new_empty(hx.shape),
-        cx.new_empty(cx.shape) if cx is not None and cell.has_cell_state else None,
+        input.new_empty(input.shape) if call.wants_input else None,
+        None if call.hx is None else call.hx.new_empty(call.hx.shape),
+        call.cx.new_empty(call.cx.shape) if call.cx is not None and cell.has_cell_state else None,
     )
 
 
-def differentiable_step(backend_of: Callable[[Tensor], str]) -> Callable[..., Any]:
-    """`step` with the derivative that layers have."""
+def step_through(layer_forward: Callable[[LayerArguments], tuple[Tensor, ...]]) -> Callable[..., Five]:
+    """`step` as a layer: with the derivative that this has."""
 
     def step(
-        mode: str, saves: bool, input: Tensor, hx: Optional, cx: Optional, batch_first: bool, *weights: Optional
+        mode: str, saves: bool, input: Tensor, hx: Optional, cx: Optional, batch_first: bool, *weights: Any
     ) -> Five:
-        sequences, parameters = Sequences(batch_first=batch_first), _parameters(*weights)  # type: ignore[arg-type]
-        call = LayerArguments(mode, input, hx, cx, sequences, parameters)
-        output, *others = Layer.apply(backend_of(input), *flat(call))
+        call = LayerArguments(mode, input, hx, cx, Sequences(batch_first=batch_first), _parameters(*weights))
+        output, *others = layer_forward(call)
         h_n, c_n, cell_states, reserve = map(_or_none, others)
         return output, h_n, c_n, cell_states if saves else None, reserve if saves else None
 
     return step
 
 
-def step_by_reference(
-    mode: str, saves: bool, input: Tensor, hx: Optional, cx: Optional, batch_first: bool, *weights: Optional
-) -> Five:
-    sequences, parameters = Sequences(batch_first=batch_first), _parameters(*weights)  # type: ignore[arg-type]
-    output, *others = reference.layer_forward(LayerArguments(mode, input, hx, cx, sequences, parameters))
-    h_n, c_n, cell_states, reserve = map(_or_none, others)
-    return output, h_n, c_n, cell_states if saves else None, reserve if saves else None
+def differentiable_step(backend_of: Callable[[Tensor], str]) -> Callable[..., Five]:
+    """`step` with the derivative that layers have."""
+    return step_through(lambda call: Layer.apply(backend_of(call.input), *flat(call)))
 
 
-def step_backward_by_reference(
-    mode: str,
-    wants_input: bool,
-    grad_output: Optional,
-    grad_h_n: Optional,
-    grad_c_n: Optional,
-    input: Tensor,
-    output: Optional,
-    cell_states: Optional,
-    reserve: Optional,
-    hx: Optional,
-    cx: Optional,
-    batch_first: bool,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-) -> Five:
-    nothing = input.new_empty(0)
-    call = BackwardArguments(
-        mode, grad_output, grad_h_n, grad_c_n, None, output, nothing if cell_states is None else cell_states,
-        nothing if reserve is None else reserve, hx, cx, Sequences(batch_first=batch_first),
-        _parameters(weight_ih, weight_hh),
-    )  # fmt: skip
-    gates, recurrent, grad_hx, grad_cx, _ = reference.recurrence_backward(call)
-    grad_input = torch.mm(as_matrix(gates), weight_ih).view(input.shape) if wants_input else None
+step_by_reference = step_through(reference.layer_forward)
+
+
+def step_backward_by_reference(*arguments: Any) -> Five:
+    call = StepBackwardArguments(*arguments)
+    nothing = call.input.new_empty(0)
+    gates, recurrent, grad_hx, grad_cx, _ = reference.recurrence_backward(
+        BackwardArguments(
+            call.mode,
+            call.grad_output,
+            call.grad_h_n,
+            call.grad_c_n,
+            None,
+            call.output,
+            nothing if call.cell_states is None else call.cell_states,
+            nothing if call.reserve is None else call.reserve,
+            call.hx,
+            call.cx,
+            Sequences(batch_first=call.batch_first),
+            _parameters(call.weight_ih, call.weight_hh),
+        )
+    )
+    grad_input = torch.mm(as_matrix(gates), call.weight_ih).view(call.input.shape) if call.wants_input else None
     return (
         gates,
         _or_none(recurrent),
         grad_input,
-        None if hx is None else grad_hx,
-        grad_cx if cx is not None and CELLS[mode].has_cell_state else None,
+        None if call.hx is None else grad_hx,
+        grad_cx if call.cx is not None and CELLS[call.mode].has_cell_state else None,
     )
 
 

@@ -24,7 +24,7 @@ from torch.autograd import Variable
 
 from . import ops
 from .autograd import RecurrenceBackward, as_matrix, without_autocast
-from .backends import BACKENDS
+from .backends import BACKENDS, wants_gradient
 
 # Bound once: on the path of every call.
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -41,7 +41,7 @@ Stepped = tuple[Tensor, Tensor | None, Tensor | None]
 SteppedBack = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def is_one_step(input: Tensor, batch_first: bool) -> bool:
+def has_one_step(input: Tensor, batch_first: bool) -> bool:
     """Whether dense rows, (B, I) or (T, B, I), with batch_first (B, T, I), are one step."""
     shape = input.shape
     return len(shape) == 2 or shape[1 if batch_first else 0] == 1
@@ -439,7 +439,7 @@ def run_step(call: Call, input: Tensor, hx: Tensor | None, cx: Tensor | None) ->
         bias_hh is not None and bias_hh.requires_grad,
     )
     if True not in wanted:
-        if not any(tensor is not None and tensor.requires_grad for tensor in (input, hx, cx)):
+        if not wants_gradient(input, (hx, cx)):
             return step(call, False, input, hx, cx)[:3]
         results: Stepped = _apply_step(input, hx, cx, None, call)
         return results

@@ -1,0 +1,87 @@
+"""The ops of one step, `step` and `step_backward`: what they refuse, what is counted of them, any number of rows."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnfast
+from rnnfast import ops
+from test_steps import IN, KINDS, B, H, data, kernels, over_kinds, pair
+
+pytestmark = pytest.mark.skipif(ops.library_error is not None, reason="the C++ library is not built")
+__all__ = ["kernels"]  # the fixture
+
+
+@over_kinds
+def test_operations_are_counted_as_torch_counts_its_own(kind: str) -> None:
+    counts = []
+    for loop in pair(kind):
+        input = data(4).requires_grad_()
+        state = torch.randn(B, H, dtype=torch.float64)
+        with FlopCounterMode(display=False) as counter:
+            loop(input, (state, state) if kind == "LSTM" else state).sum().backward()
+        counts.append(counter.get_total_flops())
+    # torch.nn multiplies for the gradient of the first state too, which nobody asked for, and so do we.
+    assert abs(counts[1] - counts[0]) <= 2 * B * H * H * {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+
+
+SEQUENCE = torch.zeros(2, B, IN)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("step", {"input": SEQUENCE}, "input: expected rows of one step, got shape"),
+        ("step", {"weight_ih": torch.zeros(H, IN + 1)}, "weight_ih: expected shape"),
+        ("step", {"hx": torch.zeros(B + 1, H)}, "hx: expected shape"),
+        ("step", {"bias_hh": torch.zeros(H + 1)}, "bias_hh: expected shape"),
+        ("step", {"mode": "ELMAN"}, "mode: expected one of"),
+        ("step_backward", {"input": SEQUENCE}, "input: expected rows of one step, got shape"),
+        ("step_backward", {"output": None}, "output: expected a tensor, got None"),
+        ("step_backward", {"weight_ih": torch.zeros(H, IN + 1)}, "weight_ih: expected shape"),
+        ("step_backward", {"grad_output": torch.zeros(B + 1, H)}, "grad_output: expected shape"),
+        ("step_backward", {"mode": "LSTM", "weight_hh": torch.zeros(4 * H, H)}, "cell_states: expected a tensor, got"),
+        ("step_backward", {"mode": "GRU", "weight_hh": torch.zeros(3 * H, H)}, "reserve: expected a tensor, got None"),
+    ],
+)
+def test_the_ops_refuse_what_does_not_fit(op: str, change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "mode": "RNN_TANH", "input": torch.zeros(B, IN), "hx": None, "cx": None, "batch_first": False,
+        "weight_ih": torch.zeros(H, IN), "weight_hh": torch.zeros(H, H),
+    }  # fmt: skip
+    if op == "step":
+        given |= {"saves": True, "bias_ih": torch.zeros(H), "bias_hh": torch.zeros(H)}
+    else:
+        given |= dict.fromkeys(("grad_h_n", "grad_c_n", "cell_states", "reserve"))
+        given |= {"wants_input": True, "grad_output": torch.zeros(B, H), "output": torch.zeros(B, H)}
+    getattr(torch.ops.rnnfast, op)(**given)
+    with pytest.raises(RuntimeError, match=f"rnnfast::{op}: {message}"):
+        getattr(torch.ops.rnnfast, op)(**given | change)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "MGU"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 11, 12, 16, 17, 20, 33, 48, 64, 65])
+@pytest.mark.parametrize("sizes", [(5, 7), (16, 32), (40, 50)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_any_number_of_rows(kind: str, rows: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Few rows meet the weights row by row, more as lanes (csrc/cpu/turned_weights.h), many packed; forth and back."""
+    cell = getattr(rnnfast, kind + "Cell")(*sizes, dtype=torch.float64)
+    given = [torch.randn(rows, size, dtype=torch.float64) for size in (*sizes, sizes[1])][: 3 if kind == "LSTM" else 2]
+    found = []
+    for backend, kept in (("reference", torch.float64), ("cpu", dtype)):
+        cell.to(kept)
+        leaves = [tensor.to(kept).requires_grad_() for tensor in given]
+        with rnnfast.backend(backend):
+            results = cell(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1])
+            results = results if kind == "LSTM" else (results,)
+            loss = sum(result.sin().sum() for result in results)
+            found.append([*results, *torch.autograd.grad(loss, [*leaves, *cell.parameters()])])
+        with torch.no_grad(), rnnfast.backend(backend):
+            again = cell(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1])
+        assert all(torch.equal(a, b) for a, b in zip(again if kind == "LSTM" else (again,), results, strict=True))
+    near = 2e-5 if dtype == torch.float32 else 1e-12
+    for right, got in zip(*found, strict=True):
+        assert_close(got.double(), right.detach(), rtol=near, atol=near * max(1.0, float(right.detach().abs().max())))
