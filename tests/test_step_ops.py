@@ -85,3 +85,49 @@ def test_any_number_of_rows(kind: str, rows: int, sizes: tuple[int, int], dtype:
     near = 2e-5 if dtype == torch.float32 else 1e-12
     for right, got in zip(*found, strict=True):
         assert_close(got.double(), right.detach(), rtol=near, atol=near * max(1.0, float(right.detach().abs().max())))
+
+
+MODES = {"LSTM": "LSTM", "GRU": "GRU", "RNN": "RNN_TANH", "MGU": "MGU"}
+
+
+@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("form", ["cell", "sequence", "batch first"])
+def test_shapes_and_derivatives_of_the_ops_by_themselves(kind: str, form: str) -> None:
+    """What programs that call the ops get: as traced, and differentiated."""
+    cell = getattr(rnnfast, kind + "Cell")(IN, H, dtype=torch.float64)
+    weights = [weight.detach().requires_grad_() for weight in cell.parameters()]
+    first, axis = form == "batch first", 1 if form == "batch first" else 0
+    input, states = torch.randn(B, IN, dtype=torch.float64), [torch.randn(B, H, dtype=torch.float64) for _ in range(2)]
+    if form != "cell":
+        input, states = input.unsqueeze(axis), [state.unsqueeze(0) for state in states]
+    input.requires_grad_()
+    hx, cx = states[0].requires_grad_(), states[1].requires_grad_() if kind == "LSTM" else None
+
+    def forward(*given: Any) -> Any:
+        results = torch.ops.rnnfast.step(MODES[kind], True, given[0], given[1], cx, first, *given[2:])
+        return tuple(result for result in results[:3] if result is not None)
+
+    with torch.no_grad():
+        saved = torch.ops.rnnfast.step(MODES[kind], True, input, hx, cx, first, *weights)
+    grads = [None if tensor is None else torch.randn_like(tensor) for tensor in saved[:3]]
+    rest = (input, saved[0], saved[3], saved[4], hx, cx, first, *weights[:2])
+    for op, given in (
+        ("step", (MODES[kind], True, input, hx, cx, first, *weights)),
+        ("step_backward", (MODES[kind], True, *grads, *rest)),
+    ):
+        given = tuple(tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in given)
+        real = getattr(torch.ops.rnnfast, op)(*given)
+        meta = [tensor.to("meta") if isinstance(tensor, torch.Tensor) else tensor for tensor in given]
+        shapes = [
+            [None if result is None else result.shape for result in each]
+            for each in (real, getattr(torch.ops.rnnfast, op)(*meta))
+        ]
+        assert shapes[0] == shapes[1]
+    assert torch.autograd.gradcheck(forward, (input, hx, *weights))
+    given = [None if grad is None else grad.requires_grad_() for grad in grads]
+    results = torch.ops.rnnfast.step_backward(MODES[kind], True, *given, *rest)
+    with torch.no_grad():
+        plain = torch.ops.rnnfast.step_backward(MODES[kind], True, *given, *rest)
+    for differentiable, result in zip(results, plain, strict=True):
+        assert_close(differentiable, result)
+    assert torch.autograd.grad(results[0].sum(), given[0])[0].abs().sum() > 0
