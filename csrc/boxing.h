@@ -46,10 +46,16 @@ template <Record T> struct Unboxed<T> {
   }
 };
 
-template <class... T> void put_results(StableIValue* stack, const std::tuple<T...>& results) {
-  std::apply([&](const T&... each) { ((*stack++ = torch::stable::detail::from(each)), ...); }, results);
+template <class T> void put_result(StableIValue*& next, T result) {
+  if constexpr (Record<T>)
+    result.each([&](const auto&, const auto& member) { put_result(next, member); });
+  else
+    *next++ = torch::stable::detail::from(result);
 }
-inline void put_results(StableIValue* stack, const Tensor& result) { *stack = torch::stable::detail::from(result); }
+template <class... T> void put_results(StableIValue* stack, const std::tuple<T...>& results) {
+  std::apply([&](const T&... each) { (put_result(stack, each), ...); }, results);
+}
+inline void put_results(StableIValue* stack, const Tensor& result) { put_result(stack, result); }
 
 template <auto function> struct Boxed;
 template <class Result, class... Arguments, Result (*function)(Arguments...)> struct Boxed<function> {

@@ -143,6 +143,11 @@ template <class Math> struct Cell<Math, Mode::lstm> : CellConstants<Mode::lstm> 
     dgates[3] = at.dh * tanh_c * o * (1 - o);
     carry = dc * f;
   }
+
+  // What a projection multiplies, from what backward is given.
+  RNNFAST_CELL static inline Value hidden(const UnitGradients<Value>& at) {
+    return at.reserve[3] * Math::tanh(at.now.c);
+  }
 };
 
 template <class Math> struct Cell<Math, Mode::gru> : CellConstants<Mode::gru> {

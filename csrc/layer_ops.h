@@ -104,15 +104,16 @@ template <class Backend> struct LayerOps {
     OptionalTensor grad_gates_hh, grad_hx, grad_cx, grad_projected;
   };
 
-  static Backwards backwards(Context& context, const std::string& mode, const OptionalTensor& grad_output,
-                             const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-                             const OptionalTensor& grad_cell_states, const OptionalTensor& output,
-                             const OptionalTensor& cell_states, const OptionalTensor& reserve, const OptionalTensor& hx,
-                             const OptionalTensor& cx, const Sequences& sequences, const Places& places) {
-    BackwardParams p;
+  // What a backward pass reads.
+  static void fill_backward(Context& context, const std::string& mode, const OptionalTensor& grad_output,
+                            const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                            const OptionalTensor& grad_cell_states, const OptionalTensor& output,
+                            const OptionalTensor& cell_states, const OptionalTensor& reserve, const OptionalTensor& hx,
+                            const OptionalTensor& cx, const Sequences& sequences, const Places& places,
+                            BackwardParams& p) {
     fill(mode, hx, cx, sequences, places, context, p);
     const CellTraits& cell = traits(p.mode);
-    const int64_t D = p.directions, H = p.hidden_size, gates_width = D * cell.gates * H;
+    const int64_t D = p.directions, H = p.hidden_size;
     RNNFAST_CHECK(output || (context.one_step && cell.reserve), context.op,
                   ": output: expected a tensor, got None (which one step of a cell with a reserve allows)");
     const auto rows_of = [&](const char* argument, const OptionalTensor& tensor, int64_t width) -> const void* {
@@ -141,6 +142,18 @@ template <class Backend> struct LayerOps {
       RNNFAST_CHECK(reserve, context.op, ": reserve: expected a tensor, got None");
       p.reserve = rows_of("reserve", reserve, D * cell.reserve * H);
     }
+  }
+
+  static Backwards backwards(Context& context, const std::string& mode, const OptionalTensor& grad_output,
+                             const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                             const OptionalTensor& grad_cell_states, const OptionalTensor& output,
+                             const OptionalTensor& cell_states, const OptionalTensor& reserve, const OptionalTensor& hx,
+                             const OptionalTensor& cx, const Sequences& sequences, const Places& places) {
+    BackwardParams p;
+    fill_backward(context, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, output, cell_states, reserve, hx,
+                  cx, sequences, places, p);
+    const CellTraits& cell = traits(p.mode);
+    const int64_t D = p.directions, H = p.hidden_size, gates_width = D * cell.gates * H;
     Backwards results{*rows(context, "grad_gates", true, p.grad_gates, gates_width), {}, {}, {}, {}};
     results.grad_gates_hh = rows(context, "grad_gates_hh", cell.split_gate != kNoGate, p.grad_gates_hh, gates_width);
     results.grad_hx = state(context, "grad_hx", hx.has_value(), p.grad_hx, p, p.state_size);

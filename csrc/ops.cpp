@@ -5,6 +5,7 @@ STABLE_TORCH_LIBRARY(rnnfast, library) {
   rnnfast::define_layer_ops(library);
   rnnfast::define_quantized_op(library);
   rnnfast::define_step_ops(library);
+  rnnfast::define_layer_backward(library);
   library.def("matmul(Tensor a, Tensor b) -> Tensor");  // on the CPU alone
   library.def("use_cpu_isa(str name) -> str");
   library.def("cpu_vendor() -> str");

@@ -22,6 +22,19 @@ template <class Library> void define_layer_ops(Library& library) {
       five);
 }
 
+// The whole backward pass of a layer, on the CPU alone: the gradients of layer_forward's tensors, in their order, None
+// for those whose bit is not set in `wanted` (bit 0: of the input) and for what the layer does not have.
+//   by_aten: products of matrices in float32 and float64 are ATen's, which is for the caller to know.
+template <class Library> void define_layer_backward(Library& library) {
+  std::string schema =
+      "layer_backward(str mode, bool by_aten, int wanted, Tensor input, Tensor? grad_output, Tensor? grad_h_n, "
+      "Tensor? grad_c_n, Tensor? grad_cell_states, Tensor? output, Tensor? cell_states, Tensor? reserve, Tensor? hx, "
+      "Tensor? cx" +
+      schema_of<Sequences>() + schema_of<Places>() + ") -> (Tensor?, Tensor?, Tensor?";
+  for (int place = 0; place < kKindCount * kMaxDirections; ++place) schema += ", Tensor?";
+  library.def((schema + ")").c_str());
+}
+
 // The op of a layer whose weights were packed once, on the CPU alone: panels (csrc/cpu/panels.h) in the weights'
 // places.
 template <class Library> void define_quantized_op(Library& library) {

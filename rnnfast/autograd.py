@@ -1,7 +1,8 @@
 """The derivative of a layer: what is saved, which products give which gradient, and how vmap folds it.
 
-`Layer` is one layer (all its directions, all its steps). Its backward asks `RecurrenceBackward` for the gradients of
-the gates and of the states, and turns them into the gradients of the weights and of the input with matrix products.
+`Layer` is one layer (all its directions, all its steps). Its backward is one op on the CPU; elsewhere, and where it is
+to be differentiated in turn, it asks `RecurrenceBackward` for the gradients of the gates and of the states, and turns
+them into the gradients of the weights and of the input with matrix products.
 `RecurrenceBackward` is differentiable through `reference.py`, so a backward pass with create_graph=True can itself be
 differentiated, any number of times. There is no `jvp` rule (Dynamo refuses a Function that has one): forward-mode
 differentiation runs `reference.layer_forward`, ordinary differentiable PyTorch.
@@ -25,6 +26,7 @@ from .cell_types import CELLS
 from .sequences import Role, are_one_step, entered, zero_beyond
 from .signatures import (
     OPS,
+    PLACES,
     BackwardArguments,
     LayerArguments,
     compute_dtype,
@@ -32,7 +34,7 @@ from .signatures import (
     nested,
     role_of,
 )
-from .vmap import batched_call
+from .vmap import batched_call, is_any_batched
 
 # Bound once: on the path of every call.
 _is_compiling = torch.compiler.is_compiling
@@ -40,12 +42,14 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 # The arguments of the Functions, by name, and where each stands: looked up once, because all of this is on the path of
 # every training call.
-_LAYER = ("backend", *OPS["layer_forward"].names)
+LAYER = ("backend", *OPS["layer_forward"].names)
 _BACKWARD = ("backend", "input", *OPS["recurrence_backward"].names)
-_INPUT, _HX, _CX, _BATCH_SIZES = (_LAYER.index(name) for name in ("input", "hx", "cx", "batch_sizes"))
+_INPUT, _HX, _CX, _BATCH_SIZES = (LAYER.index(name) for name in ("input", "hx", "cx", "batch_sizes"))
 _WEIGHT_IH, _WEIGHT_HH, _BIAS_IH, _BIAS_HH, _WEIGHT_HR = (
-    _LAYER.index(kind) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    LAYER.index(kind) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 )
+# Of these the op `layer_backward` returns the gradients.
+DIFFERENTIABLE = [LAYER.index(name) for name in ("input", "hx", "cx", *PLACES)]
 # What forward returned and backward looks at stands behind Layer's arguments where they are kept.
 _SAVED = ("output", "cell_states", "reserve")
 
@@ -54,11 +58,11 @@ def _tensors_of(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(i for i, name in enumerate(names) if role_of(name) is not Role.OTHER)
 
 
-_LAYER_TENSORS, _BACKWARD_TENSORS = _tensors_of((*_LAYER, *_SAVED)), _tensors_of(_BACKWARD)
+_LAYER_TENSORS, _BACKWARD_TENSORS = _tensors_of((*LAYER, *_SAVED)), _tensors_of(_BACKWARD)
 
 # The places that a first derivative leaves alone, where the input wants a gradient and where it does not.
-_NOT_NEEDED = [i for i, name in enumerate(_LAYER) if name.startswith("bias")]
-_NOT_NEEDED_OF_DATA = [i for i, name in enumerate(_LAYER) if name.startswith(("bias", "weight_ih"))]
+_NOT_NEEDED = [i for i, name in enumerate(LAYER) if name.startswith("bias")]
+_NOT_NEEDED_OF_DATA = [i for i, name in enumerate(LAYER) if name.startswith(("bias", "weight_ih"))]
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -150,12 +154,12 @@ class Layer(torch.autograd.Function):
         _: Tensor | None,
     ) -> tuple[Any, ...]:
         if grad_output is None and grad_h_n is None and grad_c_n is None and grad_cell_states is None:
-            return (None,) * len(_LAYER)
+            return (None,) * len(LAYER)
         values = _kept(ctx)
         for i, tensor, version in ctx.unsaved or ():
             if torch.is_grad_enabled() and tensor._version != version:
                 raise RuntimeError(
-                    f"rnnfast: {_LAYER[i]} has been modified by an inplace operation since the forward pass, and the "
+                    f"rnnfast: {LAYER[i]} has been modified by an inplace operation since the forward pass, and the "
                     f"second derivative needs it as it was: expected version {version}, got {tensor._version}"
                 )
             values[i] = tensor
@@ -163,15 +167,15 @@ class Layer(torch.autograd.Function):
             # h_n is empty: the output stands for it.
             grad_h_n = None
         # The two ops' arguments are the same from hx on.
-        backend, mode, input, *others = values[: len(_LAYER)]
-        saved = values[len(_LAYER) :]
+        backend, mode, input, *others = values[: len(LAYER)]
+        saved = values[len(LAYER) :]
         arguments = (backend, input, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, *saved, *others)
         with without_autocast(input.device.type):
             return tuple(_layer_backward(arguments, ctx.needs_input_grad))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return batched_call(Layer.apply, info.batch_size, in_dims, args, _LAYER, OPS["layer_forward"].results)
+        return batched_call(Layer.apply, info.batch_size, in_dims, args, LAYER, OPS["layer_forward"].results)
 
 
 # What Layer.apply comes to where neither Dynamo nor torch.func looks on. On the way there it binds the arguments to
@@ -206,6 +210,35 @@ def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[T
         arguments: `RecurrenceBackward`'s.
         needs: of which of `Layer`'s arguments anybody wants the gradient.
     """
+    backend, input, _, *grads = arguments[:7]
+    if (
+        backend == "cpu"
+        and type(input) in _PLAIN
+        and not (torch.is_grad_enabled() or _functorch_active() or _is_compiling() or is_any_batched(*grads))
+    ):
+        by_aten = ops.whole_backward_of(input.dtype)
+        if by_aten is not None:
+            return _at_once(arguments, needs, by_aten)
+    return layer_backward_in_parts(arguments, needs)
+
+
+# Not what tracers have in place of tensors.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _at_once(arguments: tuple[Any, ...], needs: Sequence[bool], by_aten: bool) -> list[Tensor | None]:
+    """`_layer_backward` by the op of that name, which never has the gradients of gates of all steps."""
+    _, input, mode, *others = arguments
+    wanted = sum(1 << i for i, place in enumerate(DIFFERENTIABLE) if needs[place])
+    results = ops.layer_backward(mode, by_aten, wanted, input, *others)
+    grads: list[Tensor | None] = [None] * len(LAYER)
+    for place, result in zip(DIFFERENTIABLE, results, strict=True):
+        grads[place] = result
+    return grads
+
+
+def layer_backward_in_parts(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor | None]:
+    """`_layer_backward` by the backend's `recurrence_backward` and products; differentiable where anybody asks."""
     backend, input, *others = arguments
     step = nested(BackwardArguments, others)
     # The Function is only worth its overhead where somebody may differentiate this backward pass.
@@ -224,7 +257,7 @@ def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[T
     of_gates = as_matrix(grad_gates)
     of_recurrent = as_matrix(grad_gates_hh) if split else of_gates
     # Nothing that is handed out shares memory: callers write into gradients.
-    grads: list[Tensor | None] = [None] * len(_LAYER)
+    grads: list[Tensor | None] = [None] * len(LAYER)
     if needs[_INPUT]:
         weight = weight_ih[0] if directions == 1 else torch.cat(weight_ih)
         grads[_INPUT] = ops.matmul(of_gates, weight).view(input.shape)
@@ -373,7 +406,7 @@ class RecurrenceBackward(torch.autograd.Function):
 
             def recompute(*variables: Tensor) -> tuple[Tensor, ...]:
                 now = values | dict(zip(wanted, variables, strict=True))
-                layer = nested(LayerArguments, [now[name] for name in _LAYER[1:]])
+                layer = nested(LayerArguments, [now[name] for name in LAYER[1:]])
                 now["output"], _, _, now["cell_states"], now["reserve"] = reference.layer_forward(layer)
                 step = nested(BackwardArguments, [now[name] for name in _BACKWARD[2:]])
                 hidden = _hidden(step) if step.parameters.is_projected else step.cell_states.new_empty(0)

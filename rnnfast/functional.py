@@ -84,6 +84,8 @@ def run_layers(
         raise RuntimeError("return_cell_states: quantized layers do not return every c_t, only the last one")
     else:
         run = kernel
+    if run is _torchs:
+        return _torchs(mode, input, hx, weights, sequences, bias, num_layers, dropout, training, bidirectional)
     has_cell_state = CELLS[mode].has_cell_state
     if num_layers == 1 and not return_cell_states:
         # The shortest way, for calls of one step: no loop, no slices.
@@ -176,18 +178,26 @@ def _reference(*arguments: Any) -> tuple[Tensor, ...]:
     return reference.layer_forward(nested(LayerArguments, arguments))
 
 
-def _torchs(*arguments: Any) -> tuple[Tensor, Tensor, None]:
-    """A layer by torch's own op, for cells whose state is one tensor: `backends.torch_runs_layers` says when."""
-    mode, input, hx, _, sequences, parameters = nested(LayerArguments, arguments)
-    op, directions = CELLS[mode].torch_layers, parameters.directions
+def _torchs(
+    mode: str,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Tensors,
+    sequences: Sequences,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, None, None]:
+    """All layers by torch's own op, for cells whose state is one tensor: `backends.torch_runs_layers` says when."""
+    op, batch_first = CELLS[mode].torch_layers, sequences.batch_first
     assert op is not None
-    weights = [parameter for d in range(directions) for parameter in parameters[d::2] if parameter is not None]
     if hx is None:
-        batch = input.shape[0 if sequences.batch_first else 1]
-        hx = input.new_zeros(directions, batch, parameters.each("weight_hh")[0].shape[1])
-    bias = parameters.bias_ih is not None
-    output, h_n = op(input, hx, weights, bias, 1, 0.0, False, directions == 2, sequences.batch_first)
-    return output, h_n, None
+        batch, directions = input.shape[0 if batch_first else 1], 2 if bidirectional else 1
+        hx = input.new_zeros(num_layers * directions, batch, weights[1].shape[1])
+    output, h_n = op(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+    return output, h_n, None, None
 
 
 def _captures() -> bool:

@@ -253,8 +253,18 @@ def _direct(name: str) -> Callable[..., Any]:
     return call
 
 
-# One step: csrc/schemas.h says what they take and give.
-step, step_backward = _direct("step"), _direct("step_backward")
+# csrc/schemas.h says what they take and give. Of one step, and the whole backward pass of a layer.
+step, step_backward, layer_backward = _direct("step"), _direct("step_backward"), _direct("layer_backward")
+
+
+def whole_backward_of(dtype: torch.dtype) -> bool | None:
+    """Whether `layer_backward` is to take ATen's products; None where it is not the best for the type."""
+    limit = _limits.get(dtype)
+    if limit is _EVERY:
+        return False
+    if limit is not _NONE:
+        return None
+    return not (dtype == torch.float32 and _has_pairs and libraries.bf16_allowed())
 
 
 def makes_product(rows: Tensor, weights: Tensor) -> bool:

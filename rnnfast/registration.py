@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import libraries, ops, reference, step_ops
+from . import backward_op, libraries, ops, reference, step_ops
 from ._after_import import after_import
 from .autograd import Layer
 from .backends import BACKENDS
@@ -73,6 +73,7 @@ def _differentiable(backend_of: Callable[[Tensor], str]) -> dict[str, Callable[.
         "matmul": ops.Matmul.apply,
         "step": step_ops.differentiable_step(backend_of),
         "step_backward": step_ops.step_backward_by_reference,
+        "layer_backward": backward_op.in_parts(backend_of),
     }
 
 
@@ -83,6 +84,7 @@ _references: dict[str, Callable[..., Any]] = {
     "matmul": reference.matmul,
     "step": step_ops.step_by_reference,
     "step_backward": step_ops.step_backward_by_reference,
+    "layer_backward": backward_op.by_reference,
 }
 
 
@@ -221,6 +223,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "matmul": _matmul_fake,
     "step": step_ops.step_fake,
     "step_backward": step_ops.step_backward_fake,
+    "layer_backward": backward_op.layer_backward_fake,
 }
 
 
@@ -263,6 +266,7 @@ _COUNTS: dict[str, Callable[..., int]] = {
     "matmul": lambda a, b, **_: 2 * a[0] * a[1] * b[1],
     "step": step_ops.count_step,
     "step_backward": step_ops.count_step_backward,
+    "layer_backward": backward_op.count,
 }
 
 

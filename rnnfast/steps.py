@@ -25,14 +25,13 @@ from torch.autograd import Variable
 from . import ops
 from .autograd import RecurrenceBackward, as_matrix, without_autocast
 from .backends import BACKENDS, wants_gradient
+from .vmap import is_any_batched
 
 # Bound once: on the path of every call.
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 _current_pass = torch._C._current_graph_task_id
 _pass_reaches = torch._C._will_engine_execute_node
-# autograd's own batched gradients (is_grads_batched), which are no transform of torch.func
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # Of a step: (backend, mode, batch_first, weight_ih, weight_hh, bias_ih, bias_hh).
@@ -70,13 +69,6 @@ def step(
     return found[0], h_n, c_n, cell_states, reserve
 
 
-def _is_any_batched(*grads: Tensor | None) -> bool:
-    for grad in grads:  # noqa: SIM110 (a generator would cost more than the loop)
-        if grad is not None and _is_batched(grad):
-            return True
-    return False
-
-
 def step_backward(
     call: Call,
     weight_ih: Tensor,
@@ -98,7 +90,7 @@ def step_backward(
     """
     backend, mode, batch_first, _, _, bias_ih, bias_hh = call
     differentiable = _grad_enabled() or _functorch_active()
-    batched = differentiable or _is_any_batched(grad_output, grad_h_n, grad_c_n)
+    batched = differentiable or is_any_batched(grad_output, grad_h_n, grad_c_n)
     if backend == "cpu" and not batched and ops.makes_product(input, weight_ih):
         results: SteppedBack = ops.step_backward(
             mode, wants_input, grad_output, grad_h_n, grad_c_n, input, output, cell_states, reserve, hx, cx,

@@ -16,6 +16,17 @@ from torch import Tensor
 from .sequences import Role, Sequences
 from .signatures import role_of
 
+# Autograd's own batched gradients (is_grads_batched), which are no transform of torch.func.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_any_batched(*grads: Tensor | None) -> bool:
+    """Whether any of these is several gradients in one, of which only ops that return tensors know."""
+    for grad in grads:  # noqa: SIM110 (a generator would cost more than the loop)
+        if grad is not None and _is_batched(grad):
+            return True
+    return False
+
 
 def _member(arg: Any, dim: int | None, index: int) -> Any:
     return arg if dim is None else arg.select(dim, index)

@@ -3,7 +3,7 @@
 //   project  with a projection, in a round of its own: that gradient times W_hr, for the one of `hidden`, o tanh(c);
 //   cell     its derivative on the tile gives this step's dgates.
 // A row whose first step is done gets one more product, for grad_hx. What the weights are `Weights` knows: a
-// ColumnWeights (column_weights.h).
+// ColumnWeights (column_weights.h). With `Chunks` (kernels.h) what the steps leave is used up every few turns.
 #pragma once
 
 #include "../cells.h"
@@ -25,8 +25,9 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   static constexpr int kTileUnits = kL * kBlocks;
 
  public:
-  BackwardLoop(const BackwardParams& params, int threads)
+  BackwardLoop(const BackwardParams& params, int threads, const Chunks* chunks)
       : p_(params),
+        chunks_(chunks),
         tiles_(divide_up(params.state_size, kTileUnits)),
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
@@ -34,24 +35,64 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
                                        Weights::kSpeed, Weights::kRowGroup)),
         shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
-        preparing_shares_(shares_for(threads)) {}
+        preparing_shares_(shares_for(threads)),
+        gates_(left_by_steps(params.grad_gates, gates_width_)),
+        gates_hh_(left_by_steps(params.grad_gates_hh, chunks ? params.hidden_size : gates_width_)),
+        projected_(left_by_steps(params.grad_projected, params.state_size)),
+        hidden_(left_by_steps(chunks ? chunks->hidden : nullptr, params.hidden_size)) {}
 
   int64_t run(Team& team) {
     place();
     if (const int64_t missing = workspace_.allocate()) return missing;
     place();
-    const Stage stages[] = {{1, preparing_shares_, 1},
-                            {p_.directions * groups_each_, shares_, turns() * rounds_a_turn()}};
-    team.run(stages, 2, [&](const Piece& piece) {
-      if (piece.stage == 0)
-        prepare(piece.share);
-      else
-        step_share(piece.group, piece.round, piece.share);
-    });
+    const int64_t turns_at_once = chunks_ ? chunks_->turns : turns();
+    run_turns(team, turns_at_once);
+    while (chunks_ && chunks_->use(chunks_->context, first_turn_, last_turn_) && last_turn_ < turns()) {
+      Team next(team.planned(), chunks_->alone_seconds);
+      run_turns(next, turns_at_once);
+    }
     return 0;
   }
 
  private:
+  // The next turns, at most so many.
+  void run_turns(Team& team, int64_t most) {
+    first_turn_ = last_turn_;
+    last_turn_ = turns() - first_turn_ < most ? turns() : first_turn_ + most;
+    bool sums = false;
+    for (int64_t d = 0; d < p_.directions && chunks_; ++d)
+      sums = sums || chunks_->grad_bias_ih[d] || chunks_->grad_bias_hh[d];
+    const Stage stages[] = {{1, preparing_shares_, first_turn_ == 0},
+                            {p_.directions * groups_each_, shares_, (last_turn_ - first_turn_) * rounds_a_turn()},
+                            {1, preparing_shares_, sums}};
+    team.run(stages, 3, [&](const Piece& piece) {
+      if (piece.stage == 0)
+        prepare(piece.share);
+      else if (piece.stage == 1)
+        step_share(piece.group, first_turn_ * rounds_a_turn() + piece.round, piece.share);
+      else
+        sum_share(piece.share);
+    });
+  }
+
+  // Where the steps leave their gradients: rows of data, or of a chunk.
+  struct LeftBySteps {
+    void* data;
+    int64_t row_stride, direction_stride;
+
+    Storage* row(int64_t d, int64_t r) const { return at<Storage>(data, d * direction_stride + r * row_stride); }
+  };
+  LeftBySteps left_by_steps(void* data, int64_t width) const {
+    if (!chunks_) return {data, p_.directions * width, width};
+    const int64_t stride = chunk_row_stride(width, sizeof(Storage));
+    return {data, stride, chunks_->rows * stride};
+  }
+  // The steps of the turns under way: the first, and the one behind the last.
+  Range times_of(int64_t d) const {
+    const int64_t last = last_turn_ < schedule_.steps() ? last_turn_ : schedule_.steps();
+    return d == 0 ? Range{schedule_.steps() - last, schedule_.steps() - first_turn_} : Range{first_turn_, last};
+  }
+
   struct Group {
     StateBuffer<RowValue> dgates[2];  // of the later step and of this one: (rows, G*H), of W_hh h
     StateBuffer<Compute> carry;       // what reaches the earlier step beside the product (cells.h): (rows, H)
@@ -103,9 +144,55 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     const auto zero = [&](void* tensor, int64_t width) {
       zero_beyond_lengths(rows, static_cast<Storage*>(tensor), p_.directions * width, d * width, width, range);
     };
+    if (chunks_) return;
     zero(p_.grad_gates, gates_width_);
     zero(p_.grad_gates_hh, gates_width_);
     zero(p_.grad_projected, p_.state_size);
+  }
+
+  // One share of the sums over a chunk's rows, which those of the chunks before are added to.
+  void sum_share(int64_t share) const {
+    const int64_t H = p_.hidden_size, before = (Cell::kSplitGradient ? Cell::kSplitGate : kG) * H;
+    for (int64_t d = 0; d < p_.directions; ++d) {
+      void *const ih = chunks_->grad_bias_ih[d], *const hh = chunks_->grad_bias_hh[d];
+      sum_rows(gates_, d, {0, before}, 0, share, ih, hh);
+      if (!Cell::kSplitGradient) continue;
+      sum_rows(gates_, d, {before, before + H}, before, share, ih);
+      sum_rows(gates_hh_, d, {0, H}, before, share, hh);
+      sum_rows(gates_, d, {before + H, gates_width_}, before + H, share, ih, hh);
+    }
+  }
+  // Some columns of a matrix, to as many sums from `first_sum` on, here and there; null: not there.
+  void sum_rows(const LeftBySteps& matrix, int64_t d, Range columns, int64_t first_sum, int64_t share, void* here,
+                void* there = nullptr) const {
+    constexpr int kVectors = 4;
+    // So many are summed by themselves: not all one after the other, which would lose digits.
+    constexpr int64_t kBlock = 64;
+    if (!here && !there) return;
+    const Range times = times_of(d);
+    const int64_t rows = schedule_.rows_before(times.last) - schedule_.rows_before(times.first);
+    const int64_t width = columns.last - columns.first;
+    const Range blocks = share_of(divide_up(width, kVectors * kL), share, preparing_shares_);
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+      const int64_t column = block * kVectors * kL, left = width - column;
+      Value total[kVectors] = {};
+      for (int64_t first = 0; first < rows; first += kBlock) {
+        Value sum[kVectors] = {};
+        for (int64_t r = first; r < rows && r < first + kBlock; ++r) {
+          const Storage* const from = matrix.row(d, r) + columns.first + column;
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v)
+            if (v * kL < left) sum[v] += load<Compute>(from + v * kL, left - v * kL);
+        }
+        for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
+      }
+      for (void* const sums : {here, there})
+        for (int v = 0; v < kVectors && v * kL < left && sums; ++v) {
+          Storage* const to = at<Storage>(sums, first_sum + column + v * kL);
+          const Value so_far = first_turn_ > 0 ? load<Compute>(to, left - v * kL) : Value{};
+          store<Compute>(to, so_far + total[v], left - v * kL);
+        }
+    }
   }
 
   // One step of a group.
@@ -116,14 +203,15 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     int64_t active, active_before;  // the group's rows that have it, and that have the step before
     int64_t started;                // rows whose later step has been done
     int from, to;                   // the buffers of the later step's dgates and of this one's
+    int64_t rows_before;            // of a chunk, of steps before this one
   };
 
   // One row of the group in it.
   struct StepRow {
-    int64_t r, b, data_row;
-    bool started;          // a later step has left its dgates: the product counts
-    bool cut;              // a segment ends behind this step: nothing comes from the later one
-    int64_t previous_row;  // data row of the step before; -1: hx, cx; -2: zeros
+    int64_t r, b, data_row, left_row;  // left_row: of what the step leaves
+    bool started;                      // a later step has left its dgates: the product counts
+    bool cut;                          // a segment ends behind this step: nothing comes from the later one
+    int64_t previous_row;              // data row of the step before; -1: hx, cx; -2: zeros
   };
   static constexpr int64_t kInitial = -1, kZeros = -2;
 
@@ -131,7 +219,11 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     const GroupRows& rows = step.rows;
     const int64_t b = rows.batch_index(r), before = rows.before(step.t);
     const bool started = r < step.started;
-    StepRow row{r, b, schedule_.data_row(step.t, b), started, started && rows.cut_after(step.t, r), kInitial};
+    const int64_t data_row = schedule_.data_row(step.t, b);
+    StepRow row{r,        b,
+                data_row, chunks_ ? step.rows_before + rows.sorted(r) : data_row,
+                started,  started && rows.cut_after(step.t, r),
+                kInitial};
     if (r < step.active_before) row.previous_row = schedule_.data_row(before, b);
     if (rows.cut_before(step.t, r)) row.previous_row = kZeros;
     return row;
@@ -167,7 +259,8 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
       for (int q = 0; q < Cell::kReserve; ++q)
         __builtin_prefetch(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), 0);
 #pragma GCC unroll 4
-      for (int g = 0; g < kG; ++g) __builtin_prefetch(at<Storage>(p_.grad_gates, (unit_row * kG + g) * H + unit), 1);
+      for (int g = 0; g < kG; ++g)
+        if (!chunks_) __builtin_prefetch(gates_.row(d, data_row) + g * H + unit, 1);
       if (p_.grad_output && !p_.projected) __builtin_prefetch(at<Storage>(p_.grad_output, unit_row * H + unit), 0);
     }
   }
@@ -192,17 +285,22 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     }
     if (Cell::kNeedsPreviousH) previous.h = entering(p_.output, p_.hx, d, row, unit, H);
     if (!Cell::kReserve) now.h = load<Compute>(at<Storage>(p_.output, unit_row * H + unit), left);
+    if constexpr (Cell::kMayProject)
+      if (hidden_.data)
+        store<Compute>(hidden_.row(d, row.left_row) + unit, Cell::hidden({reserve, previous, now, dh}), left);
     Cell::backward({reserve, previous, now, dh}, carry, dgates, d_rec_split);
     if (Cell::kCarries) store<Compute>(group.carry.row(row.r) + unit, carry);
     RowValue* to_earlier = group.dgates[step.to].row(row.r) + unit;
+    Storage* const gates = gates_.row(d, row.left_row) + unit;
+    Storage* const gates_hh = Cell::kSplitGradient ? gates_hh_.row(d, row.left_row) + unit : nullptr;
 #pragma GCC unroll 4
     for (int g = 0; g < kG; ++g) {
       const Value recurrent = g == Cell::kSplitGate ? d_rec_split : dgates[g];
-      store<Compute>(at<Storage>(p_.grad_gates, (unit_row * kG + g) * H + unit), dgates[g], left);
-      if (Cell::kSplitGradient)
-        store<Compute>(at<Storage>(p_.grad_gates_hh, (unit_row * kG + g) * H + unit), recurrent, left);
+      store<Compute>(gates + g * H, dgates[g], left);
+      if (Cell::kSplitGradient && !chunks_) store<Compute>(gates_hh + g * H, recurrent, left);
       store<Compute>(to_earlier + g * H, recurrent, left);
     }
+    if (Cell::kSplitGradient && chunks_) store<Compute>(gates_hh, d_rec_split, left);
   }
 
   // The gradients of the initial states, for a row whose first step was the one before.
@@ -256,8 +354,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         continue;
       }
       step.group.dh.put(r, unit, dh, p_.state_size - unit);
-      store<Compute>(at<Storage>(p_.grad_projected, (row.data_row * p_.directions + step.d) * p_.state_size + unit), dh,
-                     p_.state_size - unit);
+      store<Compute>(projected_.row(step.d, row.left_row) + unit, dh, p_.state_size - unit);
     }
   }
 
@@ -295,15 +392,17 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     const int64_t turn = projected() ? round / 2 : round;
     const int64_t s = schedule_.steps() - turn, t = rows.time(s - 1);
     const int current = static_cast<int>(turn & 1);
+    const int64_t d = g / groups_each_;
     const Step step{rows,
                     group,
-                    g / groups_each_,
+                    d,
                     t,
                     s > 0 ? rows.active(t) : 0,
                     s > 0 ? rows.active(rows.before(t)) : 0,
                     turn > 0 ? rows.active(rows.time(s)) : 0,
                     1 - current,
-                    current};
+                    current,
+                    chunks_ && s > 0 ? schedule_.rows_before(t) - schedule_.rows_before(times_of(d).first) : 0};
     if (projected() && round % 2 == 1) return project_phase(step, share_of(hidden_tiles_, share, shares_));
     // The derivative of a phase that needs all units of a row before the cell (see forward.h) goes into a round of its
     // own behind this one: from the gradients that the cell left in `dgates` to those of the products.
@@ -312,9 +411,12 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   }
 
   const BackwardParams& p_;
+  const Chunks* const chunks_;
   const int64_t tiles_, hidden_tiles_, gates_width_;
   Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_;
+  const LeftBySteps gates_, gates_hh_, projected_, hidden_;
+  int64_t first_turn_ = 0, last_turn_ = 0;  // of those under way
   Workspace workspace_;
   Schedule schedule_;
   Group* groups_ = nullptr;

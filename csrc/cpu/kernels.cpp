@@ -20,14 +20,14 @@ using Storage = StorageOf<DType::RNNFAST_DTYPE>::type;
 
 // Loops whose tile holds one vector a block of units take two blocks, so that each broadcast feeds two products;
 // float32, whose speed matters most, has one block too, for sizes that two would not share out among the threads.
-template <template <Mode, class, int> class Loop, Mode kMode, class Params>
-inline int64_t run_with_blocks(const Params& params, int64_t units, Team& team) {
+template <template <Mode, class, int> class Loop, Mode kMode, class Params, class... Others>
+inline int64_t run_with_blocks(const Params& params, int64_t units, Team& team, Others... others) {
   if constexpr (std::is_same_v<Storage, float>) {
     const int64_t blocks = divide_up(units, kLanes<float>), per_direction = team.planned() / params.directions;
     if (blocks == 1 || divide_up(blocks, 2) < per_direction)
-      return Loop<kMode, Storage, 1>(params, team.planned()).run(team);
+      return Loop<kMode, Storage, 1>(params, team.planned(), others...).run(team);
   }
-  return Loop<kMode, Storage, 2>(params, team.planned()).run(team);
+  return Loop<kMode, Storage, 2>(params, team.planned(), others...).run(team);
 }
 
 using Plain = PlainProducts<ComputeOf<Storage>::type>;
@@ -86,17 +86,18 @@ int64_t forward(const ForwardParams& params, Team& team) {
   return run_forward<Usual>(params, team);
 }
 
-template <class Products> int64_t run_backward(const BackwardParams& params, Team& team) {
+template <class Products> int64_t run_backward(const BackwardParams& params, Team& team, const Chunks* chunks) {
   return with_mode(params.mode, [&](auto mode) {
-    return run_with_blocks<Loops<Products>::template Backward, decltype(mode)::value>(params, params.state_size, team);
+    return run_with_blocks<Loops<Products>::template Backward, decltype(mode)::value>(params, params.state_size, team,
+                                                                                      chunks);
   });
 }
 
-int64_t backward(const BackwardParams& params, Team& team) {
+int64_t backward(const BackwardParams& params, Team& team, const Chunks* chunks) {
   if (has_empty_results(params)) return 0;
   if constexpr (!std::is_same_v<Usual, Plain>)
-    if (!is_worth_pairs(params, params.state_size, 1)) return run_backward<Plain>(params, team);
-  return run_backward<Usual>(params, team);
+    if (!is_worth_pairs(params, params.state_size, 1)) return run_backward<Plain>(params, team, chunks);
+  return run_backward<Usual>(params, team, chunks);
 }
 
 int64_t matmul(const MatmulParams& params, Team& team) {

@@ -10,10 +10,35 @@ namespace rnnfast::cpu {
 // Bytes that 64 bits do not count.
 constexpr int64_t kUncountable = INT64_MAX;
 
+// For a backward pass that hands its gradients of each step on while they are in cache, some turns at a time, and
+// writes those of the next turns over them. A turn is one step in each direction, of direction 0 first T - 1, of
+// direction 1 first 0.
+//
+// The tensors of BackwardParams that have a row for each step then have a chunk's: (D, rows, stride of a row), in the
+// order of (t, length), and none for a row that has no such step. Of grad_gates_hh it is the split gate alone (H),
+// which is all that is not in grad_gates.
+struct Chunks {
+  int64_t turns;         // of each, but for the last
+  int64_t rows;          // that the largest has
+  double alone_seconds;  // as Team's, for one of them
+  void* hidden{};        // with projection: o tanh(c), as grad_projected
+  // (G*H) in each direction: the sums of all rows. Null: nobody asks.
+  void* grad_bias_ih[kMaxDirections]{};
+  void* grad_bias_hh[kMaxDirections]{};
+  // Called after each, when all that it left is there; false: no more of them.
+  bool (*use)(void* context, int64_t first_turn, int64_t last_turn){};
+  void* context{};
+};
+// Elements from a row to the next; more than `width`, to keep the rows of a power of two out of the same cache sets.
+constexpr int64_t chunk_row_stride(int64_t width, int64_t element_size) {
+  constexpr int64_t kLine = 64;
+  return ((width * element_size + kLine - 1) / kLine + 1) * kLine / element_size;
+}
+
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {
   int64_t (*forward)(const ForwardParams&, Team&);
-  int64_t (*backward)(const BackwardParams&, Team&);
+  int64_t (*backward)(const BackwardParams&, Team&, const Chunks*);  // null: all at once
   int64_t (*matmul)(const MatmulParams&, Team&);
 };
 

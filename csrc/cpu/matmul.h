@@ -116,12 +116,13 @@ template <class Storage> class MatmulLoop {
     return packed_at<kVectors>(static_cast<const Compute*>(packed_tile(tile)));
   }
 
-  // One row of accumulators: c = sum in the first block of k, c += sum in the later ones.
+  // One row of accumulators: c = sum in the first block of k, unless it goes on top of what is there, c += sum in the
+  // later ones.
   void write(int64_t row, int64_t column, const Value* acc, int vectors, bool first_block) const {
     for (int v = 0; v < vectors && column + v * kL < p_.n; ++v) {
       const int64_t at_column = column + v * kL, left = p_.n - at_column;
       Storage* to = at<Storage>(p_.c, row * p_.c_row + at_column);
-      store<Compute>(to, first_block ? acc[v] : acc[v] + load<Compute>(to, left), left);
+      store<Compute>(to, first_block && !p_.accumulates ? acc[v] : acc[v] + load<Compute>(to, left), left);
     }
   }
 

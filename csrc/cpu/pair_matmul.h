@@ -140,7 +140,10 @@ template <class Storage> class PairMatmul {
     for (int r = 0; r < height; ++r)
       for (int v = 0; v < kVectors && n_tile * kWidth + v * kL < p_.n; ++v) {
         const int64_t column = n_tile * kWidth + v * kL;
-        store<float>(at<Storage>(p_.c, (row + r) * p_.c_row + column), sums[r * kVectors + v], p_.n - column);
+        Storage* const to = at<Storage>(p_.c, (row + r) * p_.c_row + column);
+        Vector<float> sum = sums[r * kVectors + v];
+        if (p_.accumulates) sum += load<float>(to, p_.n - column);
+        store<float>(to, sum, p_.n - column);
       }
   }
 

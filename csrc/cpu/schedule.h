@@ -19,13 +19,13 @@ class Schedule {
     const bool ragged = rows.lengths != nullptr;
     if (ragged) order_ = workspace.take<int64_t>(rows.batch);
     if (ragged) active_ = workspace.take<int64_t>(rows.steps + 1);
-    if (rows.batch_sizes) offsets_ = workspace.take<int64_t>(rows.steps);
+    if (ragged || rows.batch_sizes) rows_before_ = workspace.take<int64_t>(rows.steps);
     if (ragged && order_) sort_by_length();
-    if (offsets_) {
+    if (rows_before_) {
       int64_t sum = 0;
       for (int64_t t = 0; t < rows.steps; ++t) {
-        offsets_[t] = sum;
-        sum += rows.batch_sizes[t];
+        rows_before_[t] = sum;
+        sum += active(t);
       }
     }
   }
@@ -42,7 +42,18 @@ class Schedule {
   int64_t batch_index(int64_t sorted) const { return order_ ? order_[sorted] : sorted; }
   // Where step t of batch index b stands among the rows of the data.
   int64_t data_row(int64_t t, int64_t b) const {
-    return offsets_ ? offsets_[t] + b : t * rows_.step_stride + b * rows_.batch_stride;
+    return rows_.batch_sizes ? rows_before_[t] + b : t * rows_.step_stride + b * rows_.batch_stride;
+  }
+  // How many rows have the steps before t: where those of t begin if none but rows with a step count.
+  int64_t rows_before(int64_t t) const {
+    if (!rows_before_) return t * rows_.batch;
+    return t < rows_.steps ? rows_before_[t] : t > 0 ? rows_before_[t - 1] + active(t - 1) : 0;
+  }
+  // Whether such rows stand in the data in that order, with nothing between them.
+  bool is_compact() const {
+    if (rows_.batch_sizes) return true;
+    const bool in_order = rows_.batch_stride == 1 || rows_.batch == 1;
+    return !rows_.lengths && in_order && (rows_.step_stride == rows_.batch || rows_.steps == 1);
   }
   bool has_cuts() const { return rows_.has_segments(); }
   bool starts_segment(int64_t t, int64_t b) const { return has_cuts() && rows_.starts_segment(data_row(t, b)); }
@@ -70,7 +81,7 @@ class Schedule {
   RowLayout rows_;
   int64_t* order_ = nullptr;
   int64_t* active_ = nullptr;
-  int64_t* offsets_ = nullptr;
+  int64_t* rows_before_ = nullptr;  // where rows are packed or have lengths
 };
 
 // The rows of one group, which are carried through time together: every `stride`th of the sorted rows, so that all
@@ -85,7 +96,8 @@ struct GroupRows {
   }
   int64_t count() const { return local(schedule.batch()); }
   int64_t active(int64_t t) const { return local(schedule.active(t)); }
-  int64_t batch_index(int64_t r) const { return schedule.batch_index(first + r * stride); }
+  int64_t sorted(int64_t r) const { return first + r * stride; }
+  int64_t batch_index(int64_t r) const { return schedule.batch_index(sorted(r)); }
   int64_t time(int64_t step) const { return reversed ? schedule.steps() - 1 - step : step; }
   int64_t before(int64_t t) const { return reversed ? t + 1 : t - 1; }
   int64_t after(int64_t t) const { return reversed ? t - 1 : t + 1; }
