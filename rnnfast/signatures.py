@@ -206,7 +206,34 @@ class BackwardArguments(NamedTuple):
         return self.reserve if self.output is None else self.output
 
 
-_Record = TypeVar("_Record", bound="LayerArguments | BackwardArguments | QuantizedArguments")
+class LayerBackwardArguments(NamedTuple):
+    """What `layer_backward` takes (csrc/schemas.h)."""
+
+    mode: str
+    by_aten: bool
+    wanted: int
+    input: Tensor
+    grad_output: Tensor | None
+    grad_h_n: Tensor | None
+    grad_c_n: Tensor | None
+    grad_cell_states: Tensor | None
+    output: Tensor | None
+    cell_states: Tensor | None
+    reserve: Tensor | None
+    hx: Tensor | None
+    cx: Tensor | None
+    sequences: Sequences
+    parameters: Parameters
+
+    @property
+    def differentiated(self) -> list[Any]:
+        """What a gradient is wanted of, in the order of the results; None for the others."""
+        cx = self.cx if CELLS[self.mode].has_cell_state else None
+        each = (self.input, self.hx, cx, *self.parameters)
+        return [value if self.wanted >> i & 1 else None for i, value in enumerate(each)]
+
+
+_Record = TypeVar("_Record", bound="LayerArguments | BackwardArguments | LayerBackwardArguments | QuantizedArguments")
 
 
 def flat(record: tuple[Any, ...]) -> tuple[Any, ...]:

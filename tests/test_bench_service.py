@@ -347,7 +347,7 @@ def test_the_suites_give_each_candidate_a_process_where_a_peer_needs_it(tmp_path
     paths[1].write_text(PROCESS.format(awake=awake))
     (tmp_path / "mine.json").write_text(json.dumps([{"cell": "GRU", "batch": 2, "hidden_size": 8, "steps": 5}]))
     command = ["run.py", "--shapes", tmp_path / "mine.json", "--workload", "inference", "--seconds", "0.02"]
-    command += ["--peers", ",".join(map(str, paths)), "--out", tmp_path / "out"]
+    command += ["--patience", "0", "--peers", ",".join(map(str, paths)), "--out", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     assert run.main() == 0
     capsys.readouterr()

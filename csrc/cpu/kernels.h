@@ -29,10 +29,11 @@ struct Chunks {
   bool (*use)(void* context, int64_t first_turn, int64_t last_turn){};
   void* context{};
 };
-// Elements from a row to the next; more than `width`, to keep the rows of a power of two out of the same cache sets.
+// Elements from a row to the next: whole lines, and one more where long rows would share the same cache sets.
 constexpr int64_t chunk_row_stride(int64_t width, int64_t element_size) {
-  constexpr int64_t kLine = 64;
-  return ((width * element_size + kLine - 1) / kLine + 1) * kLine / element_size;
+  constexpr int64_t kLine = 64, kLong = 1024;
+  const int64_t bytes = (width * element_size + kLine - 1) / kLine * kLine;
+  return (bytes % kLong == 0 ? bytes + kLine : bytes) / element_size;
 }
 
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.

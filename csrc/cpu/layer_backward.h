@@ -140,15 +140,15 @@ class LayerBackward {
   }
 
   // So many that the gates' gradients of a chunk stay in cache, but enough for a product of them to be worth reading
-  // and writing the gradients of the weights, which may lie beyond it.
+  // and writing the gradients of the weights, which may lie far beyond it.
   int64_t turns_at_once() const {
-    constexpr int64_t kBytes = 1 << 20, kFewestRows = 256, kFewestBeyondCache = 512, kFewestFarBeyond = 2048;
+    constexpr int64_t kBytes = 1 << 20, kFewestRows = 256, kFewestBeyondCache = 2048;
     constexpr int64_t kMostRows = 4096;  // many more in one sum would cost digits
     // What is narrower than its sums is not rounded once for each chunk.
     if (size_ < static_cast<int64_t>(sizeof(float))) return schedule_.steps() + 1;
     const int64_t gates = cell_.gates * p_.hidden_size, a_row = p_.directions * gates * size_;
     const double weights = static_cast<double>(gates) * static_cast<double>(input_size_ + p_.state_size) * size_;
-    const int64_t fewest = weights > 20 * kL2 ? kFewestFarBeyond : weights > 2 * kL2 ? kFewestBeyondCache : kFewestRows;
+    const int64_t fewest = weights > 20 * kL2 ? kFewestBeyondCache : kFewestRows;
     const int64_t fitting = a_row > 0 ? kBytes / a_row : fewest, most = fitting < kMostRows ? fitting : kMostRows;
     return divide_up(most < fewest ? fewest : most, p_.rows.batch);
   }

@@ -15,7 +15,17 @@ from cases import GATES, GRADIENTS, MODES, RESULTS, make_call, reference
 from rnnfast import reference as plain
 from rnnfast.cell_types import CELLS
 from rnnfast.quantization import TYPES, gates_of, pack, packed_shape, unpack
-from rnnfast.signatures import EVERY_OP, KINDS, PLACES, QuantizedArguments, nested
+from rnnfast.sequences import Sequences
+from rnnfast.signatures import (
+    EVERY_OP,
+    KINDS,
+    PLACES,
+    LayerArguments,
+    LayerBackwardArguments,
+    Parameters,
+    QuantizedArguments,
+    nested,
+)
 from run import MOST_MIB
 from tolerances import check
 
@@ -33,6 +43,10 @@ RESULT_NAMES = {
     "quantized_layer": RESULTS[:3],
     "matmul": ["product"],
 }
+# The ops' arguments.
+ARGUMENTS = {op: signature.names for op, signature in EVERY_OP.items()}
+ARGUMENTS["layer_backward"] = (*LayerBackwardArguments._fields[:-2], *Sequences._fields, *PLACES)
+RESULT_NAMES["layer_backward"] = ["grad_input", "grad_hx", "grad_cx", *(f"grad_{place}" for place in PLACES)]
 # What gives a call its rows: of another rank it may be well-formed still.
 ROWS = ["input", "output", "reserve"]
 
@@ -75,13 +89,21 @@ class OpCall:
                 value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in self.arguments.values()
             ]
-            beside = {"matmul": plain.matmul, "quantized_layer": on_unpacked_weights}
+            beside = {
+                "matmul": plain.matmul,
+                "quantized_layer": on_unpacked_weights,
+                "layer_backward": differentiated,
+            }
             return tensors((beside.get(self.op) or getattr(reference, self.op))(*values))
 
         names, results = RESULT_NAMES.get(self.op, RESULTS), tensors(results)
-        rounded = bf16_allowed and self.op != "quantized_layer" and results[0].dtype == torch.float32
+        dtype = next((result.dtype for result in results if result is not None), None)
+        rounded = bf16_allowed and self.op != "quantized_layer" and dtype == torch.float32
         yardsticks = truth(torch.bfloat16 if rounded else None)
         for name, result, expected, own in zip(names, results, truth(torch.float64), yardsticks, strict=True):
+            if result is None:
+                assert expected is None, name
+                continue
             # Beyond a row's length the reserve is undefined.
             if result.numel() and (name != "reserve" or self.arguments.get("lengths") is None):
                 # The rule is for values near 1. A power of two, which rounds nothing.
@@ -98,6 +120,31 @@ def on_unpacked_weights(*arguments: Any) -> Sequence[Tensor]:
         lambda name, packed, shape: unpack(packed, gates_of(name, gates), *shape, call.weights).to(dtype),
     )
     return plain.layer(call.layer._replace(parameters=parameters))
+
+
+def differentiated(*arguments: Any) -> Sequence[Tensor | None]:
+    """The reference of the op `layer_backward`: by autograd, of the reference's layer."""
+    call = nested(LayerBackwardArguments, arguments)
+    wanted = [None if value is None else value.detach().requires_grad_() for value in call.differentiated]
+    leaves = [value for value in wanted if value is not None]
+    if not leaves:
+        return wanted
+    given = (call.input, call.hx, call.cx, *call.parameters)
+    input, hx, cx, *places = (old if new is None else new for old, new in zip(given, wanted, strict=True))
+    layer = plain.layer_forward(LayerArguments(call.mode, input, hx, cx, call.sequences, Parameters(*places)))
+    grads = (call.grad_output, call.grad_h_n, call.grad_c_n, call.grad_cell_states)
+    pairs = [
+        (result, grad) for result, grad in zip(layer, grads, strict=False) if grad is not None and result.requires_grad
+    ]
+    if not pairs:
+        return [None if value is None else torch.zeros_like(value) for value in wanted]
+    found = torch.autograd.grad([result for result, _ in pairs], leaves, [grad for _, grad in pairs], allow_unused=True)
+    grads_of = iter(found)
+    filled = [None if value is None else next(grads_of) for value in wanted]
+    return [
+        torch.zeros_like(value) if grad is None and value is not None else grad
+        for grad, value in zip(filled, wanted, strict=True)
+    ]
 
 
 def tensors(results: Any) -> Sequence[Tensor]:
@@ -172,14 +219,16 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
         given |= {name: given[name][0] for name in ("input", "hx", "cx") if given[name] is not None}
 
     def call(op: str) -> OpCall:
-        return OpCall(op, {name: given.get(name) for name in EVERY_OP[op].names})
+        return OpCall(op, {name: given.get(name) for name in ARGUMENTS[op]})
 
     if op == "quantized_layer":
         given |= {"weights": rng.choice(list(TYPES)), "hidden_size": H, "proj_size": P}
         for name in PLACES:
             if given[name] is not None and given[name].dim() == 2:
                 given[name] = pack(given[name], gates_of(name, GATES[mode]), given["weights"])
-    if op == "recurrence_backward":
+    if op == "layer_backward":
+        given |= {"by_aten": rng.random() < 0.5, "wanted": rng.choice([-1, rng.getrandbits(13)])}
+    if op in ("recurrence_backward", "layer_backward"):
         given |= zip(RESULTS, call("layer_forward").run(), strict=True)
         for name in RESULTS[:4]:
             if given[name].shape != (0,) and rng.random() < 0.8:
@@ -190,13 +239,15 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
 
 
 def well_formed(rng: random.Random, op: str | None = None) -> OpCall:
-    dtype, op = rng.choice(DTYPES), op or rng.choice([*EVERY_OP, "matmul"])
+    dtype, op = rng.choice(DTYPES), op or rng.choice([*ARGUMENTS, "matmul"])
     if op == "quantized_layer":
         dtype = torch.float32
     call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
     call.threads = rng.choice([1, 2])
     # Where rows are rounded too, as the reference does not do it (tests/test_panels.py).
     call.comparable = call.arguments.get("weights") != "int8"
+    # What forward rounded is not what the reference's forward gives (tests/test_layer_backward.py).
+    call.comparable &= op != "layer_backward" or dtype == torch.float64
     given = call.arguments
     for name, value in given.items():
         if isinstance(value, Tensor):
@@ -352,7 +403,7 @@ def at_the_edge(rng: random.Random) -> OpCall:
         refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
         if not refused and (rows + 1) * weights > MOST_WORK:
             continue
-        call = OpCall(op, {name: given.get(name) for name in EVERY_OP[op].names})
+        call = OpCall(op, {name: given.get(name) for name in ARGUMENTS[op]})
         call.well_formed = False
         call.notes.append(f"T {T}, B {B}, I {I}, H {H}, P {P}")
         return call
