@@ -237,6 +237,24 @@ def packed(records: Sequence[Record]) -> str:
     )
 
 
+def memory(records: Sequence[Record]) -> str:
+    """The peak memory of training, of torch.nn's. Single steps, which torch.nn's own ops run, are left out."""
+    each: dict[str, list[tuple[float, Row]]] = {}
+    for row in (row for record in records for row in record.rows):
+        theirs, ours = row.get("torch_peak_memory_bytes"), row.get("peak_memory_bytes")
+        if row["workload"] == "training" and row["T"] > 1 and theirs and ours:
+            each.setdefault(row["cell"], []).append((ours / theirs, row))
+    if not each:
+        return "No result file says so yet."
+    lines = ["| cell | peak memory of training, of torch.nn's: mean | most |", "| --- | ---: | --- |"]
+    for cell in in_order(CELLS, list(each)):
+        shares = [share for share, _ in each[cell]]
+        most, row = max(each[cell], key=lambda found: found[0])
+        kind = "packed, " * row["packed"] + "lengths, " * row["lengths"]
+        lines.append(f"| {cell} | {statistics.geometric_mean(shares):.2f} | {most:.2f} ({kind}{shape(row)}) |")
+    return "\n".join(lines)
+
+
 def serves(record: Record) -> bool:
     """Whether it has cases with pauses or neighbours: these stand in a block of their own."""
     return any(map(is_served, record.data["rows"]))
@@ -442,6 +460,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu speeds": lambda: speeds(cpu),
         "cpu slower": lambda: slower(cpu),
         "cpu packed": lambda: packed(cpu),
+        "cpu memory": lambda: memory(cpu),
         "cpu service": lambda: service(served),
         "cell speeds": lambda: cell_speeds(stepped),
         "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
