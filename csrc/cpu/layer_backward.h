@@ -105,7 +105,9 @@ class LayerBackward {
       for (const OptionalTensor& result : parameters) use(result);
   }
   void clear(const OptionalTensor& tensor) const {
-    if (tensor) std::memset(mutable_data_of(*tensor), 0, static_cast<size_t>(tensor->numel() * size_));
+    // Of none there is no memory, which must not be named even to leave it alone; so below.
+    if (tensor && tensor->numel() > 0)
+      std::memset(mutable_data_of(*tensor), 0, static_cast<size_t>(tensor->numel() * size_));
   }
 
   // How many turns a chunk has, and its memory.
@@ -224,8 +226,8 @@ class LayerBackward {
   // The same for some columns of what stands left, whose own first one is that of `left_begins`.
   void add_columns(const KindTraits& kind, int64_t d, const Rows& left, int64_t left_begins, int64_t first,
                    const Rows& right, int64_t rows, Range columns) const {
-    if (columns.last <= columns.first) return;
     const OptionalTensor& result = results_.parameters[kind.kind][d];
+    if (columns.last <= columns.first || result->size(1) < 1) return;
     MatmulParams m;
     m.accumulates = made_[kind.kind][d];
     m.m = columns.last - columns.first;
@@ -270,7 +272,7 @@ class LayerBackward {
     const int64_t stride = chunk_row_stride(width, size_);
     const auto bytes = static_cast<size_t>(width * size_);
     char* row = static_cast<char*>(to);
-    for (int64_t t = times.first; t < times.last; ++t)
+    for (int64_t t = times.first; t < times.last && bytes > 0; ++t)
       for (int64_t s = 0; s < schedule_.active(t); ++s, row += stride * size_) {
         if (const void* source = from(t, s))
           std::memcpy(row, source, bytes);
@@ -305,6 +307,7 @@ class LayerBackward {
 
   // The gradient of the chunk's rows of the input: gates W_ih, added up over the directions.
   void give_to_input(int64_t d, const Rows& gates, Range times, int64_t rows) const {
+    if (input_size_ < 1) return;
     const auto row_of = [&](int64_t t, int64_t s) { return data_row(grad_input_, t, s, input_size_); };
     MatmulParams m;
     m.accumulates = p_.directions > 1;

@@ -122,6 +122,7 @@ def on_unpacked_weights(*arguments: Any) -> Sequence[Tensor]:
     return plain.layer(call.layer._replace(parameters=parameters))
 
 
+@torch.enable_grad()
 def differentiated(*arguments: Any) -> Sequence[Tensor | None]:
     """The reference of the op `layer_backward`: by autograd, of the reference's layer."""
     call = nested(LayerBackwardArguments, arguments)
