@@ -136,7 +136,8 @@ def _choose(
     sequences: Sequences,
     return_cell_states: bool,
 ) -> Callable[..., Any]:
-    """What runs each layer of a call: it takes the arguments of the op `layer`, and returns at least its results."""
+    """What runs each layer of a call: it takes the arguments of the op `layer`, and returns at least its results. Or
+    `_torchs`, which runs all of them at once."""
     if forward_ad._current_level >= 0:
         return _reference
     if not _functorch_active():

@@ -87,11 +87,8 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     const int64_t stride = chunk_row_stride(width, sizeof(Storage));
     return {data, stride, chunks_->rows * stride};
   }
-  // The steps of the turns under way: the first, and the one behind the last.
-  Range times_of(int64_t d) const {
-    const int64_t last = last_turn_ < schedule_.steps() ? last_turn_ : schedule_.steps();
-    return d == 0 ? Range{schedule_.steps() - last, schedule_.steps() - first_turn_} : Range{first_turn_, last};
-  }
+  // The steps of the turns under way.
+  Range times_of(int64_t d) const { return schedule_.times_of_turns(d, first_turn_, last_turn_); }
 
   struct Group {
     StateBuffer<RowValue> dgates[2];  // of the later step and of this one: (rows, G*H), of W_hh h

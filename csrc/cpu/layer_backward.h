@@ -182,9 +182,7 @@ class LayerBackward {
   // What is thrown must not pass through the kernels.
   bool use(int64_t first_turn, int64_t last_turn) {
     try {
-      const int64_t steps = schedule_.steps(), last = last_turn < steps ? last_turn : steps;
-      for (int64_t d = 0; d < p_.directions; ++d)
-        use_steps(d, d == 0 ? Range{steps - last, steps - first_turn} : Range{first_turn, last});
+      for (int64_t d = 0; d < p_.directions; ++d) use_steps(d, schedule_.times_of_turns(d, first_turn, last_turn));
     } catch (...) { error_ = std::current_exception(); }
     return !error_;
   }

@@ -49,6 +49,12 @@ class Schedule {
     if (!rows_before_) return t * rows_.batch;
     return t < rows_.steps ? rows_before_[t] : t > 0 ? rows_before_[t - 1] + active(t - 1) : 0;
   }
+  // The steps that a backward pass does in some turns, from `first` to the one before `last`: of direction 0 from the
+  // end, of direction 1 from the beginning. A turn behind the last step has none.
+  Range times_of_turns(int64_t d, int64_t first, int64_t last) const {
+    if (last > steps()) last = steps();
+    return d == 0 ? Range{steps() - last, steps() - first} : Range{first, last};
+  }
   // Whether such rows stand in the data in that order, with nothing between them.
   bool is_compact() const {
     if (rows_.batch_sizes) return true;
