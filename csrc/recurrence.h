@@ -73,18 +73,4 @@ struct BackwardParams : Recurrence {
   void* grad_projected{};  // with projection: (rows, D*P)
 };
 
-// c (M, N) = a (M, K) b (K, N), or with `accumulates` c += a b; strides in elements. c is row-major with row stride
-// `c_row`.
-struct MatmulParams {
-  DType dtype{};
-  bool accumulates = false;
-  int64_t m = 0, n = 0, k = 0;
-  const void* a{};
-  int64_t a_row = 0, a_col = 0;
-  const void* b{};
-  int64_t b_row = 0, b_col = 0;
-  void* c{};
-  int64_t c_row = 0;
-};
-
 }  // namespace rnnfast

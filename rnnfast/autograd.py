@@ -216,9 +216,7 @@ def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[T
         and type(input) in _PLAIN
         and not (torch.is_grad_enabled() or _functorch_active() or _is_compiling() or is_any_batched(*grads))
     ):
-        by_aten = ops.whole_backward_of(input.dtype)
-        if by_aten is not None:
-            return _at_once(arguments, needs, by_aten)
+        return _at_once(arguments, needs, ops.whole_backward_by_aten(input.dtype))
     return layer_backward_in_parts(arguments, needs)
 
 

@@ -197,7 +197,8 @@ def _choose_products(isa: str) -> None:
     right, where an ISA is asked for by name, is for tests to see.
 
     ATen's in 16 bits are oneDNN's, which are fast where the processor has instructions for the type, and slow where
-    not. Those of transposed matrices it turns around first: AMX's own do that as they pack.
+    not (it says of bfloat16 that AVX-512 is enough). Those of transposed matrices it turns around first: AMX's own do
+    that as they pack.
     """
     global _has_pairs
     _has_pairs = isa in ISAS_WITH_PAIRS
@@ -208,7 +209,8 @@ def _choose_products(isa: str) -> None:
         (torch.float16, "_is_mkldnn_fp16_supported"),
     ):
         # A torch without oneDNN has no such op.
-        if not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, question)():
+        fast = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, question)()
+        if not fast or (isa == "avx512" and dtype == torch.bfloat16):
             _limits[dtype] = _EVERY
         else:
             turned = isa == "amx_bf16" and dtype == torch.bfloat16
@@ -257,14 +259,9 @@ def _direct(name: str) -> Callable[..., Any]:
 step, step_backward, layer_backward = _direct("step"), _direct("step_backward"), _direct("layer_backward")
 
 
-def whole_backward_of(dtype: torch.dtype) -> bool | None:
-    """Whether `layer_backward` is to take ATen's products; None where it is not the best for the type."""
-    limit = _limits.get(dtype)
-    if limit is _EVERY:
-        return False
-    if limit is not _NONE:
-        return None
-    return not (dtype == torch.float32 and _has_pairs and libraries.bf16_allowed())
+def whole_backward_by_aten(dtype: torch.dtype) -> bool:
+    """Whether `layer_backward` is to take ATen's products. (In 16 bits they take more memory than its chunks spare.)"""
+    return _limits.get(dtype) is _NONE and not (dtype == torch.float32 and _has_pairs and libraries.bf16_allowed())
 
 
 def makes_product(rows: Tensor, weights: Tensor) -> bool:

@@ -23,6 +23,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
   static constexpr int kTileUnits = kL * kBlocks;
+  static constexpr int64_t kInCache = 2 << 20;
 
  public:
   BackwardLoop(const BackwardParams& params, int threads, const Chunks* chunks)
@@ -39,7 +40,8 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         gates_(left_by_steps(params.grad_gates, gates_width_)),
         gates_hh_(left_by_steps(params.grad_gates_hh, chunks ? params.hidden_size : gates_width_)),
         projected_(left_by_steps(params.grad_projected, params.state_size)),
-        hidden_(left_by_steps(chunks ? chunks->hidden : nullptr, params.hidden_size)) {}
+        hidden_(left_by_steps(chunks ? chunks->hidden : nullptr, params.hidden_size)),
+        leaves_far_(!chunks || gates_.direction_stride * params.directions * sizeof(Storage) > kInCache) {}
 
   int64_t run(Team& team) {
     place();
@@ -61,7 +63,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     last_turn_ = turns() - first_turn_ < most ? turns() : first_turn_ + most;
     bool sums = false;
     for (int64_t d = 0; d < p_.directions && chunks_; ++d)
-      sums = sums || chunks_->grad_bias_ih[d] || chunks_->grad_bias_hh[d];
+      sums = sums || chunks_->grad_bias_ih[d].result || chunks_->grad_bias_hh[d].result;
     const Stage stages[] = {{1, preparing_shares_, first_turn_ == 0},
                             {p_.directions * groups_each_, shares_, (last_turn_ - first_turn_) * rounds_a_turn()},
                             {1, preparing_shares_, sums}};
@@ -151,7 +153,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   void sum_share(int64_t share) const {
     const int64_t H = p_.hidden_size, before = (Cell::kSplitGradient ? Cell::kSplitGate : kG) * H;
     for (int64_t d = 0; d < p_.directions; ++d) {
-      void *const ih = chunks_->grad_bias_ih[d], *const hh = chunks_->grad_bias_hh[d];
+      const BiasGradient &ih = chunks_->grad_bias_ih[d], &hh = chunks_->grad_bias_hh[d];
       sum_rows(gates_, d, {0, before}, 0, share, ih, hh);
       if (!Cell::kSplitGradient) continue;
       sum_rows(gates_, d, {before, before + H}, before, share, ih);
@@ -159,13 +161,13 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
       sum_rows(gates_, d, {before + H, gates_width_}, before + H, share, ih, hh);
     }
   }
-  // Some columns of a matrix, to as many sums from `first_sum` on, here and there; null: not there.
-  void sum_rows(const LeftBySteps& matrix, int64_t d, Range columns, int64_t first_sum, int64_t share, void* here,
-                void* there = nullptr) const {
+  // Some columns of a matrix, to as many sums from `first_sum` on, here and there.
+  void sum_rows(const LeftBySteps& matrix, int64_t d, Range columns, int64_t first_sum, int64_t share,
+                const BiasGradient& here, const BiasGradient& there = {}) const {
     constexpr int kVectors = 4;
     // So many are summed by themselves: not all one after the other, which would lose digits.
     constexpr int64_t kBlock = 64;
-    if (!here && !there) return;
+    if (!here.result && !there.result) return;
     const Range times = times_of(d);
     const int64_t rows = schedule_.rows_before(times.last) - schedule_.rows_before(times.first);
     const int64_t width = columns.last - columns.first;
@@ -183,13 +185,20 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         }
         for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
       }
-      for (void* const sums : {here, there})
-        for (int v = 0; v < kVectors && v * kL < left && sums; ++v) {
-          Storage* const to = at<Storage>(sums, first_sum + column + v * kL);
-          const Value so_far = first_turn_ > 0 ? load<Compute>(to, left - v * kL) : Value{};
-          store<Compute>(to, so_far + total[v], left - v * kL);
-        }
+      for (int v = 0; v < kVectors && v * kL < left; ++v)
+        for (const BiasGradient* const bias : {&here, &there})
+          add_to_bias(*bias, first_sum + column + v * kL, total[v], left - v * kL);
     }
+  }
+  void add_to_bias(const BiasGradient& bias, int64_t column, Value sum, int64_t left) const {
+    if (!bias.result) return;
+    Storage* const result = at<Storage>(bias.result, column);
+    Compute* const kept = bias.sum ? at<Compute>(bias.sum, column) : nullptr;
+    if (first_turn_ > 0) sum += kept ? load<Compute>(kept, left) : load<Compute>(result, left);
+    if (kept && last_turn_ < turns())
+      store<Compute>(kept, sum, left);
+    else
+      store<Compute>(result, sum, left);
   }
 
   // One step of a group.
@@ -249,15 +258,17 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   }
 
   // What step_cell will read for one row of a tile, and the lines that it will write.
-  void prefetch(int64_t d, int64_t data_row, int64_t tile) const {
-    const int64_t H = p_.hidden_size, unit_row = data_row * p_.directions + d;
+  void prefetch(const Step& step, int64_t r, int64_t tile) const {
+    const int64_t data_row = schedule_.data_row(step.t, step.rows.batch_index(r));
+    const int64_t d = step.d, H = p_.hidden_size, unit_row = data_row * p_.directions + d;
+    const int64_t left_row = chunks_ ? step.rows_before + step.rows.sorted(r) : data_row;
     for (int64_t unit = tile * kTileUnits; unit < (tile + 1) * kTileUnits && unit < H; unit += kL) {
 #pragma GCC unroll 4
       for (int q = 0; q < Cell::kReserve; ++q)
         __builtin_prefetch(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), 0);
 #pragma GCC unroll 4
       for (int g = 0; g < kG; ++g)
-        if (!chunks_) __builtin_prefetch(gates_.row(d, data_row) + g * H + unit, 1);
+        if (leaves_far_) __builtin_prefetch(gates_.row(d, left_row) + g * H + unit, 1);
       if (p_.grad_output && !p_.projected) __builtin_prefetch(at<Storage>(p_.grad_output, unit_row * H + unit), 0);
     }
   }
@@ -321,8 +332,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         for (int i = 0; i < height; ++i) use(tile, first + i, sums + i * kBlocks);
       };
       const auto fetch = [&](int64_t first, int height) {
-        for (int i = 0; i < height && first + i < step.active && !projected(); ++i)
-          prefetch(step.d, schedule_.data_row(step.t, step.rows.batch_index(first + i)), tile);
+        for (int i = 0; i < height && first + i < step.active && !projected(); ++i) prefetch(step, first + i, tile);
       };
       weights_.multiply_hh(step.d, tile, {later.data, later.stride, step.started}, on_rows, fetch);
       const Value zeros[kBlocks] = {};
@@ -413,6 +423,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_;
   const LeftBySteps gates_, gates_hh_, projected_, hidden_;
+  const bool leaves_far_;                   // beyond the caches of a core
   int64_t first_turn_ = 0, last_turn_ = 0;  // of those under way
   Workspace workspace_;
   Schedule schedule_;

@@ -10,6 +10,13 @@ namespace rnnfast::cpu {
 // Bytes that 64 bits do not count.
 constexpr int64_t kUncountable = INT64_MAX;
 
+// The sum over all rows of what meets a bias: (G*H). Null: nobody asks.
+struct BiasGradient {
+  void* result{};
+  // Where several chunks' sum is kept that is wider than the result, so that it is rounded once; else null.
+  void* sum{};
+};
+
 // For a backward pass that hands its gradients of each step on while they are in cache, some turns at a time, and
 // writes those of the next turns over them. A turn is one step in each direction, of direction 0 first T - 1, of
 // direction 1 first 0.
@@ -22,9 +29,7 @@ struct Chunks {
   int64_t rows;          // that the largest has
   double alone_seconds;  // as Team's, for one of them
   void* hidden{};        // with projection: o tanh(c), as grad_projected
-  // (G*H) in each direction: the sums of all rows. Null: nobody asks.
-  void* grad_bias_ih[kMaxDirections]{};
-  void* grad_bias_hh[kMaxDirections]{};
+  BiasGradient grad_bias_ih[kMaxDirections], grad_bias_hh[kMaxDirections];
   // Called after each, when all that it left is there; false: no more of them.
   bool (*use)(void* context, int64_t first_turn, int64_t last_turn){};
   void* context{};
@@ -35,6 +40,24 @@ constexpr int64_t chunk_row_stride(int64_t width, int64_t element_size) {
   const int64_t bytes = (width * element_size + kLine - 1) / kLine * kLine;
   return (bytes % kLong == 0 ? bytes + kLine : bytes) / element_size;
 }
+
+// c (M, N) = a (M, K) b (K, N), or with `accumulates` c += a b; strides in elements. c is row-major with row stride
+// `c_row`.
+struct MatmulParams {
+  DType dtype{};
+  bool accumulates = false;
+  int64_t m = 0, n = 0, k = 0;
+  const void* a{};
+  int64_t a_row = 0, a_col = 0;
+  const void* b{};
+  int64_t b_row = 0, b_col = 0;
+  // Null, where there are sums, until the last of them.
+  void* c{};
+  int64_t c_row = 0;
+  // For what is summed over several calls and narrower than float32, so that it is rounded once: (M, N), contiguous.
+  // With `accumulates` they are added to, and without c keep what comes of it.
+  float* sums{};
+};
 
 // What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
 struct Kernels {

@@ -70,8 +70,7 @@ class LayerBackward {
     check_memory(context_.op, context_.like, kernels(p_.dtype).backward(p_, team, &chunks_));
     if (error_) std::rethrow_exception(error_);
     for (const KindTraits& kind : kKinds)
-      for (int64_t d = 0; d < p_.directions && kind.is_matrix(); ++d)
-        if (!made_[kind.kind][d]) clear(results_.parameters[kind.kind][d]);
+      for (int64_t d = 0; d < p_.directions && kind.is_matrix(); ++d) finish(kind, d);
     return results_;
   }
 
@@ -80,6 +79,8 @@ class LayerBackward {
     const char* data;
     int64_t stride;  // elements
   };
+  // Where the products so far for a matrix's gradient are.
+  enum class Made { nothing, sums, result };
 
   void make_results(int64_t wanted, const OptionalTensor& hx, const OptionalTensor& cx, const Places& places) {
     const auto wants = [&](int64_t result) { return (wanted >> result & 1) != 0; };
@@ -130,9 +131,10 @@ class LayerBackward {
     if (!compact) rows_copy_ = chunk("rows of the input", input_size_, 1);
     if (!shifted_ && wants(Size::state)) states_copy_ = chunk("states that entered the steps", p_.state_size, 1);
     for (int64_t d = 0; d < p_.directions; ++d) {
-      chunks_.grad_bias_ih[d] = data_of_result(Kind::bias_ih, d);
-      chunks_.grad_bias_hh[d] = data_of_result(Kind::bias_hh, d);
+      chunks_.grad_bias_ih[d].result = data_of_result(Kind::bias_ih, d);
+      chunks_.grad_bias_hh[d].result = data_of_result(Kind::bias_hh, d);
     }
+    if (chunks > 1 && sums_are_wider()) make_sums();
     chunks_.context = this;
     chunks_.use = [](void* self, int64_t first_turn, int64_t last_turn) {
       return static_cast<LayerBackward*>(self)->use(first_turn, last_turn);
@@ -141,18 +143,44 @@ class LayerBackward {
     if (p_.directions > 1 || schedule_.has_lengths()) clear(results_.input);
   }
 
+  // Then the chunks' products are summed in float32, and rounded once.
+  bool sums_are_wider() const { return size_ < static_cast<int64_t>(sizeof(float)); }
+
   // So many that the gates' gradients of a chunk stay in cache, but enough for a product of them to be worth reading
   // and writing the gradients of the weights, which may lie far beyond it.
   int64_t turns_at_once() const {
     constexpr int64_t kBytes = 1 << 20, kFewestRows = 256, kFewestBeyondCache = 2048;
+    // Reading and writing sums is as much work as in float32, the products may be less.
+    constexpr int64_t kFewestOfSums = 1024;
     constexpr int64_t kMostRows = 4096;  // many more in one sum would cost digits
-    // What is narrower than its sums is not rounded once for each chunk.
-    if (size_ < static_cast<int64_t>(sizeof(float))) return schedule_.steps() + 1;
     const int64_t gates = cell_.gates * p_.hidden_size, a_row = p_.directions * gates * size_;
-    const double weights = static_cast<double>(gates) * static_cast<double>(input_size_ + p_.state_size) * size_;
-    const int64_t fewest = weights > 20 * kL2 ? kFewestBeyondCache : kFewestRows;
+    const double weights = static_cast<double>(gates) * static_cast<double>(input_size_ + p_.state_size);
+    const double sums = weights * (sums_are_wider() ? static_cast<int64_t>(sizeof(float)) : size_);
+    const int64_t fewest = sums > 20 * kL2 ? kFewestBeyondCache : sums_are_wider() ? kFewestOfSums : kFewestRows;
     const int64_t fitting = a_row > 0 ? kBytes / a_row : fewest, most = fitting < kMostRows ? fitting : kMostRows;
-    return divide_up(most < fewest ? fewest : most, p_.rows.batch);
+    const int64_t rows = most < fewest ? fewest : most;
+    // Sums may take more memory than chunks spare.
+    if (sums_are_wider() && static_cast<double>(context_.row_count - rows) * a_row <= p_.directions * sums)
+      return schedule_.steps() + 1;
+    return divide_up(rows, p_.rows.batch);
+  }
+
+  void make_sums() {
+    const auto made = [&](const char* name, const OptionalTensor& result) {
+      const auto sizes = result->sizes();
+      buffers_.push_back(CpuBackend::empty({context_.op, name, Sizes(sizes.begin(), sizes.size()), ScalarType::Float,
+                                            context_.like, "sums for the gradient of "}));
+      return mutable_data_of(buffers_.back());
+    };
+    for (const KindTraits& kind : kKinds)
+      for (int64_t d = 0; d < p_.directions; ++d) {
+        const OptionalTensor& result = results_.parameters[kind.kind][d];
+        if (!result || result->numel() < 1) continue;
+        if (kind.is_matrix())
+          sums_[kind.kind][d] = static_cast<float*>(made(kind.name, result));
+        else
+          (kind.kind == Kind::bias_ih ? chunks_.grad_bias_ih : chunks_.grad_bias_hh)[d].sum = made(kind.name, result);
+      }
   }
 
   // Whether the gradient of a matrix that multiplies vectors of this size is wanted.
@@ -182,6 +210,7 @@ class LayerBackward {
   // What is thrown must not pass through the kernels.
   bool use(int64_t first_turn, int64_t last_turn) {
     try {
+      last_chunk_ = last_turn >= schedule_.steps();
       for (int64_t d = 0; d < p_.directions; ++d) use_steps(d, schedule_.times_of_turns(d, first_turn, last_turn));
     } catch (...) { error_ = std::current_exception(); }
     return !error_;
@@ -207,36 +236,53 @@ class LayerBackward {
   }
 
   // To the gradient of a parameter: left^T right, of so many rows, from the chunk's row `first` of the left ones.
-  void add_product(const KindTraits& kind, int64_t d, const Rows& left, int64_t first, const Rows& right,
-                   int64_t rows) {
+  // is_last: of those of the chunk.
+  void add_product(const KindTraits& kind, int64_t d, const Rows& left, int64_t first, const Rows& right, int64_t rows,
+                   bool is_last = true) {
     if (rows < 1) return;
+    const Made made = !sums_[kind.kind][d] || (is_last && last_chunk_) ? Made::result : Made::sums;
     const int64_t width = results_.parameters[kind.kind][d]->size(0), H = p_.hidden_size;
     if (p_.grad_gates_hh && kind.multiplies_steps() && kind.rows == Size::gates) {
       const int64_t split = cell_.split_gate * H;
-      add_columns(kind, d, left, 0, first, right, rows, {0, split});
-      add_columns(kind, d, rows_of_chunk(p_.grad_gates_hh, H, d), split, first, right, rows, {split, split + H});
-      add_columns(kind, d, left, 0, first, right, rows, {split + H, width});
+      add_columns(kind, d, left, 0, first, right, rows, {0, split}, made);
+      add_columns(kind, d, rows_of_chunk(p_.grad_gates_hh, H, d), split, first, right, rows, {split, split + H}, made);
+      add_columns(kind, d, left, 0, first, right, rows, {split + H, width}, made);
     } else {
-      add_columns(kind, d, left, 0, first, right, rows, {0, width});
+      add_columns(kind, d, left, 0, first, right, rows, {0, width}, made);
     }
-    made_[kind.kind][d] = true;
+    made_[kind.kind][d] = made;
   }
   // The same for some columns of what stands left, whose own first one is that of `left_begins`.
   void add_columns(const KindTraits& kind, int64_t d, const Rows& left, int64_t left_begins, int64_t first,
-                   const Rows& right, int64_t rows, Range columns) const {
+                   const Rows& right, int64_t rows, Range columns, Made made) const {
     const OptionalTensor& result = results_.parameters[kind.kind][d];
     if (columns.last <= columns.first || result->size(1) < 1) return;
-    MatmulParams m;
-    m.accumulates = made_[kind.kind][d];
-    m.m = columns.last - columns.first;
-    m.n = m.c_row = result->size(1);
+    MatmulParams m = to_result(kind, d, columns, made);
     m.k = rows;
     m.a = left.data + (first * left.stride + columns.first - left_begins) * size_;
     m.a_row = 1;
     m.a_col = left.stride;
     m.b = right.data;
     m.b_row = right.stride;
-    m.c = static_cast<char*>(mutable_data_of(*result)) + columns.first * m.c_row * size_;
+    multiply_chunk(m);
+  }
+  // A product for these rows of a gradient, or for its sums.
+  MatmulParams to_result(const KindTraits& kind, int64_t d, Range rows, Made made) const {
+    const OptionalTensor& result = results_.parameters[kind.kind][d];
+    MatmulParams m;
+    m.accumulates = made_[kind.kind][d] != Made::nothing;
+    m.m = rows.last - rows.first;
+    m.n = m.c_row = result->size(1);
+    if (float* const sums = sums_[kind.kind][d]) m.sums = sums + rows.first * m.n;
+    if (made == Made::result) m.c = static_cast<char*>(mutable_data_of(*result)) + rows.first * m.n * size_;
+    return m;
+  }
+  // What no product was for is zeros. Sums that the last chunk had nothing for are still to be rounded.
+  void finish(const KindTraits& kind, int64_t d) {
+    const OptionalTensor& result = results_.parameters[kind.kind][d];
+    if (made_[kind.kind][d] == Made::nothing) return clear(result);
+    if (made_[kind.kind][d] == Made::result) return;
+    MatmulParams m = to_result(kind, d, {0, result->size(0)}, Made::result);
     multiply_chunk(m);
   }
   void multiply_chunk(MatmulParams& m) const {
@@ -255,12 +301,13 @@ class LayerBackward {
     const int64_t first = d == 0 ? 0 : times.last - 1 - times.first;  // that step's place among those of the chunk
     const int64_t others = has_first && d == 0 ? 1 : 0, count = times.last - times.first - has_first;
     const int64_t before = times.first + others + (d == 0 ? -1 : 1);
+    const bool has_initial = has_first && p_.hx;
     if (count > 0)
       add_product(kind, d, left, others * batch,
                   {static_cast<const char*>(p_.output) + (before * batch * p_.directions + d) * width * size_,
                    p_.directions * width},
-                  count * batch);
-    if (has_first && p_.hx)
+                  count * batch, !has_initial);
+    if (has_initial)
       add_product(kind, d, left, first * batch, {static_cast<const char*>(p_.hx) + d * batch * width * size_, width},
                   batch);
   }
@@ -337,7 +384,9 @@ class LayerBackward {
   const int64_t input_size_, size_;  // size_: bytes of an element
   void* grad_input_ = nullptr;
   LayerGradients results_;
-  PerKind<std::array<bool, kMaxDirections>> made_;  // gradients that have a chunk's part
+  PerKind<std::array<Made, kMaxDirections>> made_;
+  PerKind<std::array<float*, kMaxDirections>> sums_;  // null: the result itself is added to
+  bool last_chunk_ = false;
   Workspace workspace_;
   Schedule schedule_;
   Chunks chunks_{};

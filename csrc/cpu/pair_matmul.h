@@ -1,8 +1,9 @@
 // Matrix product of pairs of bfloat16 (pairs.h), for the weight and input gradients; the counterpart of MatmulLoop.
-// Both operands are packed, a few hundred k at a time, and sums of several such blocks are kept in float32.
+// Both operands are packed, a few hundred k at a time, and sums of several such blocks are kept (product_sums.h).
 #pragma once
 
 #include "pairs.h"
+#include "product_sums.h"
 #include "split.h"
 #include "team.h"
 #include "workspace.h"
@@ -20,6 +21,7 @@ template <class Storage> class PairMatmul {
   static_assert(kRows % kRowGroup == 0);
   // A tile of rows stays in L1, one of columns in L2. No block of what one can hold: its sums are written once.
   static constexpr int64_t kStepK = 512, kMostInOneBlock = 1024;
+  static constexpr int64_t kLongStride = 1024;  // bytes
 
  public:
   PairMatmul(const MatmulParams& params)
@@ -29,7 +31,14 @@ template <class Storage> class PairMatmul {
         step_k_(params.k <= kMostInOneBlock ? params.k : kStepK),
         blocks_(params.k > step_k_ ? divide_up(params.k, step_k_) : 1),
         // One line more keeps rows out of the same cache sets.
-        row_stride_(round_up(step_k_, kBlockK) + kBlockK) {}
+        row_stride_(round_up(step_k_, kBlockK) + kBlockK),
+        // Rows of bfloat16 in whole blocks are pairs already; if a long power of two does not put them into the same
+        // cache sets.
+        lying_rows_(std::is_same_v<Storage, BFloat16> && params.a_col == 1 && params.k % kBlockK == 0 &&
+                            params.a_row * static_cast<int64_t>(sizeof(BFloat16)) % kLongStride != 0
+                        ? params.m / kRows * kRows
+                        : 0),
+        sums_(params, blocks_) {}
 
   int64_t run(Team& team) {
     shares_ = shares_for(team.planned());
@@ -53,7 +62,7 @@ template <class Storage> class PairMatmul {
   void place() {
     packed_b_ = workspace_.template take<char>(n_tiles_, PairProducts::packed_size(kVectors, step_k_));
     packed_a_ = workspace_.template take<BFloat16>(m_tiles_, kRows, row_stride_);
-    if (blocks_ > 1) sums_ = workspace_.template take<Vector<float>>(m_tiles_, n_tiles_, kRows, kVectors);
+    sums_.place(workspace_);
   }
   char* tile_of_b(int64_t tile) const { return packed_b_ + tile * PairProducts::packed_size(kVectors, step_k_); }
   BFloat16* tile_of_a(int64_t tile) const { return packed_a_ + tile * kRows * row_stride_; }
@@ -74,7 +83,8 @@ template <class Storage> class PairMatmul {
       }
     }
     if (p_.a_col == 1) {
-      for (int64_t row = rows.first * kRows; row < rows.last * kRows && row < p_.m; ++row) {
+      for (int64_t row = rows.first * kRows > lying_rows_ ? rows.first * kRows : lying_rows_;
+           row < rows.last * kRows && row < p_.m; ++row) {
         const Storage* from = at<Storage>(p_.a, row * p_.a_row + k);
         BFloat16* to = packed_a_ + row * row_stride_;
         for (int64_t kk = 0; kk < k_count; kk += kBlockK) write_pairs(to + kk, load_pairs(from + kk, k_count - kk));
@@ -129,31 +139,22 @@ template <class Storage> class PairMatmul {
     const int64_t row = m_tile * kRows, left = p_.m - row;
     const int height = static_cast<int>(left < kRows ? left : kRows);
     alignas(64) Vector<float> sums[kRows * kVectors];
-    multiply_pairs<kVectors>(tile_of_a(m_tile), row_stride_, height, tile_of_b(n_tile), k_count, sums);
-    Vector<float>* const kept = blocks_ > 1 ? sums_ + (n_tile * m_tiles_ + m_tile) * kRows * kVectors : nullptr;
-    if (block > 0)
-      for (int v = 0; v < height * kVectors; ++v) sums[v] += kept[v];
-    if (block < blocks_ - 1) {
-      std::memcpy(static_cast<void*>(kept), sums, height * kVectors * sizeof *sums);
-      return;
-    }
+    const bool lies = row < lying_rows_;
+    const BFloat16* const rows = lies ? at<BFloat16>(p_.a, row * p_.a_row + block * step_k_) : tile_of_a(m_tile);
+    multiply_pairs<kVectors>(rows, lies ? p_.a_row : row_stride_, height, tile_of_b(n_tile), k_count, sums);
     for (int r = 0; r < height; ++r)
-      for (int v = 0; v < kVectors && n_tile * kWidth + v * kL < p_.n; ++v) {
-        const int64_t column = n_tile * kWidth + v * kL;
-        Storage* const to = at<Storage>(p_.c, (row + r) * p_.c_row + column);
-        Vector<float> sum = sums[r * kVectors + v];
-        if (p_.accumulates) sum += load<float>(to, p_.n - column);
-        store<float>(to, sum, p_.n - column);
-      }
+      for (int v = 0; v < kVectors && n_tile * kWidth + v * kL < p_.n; ++v)
+        sums_.write(block, row + r, n_tile * kWidth + v * kL, sums[r * kVectors + v]);
   }
 
   const MatmulParams& p_;
   const int64_t n_tiles_, m_tiles_, step_k_, blocks_, row_stride_;
+  const int64_t lying_rows_;  // of a, multiplied where they are
+  ProductSums<Storage> sums_;
   int64_t shares_ = 1;
   Workspace workspace_;
   BFloat16* packed_a_ = nullptr;
   char* packed_b_ = nullptr;
-  Vector<float>* sums_ = nullptr;
 };
 
 }  // namespace
