@@ -342,7 +342,17 @@ def matmul_of(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("M", "K", "N"),
-    [(1, 1, 1), (5, 7, 3), (1, 64, 33), (65, 1, 17), (130, 67, 50), (64, 256, 96), (0, 3, 4), (3, 0, 4)],
+    [
+        (1, 1, 1),
+        (5, 7, 3),
+        (1, 64, 33),
+        (65, 1, 17),
+        (130, 67, 50),
+        (64, 256, 96),
+        (20, 1300, 70),
+        (0, 3, 4),
+        (3, 0, 4),
+    ],
 )
 def test_matmul(backend: str, device: str, M: int, K: int, N: int, dtype: torch.dtype) -> None:
     matmul = matmul_of(backend)

@@ -235,8 +235,10 @@ def matrix(rows: int, columns: int, transposed: bool) -> Tensor:
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    # One block of k and several, whole and not; tiles of 32 rows and 64 columns and what is left of them.
-    [(1, 1, 1), (5, 7, 9), (32, 64, 64), (33, 65, 130), (100, 2000, 70), (64, 1537, 64), (3, 1024, 200), (257, 31, 5)],
+    # One block of k and several, whole and not, as they lie (k in whole 32) and packed; tiles of 32 rows and 64 columns
+    # and what is left of them.
+    [(1, 1, 1), (5, 7, 9), (32, 64, 64), (33, 65, 130), (100, 2000, 70), (64, 1537, 64), (3, 1024, 200), (257, 31, 5)]
+    + [(67, 96, 70), (70, 1312, 66), (64, 1536, 64)],
     ids=str,
 )
 @pytest.mark.usefixtures("isa")

@@ -73,8 +73,9 @@ struct CpuBackend {
 // c = a b, of whatever size.
 inline void multiply(const Context& context, const MatmulParams& m) {
   if (!m.m || !m.n) return;
-  // Sums that are only rounded take as long as a few products.
-  const double flops = 2.0 * m.m * m.n * (m.k > 0 || !m.sums ? m.k : 8);
+  // Sums that are only rounded take as long as so many products.
+  constexpr int64_t kRounding = 8;
+  const double flops = 2.0 * m.m * m.n * (m.sums && m.k < kRounding ? kRounding : m.k);
   Team team(useful_threads(flops, flops), flops / kFlops);
   check_memory(context.op, context.like, kernels(m.dtype).matmul(m, team));
 }

@@ -23,7 +23,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   static constexpr int kL = kLanes<Compute>;
   static constexpr int kG = Cell::kGates;
   static constexpr int kTileUnits = kL * kBlocks;
-  static constexpr int64_t kInCache = 2 << 20;
+  static constexpr int64_t kInCache = 2 << 20;  // bytes that a core's own caches hold
 
  public:
   BackwardLoop(const BackwardParams& params, int threads, const Chunks* chunks)
@@ -41,7 +41,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         gates_hh_(left_by_steps(params.grad_gates_hh, chunks ? params.hidden_size : gates_width_)),
         projected_(left_by_steps(params.grad_projected, params.state_size)),
         hidden_(left_by_steps(chunks ? chunks->hidden : nullptr, params.hidden_size)),
-        leaves_far_(!chunks || gates_.direction_stride * params.directions * sizeof(Storage) > kInCache) {}
+        leaves_beyond_cache_(!chunks || gates_.direction_stride * params.directions * sizeof(Storage) > kInCache) {}
 
   int64_t run(Team& team) {
     place();
@@ -268,7 +268,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         __builtin_prefetch(at<Storage>(p_.reserve, (unit_row * Cell::kReserve + q) * H + unit), 0);
 #pragma GCC unroll 4
       for (int g = 0; g < kG; ++g)
-        if (leaves_far_) __builtin_prefetch(gates_.row(d, left_row) + g * H + unit, 1);
+        if (leaves_beyond_cache_) __builtin_prefetch(gates_.row(d, left_row) + g * H + unit, 1);
       if (p_.grad_output && !p_.projected) __builtin_prefetch(at<Storage>(p_.grad_output, unit_row * H + unit), 0);
     }
   }
@@ -423,7 +423,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_;
   const LeftBySteps gates_, gates_hh_, projected_, hidden_;
-  const bool leaves_far_;                   // beyond the caches of a core
+  const bool leaves_beyond_cache_;          // what steps leave is not in cache any more when others write there
   int64_t first_turn_ = 0, last_turn_ = 0;  // of those under way
   Workspace workspace_;
   Schedule schedule_;

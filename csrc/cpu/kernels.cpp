@@ -11,6 +11,7 @@
 #include "matmul.h"
 #include "pair_matmul.h"
 #include "pairs.h"
+#include "sanitized.h"
 #include "turned_weights.h"
 
 namespace rnnfast::cpu {

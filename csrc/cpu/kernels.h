@@ -55,7 +55,7 @@ struct MatmulParams {
   void* c{};
   int64_t c_row = 0;
   // For what is summed over several calls and narrower than float32, so that it is rounded once: (M, N), contiguous.
-  // With `accumulates` they are added to, and without c keep what comes of it.
+  // With `accumulates` they are added to. Without c they keep what comes of it, with c they are used up.
   float* sums{};
 };
 

@@ -9,6 +9,7 @@
 #include <exception>
 
 #include "backend.h"
+#include "sanitized.h"
 #include "schedule.h"
 
 namespace rnnfast::cpu {
@@ -79,8 +80,8 @@ class LayerBackward {
     const char* data;
     int64_t stride;  // elements
   };
-  // Where the products so far for a matrix's gradient are.
-  enum class Made { nothing, sums, result };
+  // Where the products for a matrix's gradient are, or are to go.
+  enum class Where { nowhere, sums, result };
 
   void make_results(int64_t wanted, const OptionalTensor& hx, const OptionalTensor& cx, const Places& places) {
     const auto wants = [&](int64_t result) { return (wanted >> result & 1) != 0; };
@@ -134,7 +135,7 @@ class LayerBackward {
       chunks_.grad_bias_ih[d].result = data_of_result(Kind::bias_ih, d);
       chunks_.grad_bias_hh[d].result = data_of_result(Kind::bias_hh, d);
     }
-    if (chunks > 1 && sums_are_wider()) make_sums();
+    if (sums_are_wider() && (chunks > 1 || (shifted_ && p_.hx))) make_sums(chunks > 1);
     chunks_.context = this;
     chunks_.use = [](void* self, int64_t first_turn, int64_t last_turn) {
       return static_cast<LayerBackward*>(self)->use(first_turn, last_turn);
@@ -149,8 +150,12 @@ class LayerBackward {
   // So many that the gates' gradients of a chunk stay in cache, but enough for a product of them to be worth reading
   // and writing the gradients of the weights, which may lie far beyond it.
   int64_t turns_at_once() const {
+#if defined(RNNFAST_SANITIZED)
+    return divide_up(8, p_.rows.batch);  // the fuzzer's calls are small
+#endif
     constexpr int64_t kBytes = 1 << 20, kFewestRows = 256, kFewestBeyondCache = 2048;
-    // Reading and writing sums is as much work as in float32, the products may be less.
+    // Reading and writing sums is as much work as in float32, the products may be less. The most that they take at
+    // once.
     constexpr int64_t kFewestOfSums = 1024;
     constexpr int64_t kMostRows = 4096;  // many more in one sum would cost digits
     const int64_t gates = cell_.gates * p_.hidden_size, a_row = p_.directions * gates * size_;
@@ -159,13 +164,14 @@ class LayerBackward {
     const int64_t fewest = sums > 20 * kL2 ? kFewestBeyondCache : sums_are_wider() ? kFewestOfSums : kFewestRows;
     const int64_t fitting = a_row > 0 ? kBytes / a_row : fewest, most = fitting < kMostRows ? fitting : kMostRows;
     const int64_t rows = most < fewest ? fewest : most;
+    if (!sums_are_wider()) return divide_up(rows, p_.rows.batch);
     // Sums may take more memory than chunks spare.
-    if (sums_are_wider() && static_cast<double>(context_.row_count - rows) * a_row <= p_.directions * sums)
-      return schedule_.steps() + 1;
-    return divide_up(rows, p_.rows.batch);
+    if (static_cast<double>(context_.row_count - rows) * a_row <= p_.directions * sums) return schedule_.steps() + 1;
+    return p_.rows.batch < rows ? rows / p_.rows.batch : 1;
   }
 
-  void make_sums() {
+  // What several products are summed in: of every parameter, or with one chunk of W_hh, which has two (add_shifted).
+  void make_sums(bool of_all) {
     const auto made = [&](const char* name, const OptionalTensor& result) {
       const auto sizes = result->sizes();
       buffers_.push_back(CpuBackend::empty({context_.op, name, Sizes(sizes.begin(), sizes.size()), ScalarType::Float,
@@ -175,7 +181,7 @@ class LayerBackward {
     for (const KindTraits& kind : kKinds)
       for (int64_t d = 0; d < p_.directions; ++d) {
         const OptionalTensor& result = results_.parameters[kind.kind][d];
-        if (!result || result->numel() < 1) continue;
+        if (!result || result->numel() < 1 || !(of_all || kind.kind == Kind::weight_hh)) continue;
         if (kind.is_matrix())
           sums_[kind.kind][d] = static_cast<float*>(made(kind.name, result));
         else
@@ -240,24 +246,24 @@ class LayerBackward {
   void add_product(const KindTraits& kind, int64_t d, const Rows& left, int64_t first, const Rows& right, int64_t rows,
                    bool is_last = true) {
     if (rows < 1) return;
-    const Made made = !sums_[kind.kind][d] || (is_last && last_chunk_) ? Made::result : Made::sums;
+    const Where to = !sums_[kind.kind][d] || (is_last && last_chunk_) ? Where::result : Where::sums;
     const int64_t width = results_.parameters[kind.kind][d]->size(0), H = p_.hidden_size;
     if (p_.grad_gates_hh && kind.multiplies_steps() && kind.rows == Size::gates) {
       const int64_t split = cell_.split_gate * H;
-      add_columns(kind, d, left, 0, first, right, rows, {0, split}, made);
-      add_columns(kind, d, rows_of_chunk(p_.grad_gates_hh, H, d), split, first, right, rows, {split, split + H}, made);
-      add_columns(kind, d, left, 0, first, right, rows, {split + H, width}, made);
+      add_columns(kind, d, left, 0, first, right, rows, {0, split}, to);
+      add_columns(kind, d, rows_of_chunk(p_.grad_gates_hh, H, d), split, first, right, rows, {split, split + H}, to);
+      add_columns(kind, d, left, 0, first, right, rows, {split + H, width}, to);
     } else {
-      add_columns(kind, d, left, 0, first, right, rows, {0, width}, made);
+      add_columns(kind, d, left, 0, first, right, rows, {0, width}, to);
     }
-    made_[kind.kind][d] = made;
+    so_far_[kind.kind][d] = to;
   }
   // The same for some columns of what stands left, whose own first one is that of `left_begins`.
   void add_columns(const KindTraits& kind, int64_t d, const Rows& left, int64_t left_begins, int64_t first,
-                   const Rows& right, int64_t rows, Range columns, Made made) const {
+                   const Rows& right, int64_t rows, Range columns, Where to) const {
     const OptionalTensor& result = results_.parameters[kind.kind][d];
     if (columns.last <= columns.first || result->size(1) < 1) return;
-    MatmulParams m = to_result(kind, d, columns, made);
+    MatmulParams m = to_result(kind, d, columns, to);
     m.k = rows;
     m.a = left.data + (first * left.stride + columns.first - left_begins) * size_;
     m.a_row = 1;
@@ -267,22 +273,23 @@ class LayerBackward {
     multiply_chunk(m);
   }
   // A product for these rows of a gradient, or for its sums.
-  MatmulParams to_result(const KindTraits& kind, int64_t d, Range rows, Made made) const {
+  MatmulParams to_result(const KindTraits& kind, int64_t d, Range rows, Where to) const {
     const OptionalTensor& result = results_.parameters[kind.kind][d];
     MatmulParams m;
-    m.accumulates = made_[kind.kind][d] != Made::nothing;
+    m.accumulates = so_far_[kind.kind][d] != Where::nowhere;
     m.m = rows.last - rows.first;
     m.n = m.c_row = result->size(1);
     if (float* const sums = sums_[kind.kind][d]) m.sums = sums + rows.first * m.n;
-    if (made == Made::result) m.c = static_cast<char*>(mutable_data_of(*result)) + rows.first * m.n * size_;
+    if (to == Where::result) m.c = static_cast<char*>(mutable_data_of(*result)) + rows.first * m.n * size_;
     return m;
   }
   // What no product was for is zeros. Sums that the last chunk had nothing for are still to be rounded.
   void finish(const KindTraits& kind, int64_t d) {
     const OptionalTensor& result = results_.parameters[kind.kind][d];
-    if (made_[kind.kind][d] == Made::nothing) return clear(result);
-    if (made_[kind.kind][d] == Made::result) return;
-    MatmulParams m = to_result(kind, d, {0, result->size(0)}, Made::result);
+    if (so_far_[kind.kind][d] == Where::nowhere) return clear(result);
+    if (so_far_[kind.kind][d] == Where::result) return;
+    MatmulParams m = to_result(kind, d, {0, result->size(0)}, Where::result);
+    m.a = m.b = m.c;  // of which there is nothing to multiply
     multiply_chunk(m);
   }
   void multiply_chunk(MatmulParams& m) const {
@@ -384,7 +391,7 @@ class LayerBackward {
   const int64_t input_size_, size_;  // size_: bytes of an element
   void* grad_input_ = nullptr;
   LayerGradients results_;
-  PerKind<std::array<Made, kMaxDirections>> made_;
+  PerKind<std::array<Where, kMaxDirections>> so_far_;
   PerKind<std::array<float*, kMaxDirections>> sums_;  // null: the result itself is added to
   bool last_chunk_ = false;
   Workspace workspace_;

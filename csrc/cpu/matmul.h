@@ -1,6 +1,6 @@
 // Matrix product for the weight and input gradients: packed tiles of b (or tiles as they lie, packing.h), rows of a as
-// they lie (or transposed by the packing), k in blocks that keep a tile of b in L2. A round for each block's packing
-// and one for its output tiles.
+// they lie (packed where the packing turns or widens them), k in blocks that keep a tile of b in L2. A round for each
+// block's packing and one for its output tiles.
 #pragma once
 
 #include "packing.h"

@@ -1,5 +1,6 @@
 // Matrix product of pairs of bfloat16 (pairs.h), for the weight and input gradients; the counterpart of MatmulLoop.
-// Both operands are packed, a few hundred k at a time, and sums of several such blocks are kept (product_sums.h).
+// Operands are packed, a few hundred k at a time, but for rows that are pairs as they lie, and sums of several such
+// blocks are kept (product_sums.h).
 #pragma once
 
 #include "pairs.h"
@@ -61,11 +62,11 @@ template <class Storage> class PairMatmul {
  private:
   void place() {
     packed_b_ = workspace_.template take<char>(n_tiles_, PairProducts::packed_size(kVectors, step_k_));
-    packed_a_ = workspace_.template take<BFloat16>(m_tiles_, kRows, row_stride_);
+    packed_a_ = workspace_.template take<BFloat16>(m_tiles_ - lying_rows_ / kRows, kRows, row_stride_);
     sums_.place(workspace_);
   }
   char* tile_of_b(int64_t tile) const { return packed_b_ + tile * PairProducts::packed_size(kVectors, step_k_); }
-  BFloat16* tile_of_a(int64_t tile) const { return packed_a_ + tile * kRows * row_stride_; }
+  BFloat16* packed_row(int64_t row) const { return packed_a_ + (row - lying_rows_) * row_stride_; }
 
   void pack(int64_t k, int64_t k_count, int64_t share) const {
     const Range columns = share_of(n_tiles_, share, shares_), rows = share_of(m_tiles_, share, shares_);
@@ -86,7 +87,7 @@ template <class Storage> class PairMatmul {
       for (int64_t row = rows.first * kRows > lying_rows_ ? rows.first * kRows : lying_rows_;
            row < rows.last * kRows && row < p_.m; ++row) {
         const Storage* from = at<Storage>(p_.a, row * p_.a_row + k);
-        BFloat16* to = packed_a_ + row * row_stride_;
+        BFloat16* to = packed_row(row);
         for (int64_t kk = 0; kk < k_count; kk += kBlockK) write_pairs(to + kk, load_pairs(from + kk, k_count - kk));
       }
       return;
@@ -96,14 +97,13 @@ template <class Storage> class PairMatmul {
       // Neither rows nor columns are together: seldom, and slow.
       for (int64_t row = groups.first * kL; row < groups.last * kL && row < p_.m; ++row)
         for (int64_t kk = 0; kk < round_up(k_count, kBlockK); ++kk)
-          packed_a_[row * row_stride_ + kk] = one_value(row, k + kk, kk < k_count);
+          packed_row(row)[kk] = one_value(row, k + kk, kk < k_count);
       return;
     }
     // A few k at a time: one line of memory serves several tiles, and must still be in L1 when the next one wants it.
     for (int64_t kk = 0; kk < k_count; kk += kBlockK)
       for (int64_t row = groups.first * kL; row < groups.last * kL && row < p_.m; row += kL)
-        pack_transposed(at<Storage>(p_.a, row + k * p_.a_col), p_.m - row, kk, k_count,
-                        packed_a_ + row * row_stride_ + kk);
+        pack_transposed(at<Storage>(p_.a, row + k * p_.a_col), p_.m - row, kk, k_count, packed_row(row) + kk);
   }
   BFloat16 one_value(int64_t row, int64_t k, bool there) const {
     return {there ? bits_of(at<Storage>(p_.a, row * p_.a_row + k * p_.a_col), 1)[0] : uint16_t{0}};
@@ -140,7 +140,7 @@ template <class Storage> class PairMatmul {
     const int height = static_cast<int>(left < kRows ? left : kRows);
     alignas(64) Vector<float> sums[kRows * kVectors];
     const bool lies = row < lying_rows_;
-    const BFloat16* const rows = lies ? at<BFloat16>(p_.a, row * p_.a_row + block * step_k_) : tile_of_a(m_tile);
+    const BFloat16* const rows = lies ? at<BFloat16>(p_.a, row * p_.a_row + block * step_k_) : packed_row(row);
     multiply_pairs<kVectors>(rows, lies ? p_.a_row : row_stride_, height, tile_of_b(n_tile), k_count, sums);
     for (int r = 0; r < height; ++r)
       for (int v = 0; v < kVectors && n_tile * kWidth + v * kL < p_.n; ++v)

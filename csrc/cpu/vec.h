@@ -11,6 +11,7 @@
 #endif
 
 #include "../recurrence.h"
+#include "sanitized.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -138,13 +139,6 @@ RNNFAST_INLINE HalfBits narrow(Vector<float> value, Float16) {
 
 // Part of a vector: the first `count` values at `from`, zeros behind them, and the first `count` to `to`; `count` is
 // less than its lanes. Sanitizers do not see what masked instructions touch: for them value by value.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define RNNFAST_SANITIZED
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define RNNFAST_SANITIZED
-#endif
-#endif
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(RNNFAST_SANITIZED)
 RNNFAST_INLINE uint16_t first_lanes(int64_t count) { return static_cast<uint16_t>(count > 0 ? (1u << count) - 1 : 0); }
 template <class V> RNNFAST_INLINE V load_some(const float* from, int64_t count) {
