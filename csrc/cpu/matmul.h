@@ -21,10 +21,9 @@ template <class Storage> class MatmulLoop {
   static constexpr int kRows = kMaxRows<kVectors>;
   // What is narrower than its sums is always packed, as wide as they are.
   static constexpr bool kWidens = sizeof(Storage) < sizeof(Compute);
-  // A block of a (kRows, kBlockK) stays in L1, one of b (kBlockK, kWidth) in L2. Narrow results are rounded once: sums
-  // of several blocks take memory of their own, which so many k are not yet worth.
-  static constexpr int64_t kBlockK = 2048 / static_cast<int64_t>(sizeof(Compute)),
-                           kMostInOneBlock = kWidens ? 2 * kBlockK : kBlockK;
+  // A block of a (kRows, k) stays in L1, one of b (k, kWidth) in L2. Sums of narrow results take memory of their own
+  // between blocks: fewer of these.
+  static constexpr int64_t kMostInBlock = (kWidens ? 4096 : 2048) / static_cast<int64_t>(sizeof(Compute));
   static constexpr int64_t kDirectRows = 3, kTilesWorthPacking = 2;
 
  public:
@@ -32,10 +31,8 @@ template <class Storage> class MatmulLoop {
       : p_(params),
         n_tiles_(divide_up(params.n, kWidth)),
         m_tiles_(divide_up(params.m, kRows)),
-        block_k_(params.k < 1                  ? 1
-                 : params.k <= kMostInOneBlock ? params.k
-                                               : kBlockK),
-        blocks_(params.k > block_k_ ? divide_up(params.k, block_k_) : 1),
+        blocks_(params.k > kMostInBlock ? divide_up(params.k, kMostInBlock) : 1),
+        block_k_(params.k < 1 ? 1 : divide_up(params.k, blocks_)),
         // Few rows and row-major weights: each weight is used a few times, so packing would cost more than the
         // product.
         direct_(params.m <= kDirectRows && params.b_row == 1 && params.a_col == 1 && !kWidens),
@@ -179,7 +176,7 @@ template <class Storage> class MatmulLoop {
   }
 
   const MatmulParams& p_;
-  const int64_t n_tiles_, m_tiles_, block_k_, blocks_;
+  const int64_t n_tiles_, m_tiles_, blocks_, block_k_;
   const bool direct_;
   const int64_t first_packed_;  // tiles of b before it are read as they lie
   const bool pack_a_;
