@@ -465,6 +465,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cell speeds": lambda: cell_speeds(stepped),
         "quantized speeds": lambda: quantization.speed_table([record for record in every if quantizes(record)]),
         "sixteen-bit speeds": lambda: "\n\n".join(part for part in (speeds(narrow), figures(narrow)) if part),
+        "sixteen-bit memory": lambda: memory(narrow),
         "sixteen-bit types": lambda: sixteen_bit.table(results),
         "quantized errors": lambda: quantization.errors_table(results),
         "cpu figures": lambda: figures(cpu),
