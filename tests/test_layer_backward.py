@@ -116,7 +116,7 @@ def check_type(arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
     assert_same(tuple(got), backward_op.by_reference(*wide), near)
 
 
-# Three chunks of 1024 rows, where every row has every step.
+# Three chunks of 1024 rows and more, where every row has every step.
 MANY_STEPS = 180
 
 
@@ -174,7 +174,7 @@ def test_16_bit_gradients_are_rounded_once(isa: str, dtype: torch.dtype, threads
         away = (got.double() - right).abs()
         # An exponent of the result decides what its last digit is worth. Sums are in float32.
         digit = torch.exp2(right.abs().log2().floor()) * torch.finfo(dtype).eps
-        assert (away <= 0.501 * digit + 2e-7 * (of_rows.abs().t() @ rows.abs()).view_as(got)).all()
+        assert (away <= 0.5 * digit + 1e-7 * (of_rows.abs().t() @ rows.abs()).view_as(got)).all()
         assert away.any()
 
 

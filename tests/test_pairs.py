@@ -326,6 +326,16 @@ def test_numbers_that_overflow_stay_infinite(mode: str) -> None:
 
 
 @needs_library
+def test_bfloat16_products_without_instructions_for_them_are_own() -> None:
+    """oneDNN says that it supports them on every AVX-512."""
+    try:
+        ops.use_cpu_isa("avx512")
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert ops._is_own(matrix(512, 128, False), matrix(128, 64, False))
+
+
+@needs_library
 def test_where_bfloat16_products_go(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large products of a transposed matrix are the kernels' own where they have tiles, others ATen's."""
     asked: list[str] = []

@@ -144,7 +144,7 @@ class LayerBackward {
     if (p_.directions > 1 || schedule_.has_lengths()) clear(results_.input);
   }
 
-  // Then the chunks' products are summed in float32, and rounded once.
+  // Then what several products give is summed in float32, and rounded once.
   bool sums_are_wider() const { return size_ < static_cast<int64_t>(sizeof(float)); }
 
   // So many that the gates' gradients of a chunk stay in cache, but enough for a product of them to be worth reading
@@ -154,8 +154,8 @@ class LayerBackward {
     return divide_up(8, p_.rows.batch);  // the fuzzer's calls are small
 #endif
     constexpr int64_t kBytes = 1 << 20, kFewestRows = 256, kFewestBeyondCache = 2048;
-    // Reading and writing sums is as much work as in float32, the products may be less. The most that they take at
-    // once.
+    // Sums of narrow types are as much to read and write as in float32, their products less to do. So many rows are
+    // multiplied without a second look at the sums (matmul.h, pair_matmul.h).
     constexpr int64_t kFewestOfSums = 1024;
     constexpr int64_t kMostRows = 4096;  // many more in one sum would cost digits
     const int64_t gates = cell_.gates * p_.hidden_size, a_row = p_.directions * gates * size_;
