@@ -289,12 +289,8 @@ def torchs_step_is_faster(mode: str, batch: int, one_gate: int, cell: bool, foll
     makers = ops.atens_products_are_the_makers()
     if kind.gates == 1 and batch * one_gate < (math.inf if makers else 2**20 if cell else 2**18):
         return "in so small a step what surrounds the kernels decides, and torch's own op has less of it"
-    if follows:
-        return None
-    if batch == 1 and one_gate >= 2**15:
+    if batch == 1 and one_gate >= 2**15 and not makers and not follows:
         return "torch's own op reads the weights for a single row faster, where no other step led to this one"
-    if makers and batch <= 32:
-        return "torch's own op is faster with so few rows on this processor, where no other step led to this one"
     return None
 
 

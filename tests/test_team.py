@@ -192,6 +192,8 @@ LAYERS = {
     "rows": ("GRU", {}, (20, 16, 64)),
     "blocks": ("RNN", {}, (12, 8, 130)),
     "directions": ("LSTM", {"bidirectional": True, "batch_first": True}, (7, 15, 96)),
+    # Two threads: their weights are too large to be carried side by side (split.h).
+    "directions in turn": ("LSTM", {"bidirectional": True}, (5, 3, 400)),
     "projected": ("LSTM", {"proj_size": 90}, (15, 5, 180)),
     "long": ("GRU", {}, (300, 2, 128)),
 }
@@ -222,6 +224,45 @@ def test_results_do_not_depend_on_who_was_there(name: str, threads: int) -> None
             assert torch.equal(value, expected), source
         if source == "helpers":
             assert helpers()
+
+
+@needs_library
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("cell", "options", "shape"),
+    [
+        ("LSTM", {}, (100, 3, 272)),
+        ("LSTM", {"proj_size": 200}, (6, 5, 384)),
+        ("GRU", {"num_layers": 2}, (5, 17, 320)),
+        ("RNN", {}, (4, 2, 512)),
+    ],
+    ids=["LSTM", "projected", "GRU", "RNN"],
+)
+def test_directions_one_after_the_other(
+    cell: str, options: dict[str, Any], shape: tuple[int, ...], packed: bool
+) -> None:
+    """Two threads, and weights of which each thread's share is more than its cache holds (`split.h`)."""
+    torch.set_num_threads(2)
+    torch.manual_seed(7)
+    theirs = getattr(nn, cell)(shape[-1], shape[-1], bidirectional=True, dtype=torch.float64, **options)
+    ours = getattr(rnnfast, cell)(shape[-1], shape[-1], bidirectional=True, dtype=torch.float64, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    lengths = torch.arange(shape[0], shape[0] - shape[1], -1).clamp(min=1)
+
+    def results(layer: nn.Module) -> list[Tensor]:
+        if packed:
+            output, states = layer(nn.utils.rnn.pack_padded_sequence(x, lengths))
+            output = output.data
+        else:
+            output, states = layer(x)
+        results = [output, *(states if isinstance(states, tuple) else (states,))]
+        generator = torch.Generator().manual_seed(8)
+        grads = [torch.randn(r.shape, dtype=torch.float64, generator=generator) for r in results]
+        return [*results, *torch.autograd.grad(results, [x, *layer.parameters()], grads)]
+
+    for got, expected in zip(results(ours), results(theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 def helpers() -> list[str]:

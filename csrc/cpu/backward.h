@@ -33,9 +33,10 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
         weights_(params),
-        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
-                                       Weights::kSpeed, Weights::kRowGroup)),
-        shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
+        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes)),
+        groups_each_(choose_row_groups(params, threads, directions_at_once_, Weights::kWeightBytes, tiles_,
+                                       weights_.packed_bytes(), Weights::kSpeed, Weights::kRowGroup)),
+        shares_(shares_of_group(threads, directions_at_once_ * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)),
         gates_(left_by_steps(params.grad_gates, gates_width_)),
         gates_hh_(left_by_steps(params.grad_gates_hh, chunks ? params.hidden_size : gates_width_)),
@@ -64,16 +65,19 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
     bool sums = false;
     for (int64_t d = 0; d < p_.directions && chunks_; ++d)
       sums = sums || chunks_->grad_bias_ih[d].result || chunks_->grad_bias_hh[d].result;
+    const int64_t groups = directions_at_once_ * groups_each_, rounds = (last_turn_ - first_turn_) * rounds_a_turn();
+    // The second sweep is of the second direction, if it has one to itself.
     const Stage stages[] = {{1, preparing_shares_, first_turn_ == 0},
-                            {p_.directions * groups_each_, shares_, (last_turn_ - first_turn_) * rounds_a_turn()},
+                            {groups, shares_, rounds},
+                            {directions_at_once_ < p_.directions ? groups : 0, shares_, rounds},
                             {1, preparing_shares_, sums}};
-    team.run(stages, 3, [&](const Piece& piece) {
+    team.run(stages, 4, [&](const Piece& piece) {
       if (piece.stage == 0)
         prepare(piece.share);
-      else if (piece.stage == 1)
-        step_share(piece.group, first_turn_ * rounds_a_turn() + piece.round, piece.share);
-      else
+      else if (piece.stage == 3)
         sum_share(piece.share);
+      else
+        step_share((piece.stage - 1) * groups + piece.group, first_turn_ * rounds_a_turn() + piece.round, piece.share);
     });
   }
 
@@ -421,7 +425,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
   const Chunks* const chunks_;
   const int64_t tiles_, hidden_tiles_, gates_width_;
   Weights weights_;
-  const int64_t groups_each_, shares_, preparing_shares_;
+  const int64_t directions_at_once_, groups_each_, shares_, preparing_shares_;
   const LeftBySteps gates_, gates_hh_, projected_, hidden_;
   const bool leaves_beyond_cache_;          // what steps leave is not in cache any more when others write there
   int64_t first_turn_ = 0, last_turn_ = 0;  // of those under way

@@ -36,10 +36,11 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
         threads_(threads),
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kStateUnits) : 0),
-        weights_(params, threads, shares_of_group(threads, params.directions, tiles_)),
-        groups_each_(choose_row_groups(params, threads, Weights::kWeightBytes, tiles_, weights_.packed_bytes(),
-                                       Weights::kSpeed, Weights::kRowGroup)),
-        shares_(shares_of_group(threads, params.directions * groups_each_, tiles_)),
+        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes)),
+        weights_(params, threads, shares_of_group(threads, directions_at_once_, tiles_)),
+        groups_each_(choose_row_groups(params, threads, directions_at_once_, Weights::kWeightBytes, tiles_,
+                                       weights_.packed_bytes(), Weights::kSpeed, Weights::kRowGroup)),
+        shares_(shares_of_group(threads, directions_at_once_ * groups_each_, tiles_)),
         preparing_shares_(shares_for(threads)),
         group_rows_(divide_up(params.rows.batch, groups_each_)),
         chunk_steps_(chunk_steps()) {}
@@ -48,13 +49,16 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
     place();
     if (const int64_t missing = workspace_.allocate()) return missing;
     place();
+    const int64_t groups = directions_at_once_ * groups_each_, rounds = schedule_.steps() * rounds_a_step();
+    // The second sweep is of the second direction, if it has one to itself.
     const Stage stages[] = {{1, preparing_shares_, 1},
-                            {p_.directions * groups_each_, shares_, schedule_.steps() * rounds_a_step()}};
-    team.run(stages, 2, [&](const Piece& piece) {
+                            {groups, shares_, rounds},
+                            {directions_at_once_ < p_.directions ? groups : 0, shares_, rounds}};
+    team.run(stages, 3, [&](const Piece& piece) {
       if (piece.stage == 0)
         prepare(piece.share);
       else
-        step_share(piece.group, piece.round, piece.share, piece.member);
+        step_share((piece.stage - 1) * groups + piece.group, piece.round, piece.share, piece.member);
     });
     return 0;
   }
@@ -380,7 +384,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
 
   const ForwardParams& p_;
   const int threads_;
-  const int64_t tiles_, state_tiles_;
+  const int64_t tiles_, state_tiles_, directions_at_once_;
   Weights weights_;
   const int64_t groups_each_, shares_, preparing_shares_, group_rows_, chunk_steps_;
   bool input_in_place_ = false;

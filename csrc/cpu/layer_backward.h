@@ -319,18 +319,33 @@ class LayerBackward {
                   batch);
   }
 
+  // use(t, s, row) for the rows of these steps: step t of what is sth by length, `row`th among them. Each moves so many
+  // bytes; the steps are shared out among threads.
+  template <class Use> void for_rows(Range times, int64_t bytes, const Use& use) const {
+    constexpr double kBytesMoved = 8e9;  // a second, by one core, measured
+    const int64_t before = schedule_.rows_before(times.first);
+    const double seconds = static_cast<double>(schedule_.rows_before(times.last) - before) * bytes / kBytesMoved;
+    Team team(useful_threads(seconds * kFlops, seconds * kFlops), seconds);
+    const Stage stage{1, shares_for(team.planned()), 1};
+    team.run(&stage, 1, [&](const Piece& piece) {
+      const Range mine = share_of(times.last - times.first, piece.share, stage.shares);
+      for (int64_t t = times.first + mine.first; t < times.first + mine.last; ++t)
+        for (int64_t s = 0; s < schedule_.active(t); ++s) use(t, s, schedule_.rows_before(t) - before + s);
+    });
+  }
+
   // from(t, s): the row for step t of what is sth by length; null: zeros.
   template <class From> Rows copied(void* to, int64_t width, Range times, const From& from) const {
     const int64_t stride = chunk_row_stride(width, size_);
     const auto bytes = static_cast<size_t>(width * size_);
-    char* row = static_cast<char*>(to);
-    for (int64_t t = times.first; t < times.last && bytes > 0; ++t)
-      for (int64_t s = 0; s < schedule_.active(t); ++s, row += stride * size_) {
+    if (bytes > 0)
+      for_rows(times, width * size_, [&](int64_t t, int64_t s, int64_t row) {
+        char* const copy = static_cast<char*>(to) + row * stride * size_;
         if (const void* source = from(t, s))
-          std::memcpy(row, source, bytes);
+          std::memcpy(copy, source, bytes);
         else
-          std::memset(row, 0, bytes);
-      }
+          std::memset(copy, 0, bytes);
+      });
     return {static_cast<const char*>(to), stride};
   }
 
@@ -376,10 +391,10 @@ class LayerBackward {
     if (rows_copy_ && m.accumulates) copied(rows_copy_, input_size_, times, row_of);
     multiply_chunk(m);
     if (!rows_copy_) return;
-    const char* from = static_cast<const char*>(rows_copy_);
-    for (int64_t t = times.first; t < times.last; ++t)
-      for (int64_t s = 0; s < schedule_.active(t); ++s, from += m.c_row * size_)
-        std::memcpy(const_cast<char*>(row_of(t, s)), from, static_cast<size_t>(input_size_ * size_));
+    for_rows(times, input_size_ * size_, [&](int64_t t, int64_t s, int64_t row) {
+      std::memcpy(const_cast<char*>(row_of(t, s)), static_cast<const char*>(rows_copy_) + row * m.c_row * size_,
+                  static_cast<size_t>(input_size_ * size_));
+    });
   }
 
   const Context& context_;

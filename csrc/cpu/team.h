@@ -17,7 +17,7 @@ constexpr int kMostMembers = 128;
 constexpr int kSharesPerMember = 4;
 constexpr int kMostShares = kSharesPerMember * kMostMembers;
 constexpr int64_t shares_for(int members) { return members == 1 ? 1 : kSharesPerMember * members; }
-constexpr int kMostStages = 3;
+constexpr int kMostStages = 4;
 
 struct Stage {
   int64_t groups = 1;
