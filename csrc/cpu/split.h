@@ -56,8 +56,8 @@ inline int64_t choose_directions_at_once(const Recurrence& p, int threads, int64
 // that are packed before the first step. All threads do that together, and each then reads the whole of it, if it has
 // rows of its own, or the part that it has packed itself. `speed`: of products, those in float32 are 1, which
 // take `rows_at_once` rows, or fewer in the same time.
-inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t directions_at_once, int64_t element_size, int64_t unit_tiles,
-                                 int64_t packed_bytes, double speed, int64_t rows_at_once) {
+inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t directions_at_once, int64_t element_size,
+                                 int64_t unit_tiles, int64_t packed_bytes, double speed, int64_t rows_at_once) {
   const int64_t per_direction = threads / directions_at_once;
   if (per_direction <= 1 || p.rows.batch < 2) return 1;
   const double weights = static_cast<double>(product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size));
