@@ -35,7 +35,8 @@ struct Need {
     const double units = 1.0 * r.directions * traits(r.mode).gates * r.hidden_size, weights = units * r.state_size;
     const int64_t steps = r.rows.steps ? r.rows.steps : 1;
     const double flops = 2 * weights * row_count / speed, of_input = 2 * units * input_size * row_count / speed;
-    // One step's products are made in the same round. Two directions hand nothing over.
+    // One step's products are made in the same round. Two directions hand nothing over, or little for what they
+    // multiply (choose_directions_at_once).
     const double shared = steps == 1 ? flops + of_input : flops;
     threads = useful_threads(shared, r.directions > 1 ? 1e9 : shared / steps);
     alone_seconds = steps * product_seconds(flops / steps, weights * kTypicalBytes / speed) + of_input / kFlops;

@@ -33,7 +33,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class BackwardL
         hidden_tiles_(params.projected ? divide_up(params.hidden_size, kTileUnits) : 0),
         gates_width_(kG * params.hidden_size),
         weights_(params),
-        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes)),
+        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes, tiles_)),
         groups_each_(choose_row_groups(params, threads, directions_at_once_, Weights::kWeightBytes, tiles_,
                                        weights_.packed_bytes(), Weights::kSpeed, Weights::kRowGroup)),
         shares_(shares_of_group(threads, directions_at_once_ * groups_each_, tiles_)),

@@ -36,7 +36,7 @@ template <Mode kMode, class Storage, int kBlocks, class Weights> class ForwardLo
         threads_(threads),
         tiles_(divide_up(params.hidden_size, kTileUnits)),
         state_tiles_(params.projected ? divide_up(params.state_size, kStateUnits) : 0),
-        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes)),
+        directions_at_once_(choose_directions_at_once(params, threads, Weights::kWeightBytes, tiles_)),
         weights_(params, threads, shares_of_group(threads, directions_at_once_, tiles_)),
         groups_each_(choose_row_groups(params, threads, directions_at_once_, Weights::kWeightBytes, tiles_,
                                        weights_.packed_bytes(), Weights::kSpeed, Weights::kRowGroup)),

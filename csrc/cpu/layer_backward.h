@@ -327,11 +327,13 @@ class LayerBackward {
     const double seconds = static_cast<double>(schedule_.rows_before(times.last) - before) * bytes / kBytesMoved;
     Team team(useful_threads(seconds * kFlops, seconds * kFlops), seconds);
     const Stage stage{1, shares_for(team.planned()), 1};
-    team.run(&stage, 1, [&](const Piece& piece) {
+    const auto use_share = [&](const Piece& piece) {
       const Range mine = share_of(times.last - times.first, piece.share, stage.shares);
       for (int64_t t = times.first + mine.first; t < times.first + mine.last; ++t)
         for (int64_t s = 0; s < schedule_.active(t); ++s) use(t, s, schedule_.rows_before(t) - before + s);
-    });
+    };
+    if (stage.shares == 1) return use_share({});
+    team.run(&stage, 1, use_share);
   }
 
   // from(t, s): the row for step t of what is sth by length; null: zeros.

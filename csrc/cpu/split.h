@@ -41,12 +41,12 @@ inline double product_seconds(double flops, double weight_bytes) {
 }
 
 // How many directions are carried through time side by side, each by threads of its own; else by all threads, one
-// direction after the other. Where a thread's share of the weights does not fit its cache, half of it does more often,
-// and what a step reads again from beyond the cache is less. Whether the products or that takes longer does not matter
-// (measured: docs/performance.md).
-inline int64_t choose_directions_at_once(const Recurrence& p, int threads, int64_t element_size) {
+// direction after the other. Where a thread's share of the weights does not fit its cache, more of half that share
+// does, and what a step reads again from beyond the cache is less. Whether the products or that takes longer does not
+// matter (measured: docs/performance.md). Only where there are units for all of them.
+inline int64_t choose_directions_at_once(const Recurrence& p, int threads, int64_t element_size, int64_t unit_tiles) {
   const int64_t members = threads / p.directions;
-  if (p.directions == 1 || members < 1) return p.directions;
+  if (p.directions == 1 || members < 1 || unit_tiles < threads) return p.directions;
   const int64_t share = product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size) / members;
   return static_cast<double>(share) > 2 * kL2 ? 1 : p.directions;
 }
@@ -59,7 +59,8 @@ inline int64_t choose_directions_at_once(const Recurrence& p, int threads, int64
 inline int64_t choose_row_groups(const Recurrence& p, int threads, int64_t directions_at_once, int64_t element_size,
                                  int64_t unit_tiles, int64_t packed_bytes, double speed, int64_t rows_at_once) {
   const int64_t per_direction = threads / directions_at_once;
-  if (per_direction <= 1 || p.rows.batch < 2) return 1;
+  // A direction that all threads carry is to have its weights shared out.
+  if (per_direction <= 1 || p.rows.batch < 2 || directions_at_once < p.directions) return 1;
   const double weights = static_cast<double>(product(traits(p.mode).gates, p.hidden_size, p.state_size, element_size));
   const double flops = 2.0 * weights / element_size * p.rows.batch / speed;
   const int64_t groups = per_direction < p.rows.batch ? per_direction : p.rows.batch;

@@ -105,6 +105,9 @@ void run_one(std::mt19937& random, std::string_view source) {
   std::vector<Stage> stages = {{1, shares_for(planned), pick({1, 1, 3})}};
   const int groups = pick({1, 1, 2, 3, planned});
   if (random() % 4) stages.push_back({groups, std::max(1, planned / groups), pick({0, 1, 5, 40, 200})});
+  // As two directions that run one after the other, and a stage that a call has no use for.
+  if (random() % 2) stages.push_back({groups, std::max(1, planned / groups), pick({1, 40})});
+  if (random() % 2) stages.push_back({0, shares_for(planned), 1});
   pool_size = pick({1, 2, 8});
   if (!source.empty()) check(use_team(source) == source, "use_team");
   // Gone when the call is over, for ASan.
