@@ -263,7 +263,7 @@ def test_directions_one_after_the_other(
         return [*results, *torch.autograd.grad(results, [x, *layer.parameters()], grads)]
 
     for got, expected in zip(results(ours), results(theirs), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 def helpers() -> list[str]:

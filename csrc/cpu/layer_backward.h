@@ -322,7 +322,6 @@ class LayerBackward {
   // use(t, s, row) for the rows of these steps: step t of what is sth by length, `row`th among them. Each moves so many
   // bytes; the steps are shared out among threads.
   template <class Use> void for_rows(Range times, int64_t bytes, const Use& use) const {
-    constexpr double kBytesMoved = 8e9;  // a second, by one core, measured
     const int64_t before = schedule_.rows_before(times.first);
     const double seconds = static_cast<double>(schedule_.rows_before(times.last) - before) * bytes / kBytesMoved;
     Team team(useful_threads(seconds * kFlops, seconds * kFlops), seconds);

@@ -33,6 +33,7 @@ constexpr double kBytesL3 = 35e9;   // one core's share beyond it
 constexpr double kL2 = 900e3;       // bytes of weights that stay there
 constexpr double kHandOver = 0.5e-6;
 constexpr double kBytesHandedOver = 6e9;  // of what another core has just written
+constexpr double kBytesMoved = 8e9;       // of rows copied by one core, roughly
 
 // A product whose weights were read before.
 inline double product_seconds(double flops, double weight_bytes) {
