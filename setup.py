@@ -185,6 +185,7 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
         unit("ops.cpp", "ops", torch_includes()),
         unit("cpu/ops_cpu.cpp", "ops_cpu", torch_includes()),
         unit("cpu/ops_plan.cpp", "ops_plan", torch_includes()),
+        unit("cpu/variants/ops.cpp", "ops_variants", torch_includes()),
         *(unit(f"cpu/{name}.cpp", name, []) for name in ("helpers", "isa", "job", "pool", "team")),
     ]
     kernels: list[tuple[str, str, list[str]]] = []
@@ -198,6 +199,8 @@ def build_cpu(folder: Path = CPU_BUILD, added: Iterable[str] = (), quiet: bool =
     for isa, dtype, flags in kernels:
         names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_DTYPE={dtype}"]
         objects.append(unit("cpu/kernels.cpp", f"kernels_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
+        if isa not in DTYPE_ISAS:
+            objects.append(unit("cpu/variants/kernels.cpp", f"variants_{isa}_{dtype}", KERNEL_FLAGS + flags + names))
     for isa, panel, flags in panels:
         names = [f"-DRNNFAST_ISA={isa}", f"-DRNNFAST_PANEL={panel}"]
         objects.append(unit("cpu/panel_kernels.cpp", f"panels_{isa}_{panel}", KERNEL_FLAGS + flags + names))

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import peers
+import variants
 from records import Row
 from rnnfast.benchmark import Case, Impossible, failed_rows, measure
 from rnnfast.benchmark.timing import keep_freed_memory
@@ -60,6 +61,10 @@ def measure_here(case: Case, workload: str, settings: Settings, skipped: Skipped
     if settings.keep_memory and not keep_freed_memory():
         raise OSError("--keep-memory needs glibc")
     try:
+        if isinstance(case, variants.VariantCase):
+            for each in settings.peers:
+                skipped(peers.name_of(each), "a peer is a layer without options")
+            return variants.measure(case, workload, settings.seconds, settings.device, settings.backends)
         return measure(
             case,
             workload,

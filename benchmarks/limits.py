@@ -39,6 +39,7 @@ import torch
 
 from rnnfast.benchmark.case import GATES, Case, timed_steps
 from rnnfast.benchmark.cores import core_to_core_ns
+from variants import VariantCase
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def chain(case: Case, workload: str, machine: Machine, peak: float) -> float:
     if case.cells or workload == "streaming":
         # Nothing can be made in advance: the input's weights belong to the step as well.
         elements = case.weights() / chains
+    elif isinstance(case, VariantCase):
+        elements = case.recurrent_weights
     else:
         elements = GATES[case.cell] * case.hidden_size * case.outputs + case.proj_size * case.hidden_size
     work = 2.0 * case.batch * chains * elements

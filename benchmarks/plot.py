@@ -4,8 +4,8 @@
 
 For every suite that has the shapes for it:
   <device>-<suite>-ratio-<workload>-<backend>.png  heat map, H x B for each cell and type: torch.nn's time over ours
-  <device>-<suite>-time-<workload>.png             microseconds a step against H, with the limit
-  <device>-<suite>-scaling.png                     microseconds a step against T and against B
+  <device>-<suite>-time-<workload>.png             microseconds a step against H, with the limit (plot_lines.py)
+  <device>-<suite>-scaling.png                     microseconds a step against T and against B (plot_lines.py)
 for the rows of cases with a pause or neighbours:
   <device>-<suite>-latency.png                     microseconds a step: 50th to 90th percentile (plot_service.py)
 and for the others that are in no heat map:
@@ -22,7 +22,7 @@ import io
 import math
 import struct
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,6 +42,7 @@ from records import (
     in_order,
     is_ours,
     is_served,
+    is_variant,
     load_all,
     mean_ratio,
     quantizes,
@@ -59,9 +60,11 @@ MARKERS = {"torch.nn": "s", "cpu": "o", "cpu-one-thread": "^", "cuda": "o", "tri
 BACKENDS = ("cpu", "cpu-one-thread", "cuda", "cuda-graph", "triton", "triton-graph")
 # The bars' colours of other libraries.
 OTHER_COLOURS = ("#009e73", "#e69f00", "#56b4e9", "#999933")
-# One layer, one direction, rows of full length; no loop of cells.
+# One layer, one direction, rows of full length; no loop of cells, no options of rnnfast's own.
 PLAIN = {"layers": 1, "directions": 1, "P": 0, "packed": False, "lengths": False, "resets": 0, "cells": False}
-PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets, no pause or neighbours"
+PLAIN |= {"variant": ""}
+PLAIN_IN_WORDS = "one layer, one direction, no projection, all rows of full length, no resets, no pause or neighbours, "
+PLAIN_IN_WORDS += "no options beyond torch.nn's"
 # So many different values make a heat map or a line.
 LEAST_HIDDEN, LEAST_BATCHES, LEAST_SERIES = 3, 2, 3
 # More panels side by side cannot be read in a README's width.
@@ -357,22 +360,6 @@ def lines_of(rows: Sequence[Row], over: str) -> Iterator[tuple[str, list[int], l
         yield "limit (see docs/performance.md)", xs, ys, {"color": "black", "linestyle": ":", "linewidth": 1}
 
 
-def draw_lines(axis: Any, rows: Sequence[Row], over: str, title: str) -> None:
-    from matplotlib.ticker import LogLocator
-
-    for label, xs, ys, style in lines_of(rows, over):
-        axis.plot(xs, ys, label=label, markersize=4, **{"linewidth": 1.3, **style})
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    ticks = values(rows, over)
-    axis.set_xticks(ticks, ticks, fontsize=7, rotation=90 if len(ticks) > 7 else 0)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axis.set_title(title)
-
-
 def legend(figure: Any, axes: Sequence[Any], title: str) -> None:
     """One for all panels, under the figure's title."""
     found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -386,65 +373,6 @@ def legend(figure: Any, axes: Sequence[Any], title: str) -> None:
         frameon=False,
     )
     drawn.get_title().set_multialignment("center")
-
-
-def most_common(rows: Sequence[Row], key: str) -> Any:
-    return Counter(row[key] for row in rows).most_common(1)[0][0]
-
-
-def time_figure(record: Record, workload: str) -> Any:
-    """A line of panels for each cell: batch sizes side by side, time against H. Of several types, 16 bits."""
-    plt = import_pyplot()
-    rows = of_workload(plain(record), workload)
-    dtypes = in_order(("bfloat16", "float16", "float32"), [row["dtype"] for row in rows])
-    rows = [row for row in rows if row["dtype"] == dtypes[0]]
-    rows = [row for row in rows if row["T"] == most_common(rows, "T")]
-    batches = values(rows, "B")
-    if len(batches) > MOST_COLUMNS:
-        # Evenly, with the smallest and the largest.
-        batches = [batches[round(i * (len(batches) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
-    cells = in_order(CELLS, [row["cell"] for row in rows])
-    size = (1 + 2.6 * len(batches), 1.2 + 2.1 * len(cells))
-    figure, axes = plt.subplots(
-        len(cells), len(batches), figsize=size, squeeze=False, layout="constrained", sharex=True, sharey="row"
-    )
-    for line, cell in zip(axes, cells, strict=True):
-        for axis, batch in zip(line, batches, strict=True):
-            own = [row for row in rows if (row["cell"], row["B"]) == (cell, batch)]
-            if own:
-                draw_lines(axis, own, "H", f"{cell}, B = {batch}")
-        line[0].set_ylabel("µs a step")
-    for axis in axes[-1]:
-        axis.set_xlabel("hidden size H")
-    title = f"Time a step, {workload}, {dtypes[0]}, T = {most_common(rows, 'T')}, suite {record.suite}"
-    legend(figure, list(axes.flat), title)
-    return figure
-
-
-def scaling_figure(record: Record) -> Any:
-    """Panels of the longest series over T and over B, for each workload."""
-    plt = import_pyplot()
-    rows = plain(record)
-    drawn = []
-    for workload in workloads_of(rows):
-        for over in "TB":
-            series = sweep(of_workload(rows, workload), over)
-            if series:
-                drawn.append((workload, over, series))
-    lines, columns = panels(len(drawn))
-    size = (max(1 + 2.8 * columns, 5.5), 1.4 + 2.3 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(drawn) :]:
-        axis.set_visible(False)
-    for axis, (workload, over, series) in zip(axes.flat, drawn, strict=False):
-        first = series[0]
-        other = "B" if over == "T" else "T"
-        title = f"{workload}: {first['cell']} {first['dtype']}\nH = {first['H']}, {other} = {first[other]}"
-        draw_lines(axis, series, over, title)
-        axis.set_xlabel({"T": "steps T", "B": "batch size B"}[over])
-        axis.set_ylabel("µs a step")
-    legend(figure, list(axes.flat), f"Scaling, suite {record.suite}")
-    return figure
 
 
 def shown_cases(rows: Sequence[Row]) -> tuple[list[str], int]:
@@ -477,6 +405,8 @@ def bars_figure(record: Record) -> Any:
     rows = unmapped(record)
     cases, omitted = shown_cases(rows)
     rows = [row for row in rows if row["case"] in cases]
+    varied = sum(map(is_variant, rows))
+    against = "torch.nn" if not varied else "a PyTorch loop" if varied == len(rows) else "torch.nn or a PyTorch loop"
     workloads = workloads_of(rows)
     backends = in_order(BACKENDS, [row["backend"] for row in rows])
     styles = {
@@ -519,11 +449,12 @@ def bars_figure(record: Record) -> Any:
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set_title(workload)
-        axis.set_xlabel("times as fast as torch.nn")
+        axis.set_xlabel(f"times as fast as {against}")
     # A name is no formula.
     axes[0][0].set_yticks(range(len(cases)), cases, fontsize=8, parse_math=False)
     axes[0][0].set_ylim(len(cases) - 0.5, -0.5)
-    title = f"Ratio of each case, suite {record.suite}: above 1 faster than torch.nn\nwhisker: 20th to 80th percentile"
+    title = f"Ratio of each case, suite {record.suite}: above 1 faster than {against}\n"
+    title += "whisker: 20th to 80th percentile"
     if omitted:
         title += f"\n{omitted} of {omitted + len(cases)} cases are left out, those with the highest ratios"
     legend(figure, list(axes.flat), title)
@@ -534,12 +465,13 @@ def drawn(record: Record, figure: Figure, dpi: int = 100) -> bytes:
     """One of `figures_of` the record as a PNG file."""
     if figure.kind == "ratio":
         picture = ratio_map(record, figure.workload, figure.backend)
-    elif figure.kind == "time":
-        picture = time_figure(record, figure.workload)
-    elif figure.kind == "scaling":
-        picture = scaling_figure(record)
+    elif figure.kind in ("time", "scaling"):
+        import plot_lines  # which draws with what stands here
+
+        time = figure.kind == "time"
+        picture = plot_lines.time_figure(record, figure.workload) if time else plot_lines.scaling_figure(record)
     elif figure.kind == "latency":
-        import plot_service  # which draws with what stands here
+        import plot_service  # as that does
 
         picture = plot_service.latency_figure(record)
     else:

@@ -27,6 +27,7 @@ import quantization
 import sixteen_bit
 import stack_model
 import step_model
+import variants
 from plot import BACKENDS, Figure, described, figures_of
 from records import (
     BESIDE,
@@ -45,6 +46,7 @@ from records import (
     in_order,
     is_loop,
     is_served,
+    is_variant,
     load_all,
     loaded,
     mean_ratio,
@@ -190,6 +192,11 @@ def cell_speeds(records: Sequence[Record]) -> str:
         if beside := sum(loaded([row]) for row in rows):
             parts.append(f"{beside} of the {len(rows)} rows were timed {BESIDE}.")
     return "\n\n".join([*parts, slower(records), *filter(None, [figures(records)])])
+
+
+def varies(record: Record) -> bool:
+    """Whether it has layers with options: these stand in a block of their own."""
+    return any(map(is_variant, record.data["rows"]))
 
 
 def timed_far(rows: Sequence[Row]) -> int:
@@ -451,10 +458,12 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
     # A table of its own: measured on one machine, where the types' instructions decide.
     narrow = [record for record in cpu if record.suite == sixteen_bit.SUITE]
     stepped = [record for record in cpu if loops(record)]
-    cpu = [record for record in cpu if record not in (*narrow, *stepped)]
+    # Their ratios are those of loops of PyTorch's operations.
+    varied = [record for record in cpu if varies(record)]
+    cpu = [record for record in cpu if record not in (*narrow, *stepped, *varied)]
     served = [record for record in records if record.device == "cpu" and serves(record)]
     cards = [record for record in records if record.device != "cpu"]
-    return {
+    found = {
         "cpu summary": lambda: summary(cpu),
         "cpu figure": lambda: summary_figure(cpu),
         "cpu speeds": lambda: speeds(cpu),
@@ -486,6 +495,9 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "plan cliffs": plan_cliffs.table,
         "stacks": stack_model.all_tables,
     }
+    if varied:
+        found["variant speeds"] = lambda: "\n\n".join(filter(None, [variants.speed_table(varied), figures(varied)]))
+    return found
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

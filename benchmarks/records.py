@@ -46,6 +46,12 @@ ONE_THREAD = "-one-thread"
 # Behind a backend's name: the layer has quantized weights, of the type that the case says.
 QUANTIZED = "-quantized"
 
+# What is said where there are rows of layers with options (`is_variant`).
+AGAINST_LOOPS = (
+    "torch.nn has no layers with rnnfast's options: where a case names one, a loop of PyTorch's operations over the "
+    "steps takes the place of torch.nn's layer."
+)
+
 # The order in which tables and figures show things; what is not listed comes behind, by name.
 SUITES = (
     "sizes",
@@ -61,6 +67,7 @@ SUITES = (
     "service",
     "quantized",
     "sixteen-bit",
+    "variants",
 )
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -196,6 +203,12 @@ def is_loop(row: Row) -> bool:
     return bool(row.get("cells"))
 
 
+def is_variant(row: Row) -> bool:
+    """Whether it is of a layer with options, which is compared with a loop of PyTorch's operations; earlier files have
+    no such rows."""
+    return bool(row.get("variant"))
+
+
 def quantizes(record: Record) -> bool:
     """Whether it has cases with quantized weights, whose ratios say nothing of other layers: they have a table of their
     own (quantization.py), and no figures."""
@@ -288,9 +301,9 @@ def bench_options(row: Row) -> str:
 
 def worst_of(records: Sequence[Record], count: int) -> list[str]:
     """The options of so many different cases with the lowest ratios; `python -m rnnfast bench` has neither peers nor
-    cases with pauses or neighbours."""
+    cases with pauses or neighbours, nor layers with options."""
     rows = (row for record in records for row in record.rows)
-    own = (row for row in rows if not is_peer(row["backend"]) and not is_served(row))
+    own = (row for row in rows if not (is_peer(row["backend"]) or is_served(row) or is_variant(row)))
     rows = sorted(own, key=lambda row: row["ratio"])
     return list(dict.fromkeys(bench_options(row) for row in rows))[:count]
 
@@ -496,6 +509,8 @@ def main() -> int:
         if count := of_peers(records):
             print(f"{count} rows of peers are not in all, which is rnnfast's own backends")
     shown = [*before, *records]
+    if any(is_variant(row) for record in shown for row in record.rows):
+        print(AGAINST_LOOPS)
     for line in [*beside_load(shown), *contradictions(row for record in shown for row in record.rows)]:
         print(line)
     return 0

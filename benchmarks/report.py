@@ -17,6 +17,7 @@ import jinja2
 
 from plot import PLAIN_IN_WORDS, described, drawn, figures_of, groups, lacking
 from records import (
+    AGAINST_LOOPS,
     BESIDE,
     CELLS,
     DTYPES,
@@ -27,6 +28,7 @@ from records import (
     contradictions,
     in_order,
     is_ours,
+    is_variant,
     mean_ratio,
     of_peers,
     rank,
@@ -42,6 +44,8 @@ DPI, SHOWN_DPI = 150, 100
 KINDS = ("ratio", "latency", "bars", "time", "scaling")
 # Columns that only cases of a service fill.
 P90 = "torch.nn p90 µs/step, p90 µs/step"
+# Columns that only layers with options fill.
+OVER_PLAIN = "plain layer µs/step, over plain layer"
 # Beyond that from the 20th to the 80th percentile, as a part of the ratio, a row is marked.
 WIDE = 0.2
 
@@ -247,6 +251,7 @@ def all_rows(records: Sequence[Record], noise: dict[int, list[str]]) -> Table:
     """Every row of the files, also those that failed."""
     columns = heads("device, suite, case, workload, backend") + heads("ratio", True) + heads("noise, results")
     columns += heads("p20 to p80, torch.nn µs/step, µs/step", True) + heads(P90, True)
+    columns += heads(OVER_PLAIN, True)
     columns += heads("limit µs/step, % of limit, peak MB, torch.nn peak MB", True)
     lines = []
     for record in records:
@@ -269,6 +274,7 @@ def all_rows(records: Sequence[Record], noise: dict[int, list[str]]) -> Table:
                     number(row["torch_us_per_step"]),
                     number(time),
                     *(number(row.get(key)) for key in ("torch_p90_us_per_step", "p90_us_per_step")),
+                    *(number(row.get(key)) for key in ("plain_us_per_step", "over_plain")),
                     number(limit),
                     number(100 * limit / time if limit and time else None, ".0f"),
                     *(number(None if peak is None else peak / 1e6) for peak in peaks),
@@ -310,12 +316,15 @@ def page(records: Sequence[Record], before: Sequence[Record] | None) -> str:
     """
     noise = noise_of(records)
     rows = [row for record in records for row in record.rows]
-    own = [row for row in rows if is_ours(row["backend"])]
+    own = [row for row in rows if is_ours(row["backend"]) and not is_variant(row)]
     several = len({record.device for record in records}) > 1
     needless = [] if several else ["device"]
     rows_needless = needless if any(noise.values()) else [*needless, "noise"]
     if not any(row.get("p90_us_per_step") for row in rows):
         rows_needless = [*rows_needless, *(head for head, _ in heads(P90))]
+    varied = sum(map(is_variant, rows))
+    if not varied:
+        rows_needless = [*rows_needless, *(head for head, _ in heads(OVER_PLAIN))]
     suites = [
         Suite(
             record.suite + f" ({record.device})" * several,
@@ -342,6 +351,8 @@ def page(records: Sequence[Record], before: Sequence[Record] | None) -> str:
         failed=sum(len(record.failures) for record in records),
         own=len(own),
         of_peers=of_peers(records),
+        varied=varied,
+        against_loops=AGAINST_LOOPS,
         noisy=sum(map(bool, noise.values())),
         rows_in_all=len(noise),
         faster=sum(row["ratio"] >= 1 for row in own),

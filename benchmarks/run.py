@@ -46,6 +46,7 @@ from records import (
     contradictions,
     in_conditions,
     is_served,
+    is_variant,
     loaded,
     mean_ratio,
     rank,
@@ -59,10 +60,15 @@ from rnnfast.benchmark.timing import environment
 from rnnfast.libraries import device_problem
 from shapes import SUITES, read
 from suite import Conditions, Measurer, Suite, core_distance, disturbance, in_types, measure_again
+from variants import missed
 
 # A packed batch's time over that of the same rows padded, and over that of a dense batch of as many tokens.
 PACKED_KEYS = ("torch_over_padded", "over_padded", "over_dense")
+# The time of the plain layer beside one with options, and the latter's over it.
+VARIANT_KEYS = ("plain_us_per_step", "over_plain")
 RATIO = "ratio = torch.nn's time / the row's time"
+# Of layers with options, which torch.nn does not have.
+LOOP_RATIO = "ratio = the time of a loop of PyTorch's operations / the row's time"
 # How long each of a processor's rates is measured, at most.
 PROBE_SECONDS = 0.4
 
@@ -71,9 +77,13 @@ def written(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def ratio_in_words(rows: Sequence[Row]) -> str:
+    return LOOP_RATIO if any(map(is_variant, rows)) else RATIO
+
+
 def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
     """Every row."""
-    result = Table(title=f"{suite}: {where['device']}, torch {where['torch']}", caption=RATIO)
+    result = Table(title=f"{suite}: {where['device']}, torch {where['torch']}", caption=ratio_in_words(rows))
     for name in ("case", "workload", "backend"):
         result.add_column(name, no_wrap=True)
     times = {"torch_us_per_step": "torch.nn\nus/step", "us_per_step": "\nus/step"}
@@ -81,11 +91,15 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
         # Of other cases than a service's there are medians alone.
         times = {"torch_us_per_step": "torch.nn us/step\np50", "torch_p90_us_per_step": "\np90"}
         times |= {"us_per_step": "us/step\np50", "p90_us_per_step": "\np90"}
+    varied = any(map(is_variant, rows))
+    if varied:
+        times = {"torch_us_per_step": "loop\nus/step", "us_per_step": "\nus/step"}
     heads = [*times.values(), "\nratio", "\np20 to p80", "limit\nus/step", "% of\nlimit"]
     heads += ["\nGflop/s", "\nGB/s", "\ntokens/s", "peak\nMB"]
     packed = any(PACKED_KEYS[0] in row for row in rows)
     if packed:
         heads += ["packed / padded\ntorch.nn", "\nrnnfast", "packed / dense\nrnnfast"]
+    heads += ["plain layer\nus/step", "\nover it"] * varied
     for name in heads:
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("results")
@@ -102,6 +116,7 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
         ]
         cells += [written(None if peak is None else peak / 1e6, ".1f")]
         cells += [written(row.get(key), ".2f") for key in PACKED_KEYS] if packed else []
+        cells += [written(row.get(key), ".2f") for key in VARIANT_KEYS] if varied else []
         good = row["correct"] and row["ratio"] is not None and row["ratio"] >= 1
         said = "agree" if row["correct"] else "FAILED"
         result.add_row(*cells, said + f" {BESIDE}" * bool(row.get("contended")), style=None if good else "red")
@@ -111,7 +126,7 @@ def table(suite: str, rows: Sequence[Row], where: dict[str, Any]) -> Table:
 def summary(suite: str, rows: Sequence[Row]) -> Table:
     """For each cell, type, workload and backend, and a service's conditions, the geometric mean of the ratios and the
     worst case."""
-    result = Table(title=suite, caption=RATIO)
+    result = Table(title=suite, caption=ratio_in_words(rows))
     served = any(map(is_served, rows))
     for name in ("cell", "type", "workload", "backend", *["condition"] * served):
         result.add_column(name, no_wrap=True)
@@ -304,7 +319,7 @@ def report(suite: Suite, console: Console) -> None:
             print(f"FAILED, not timed: {row['case']} {row['workload']} {row['backend']}: {row['failure']}")
     for reason in suite.skipped:
         print(f"skipped: {reason}")
-    for line in contradictions(rows):
+    for line in [*contradictions(rows), *missed(rows)]:
         print(line)
     measured = suite.measured.values()
     far = sum(suite.conditions.nearness.far(core_distance(of_case)) for of_case in measured)

@@ -41,6 +41,7 @@ from rnnfast.benchmark.comparison import (
 from rnnfast.benchmark.load import Watch
 from rnnfast.benchmark.timing import keep_freed_memory
 from rnnfast.benchmark.turns import comes_to_rest, in_turns, p90, take_turn
+from variants import VariantCase
 
 # The backend that has a second row, with one thread.
 THREADED = "cpu"
@@ -188,10 +189,12 @@ class Runner:
 def needs_turns(case: Case, workload: str, settings: Settings) -> bool:
     """Whether the candidates must have a process each: calls of a service, or a peer whose threads stay awake, which
     would slow down all others in one process with it. Packed rows are compared with padded ones in one process, what
-    trains is timed there, and cells have no peers."""
+    trains is timed there, and cells and layers with options have no peers."""
     if case.served:
         return True
     if settings.device.type != "cpu" or workload == "training" or case.packed or case.cells:
+        return False
+    if isinstance(case, VariantCase):
         return False
     return any(map(peers.threads_stay_awake, settings.peers))
 

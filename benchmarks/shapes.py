@@ -16,6 +16,7 @@ file (`read`), and nowhere else.
 * `service`: one call at a time with pauses in between, or beside other processes that compute.
 * `quantized`: small batches with every type of quantized weights; some of them with pauses.
 * `sixteen-bit`: bfloat16 and float16, from one row to many, at sizes of other suites and between them.
+* `variants`: layers with rnnfast's own options, against a loop of PyTorch's operations and the plain layer.
 * `smoke`: as small as can be, for tests.
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from rnnfast.benchmark.case import CELLS, KINDS, Case
 from rnnfast.quantization import TYPES
+from variants import VARIANTS, VariantCase
 
 DEEPBENCH = "DeepBench, code/kernels/rnn_problems.h (github.com/baidu-research/DeepBench)"
 FLASHRNN = "FlashRNN, speed experiments (github.com/NX-AI/flashrnn, arXiv 2412.07752)"
@@ -251,6 +253,21 @@ def sixteen_bit() -> list[Case]:
     return [Case(*shape, steps=60, dtype=dtype, source=OWN) for shape, dtype in product(found, ("bfloat16", "float16"))]
 
 
+def with_options() -> list[Case]:
+    """Every variant of every cell at the size for which something is asked of it (`variants.ASKED_OF`); some of them
+    with one row of a small layer, and one with many rows of a large one."""
+    found = [("LSTM", name) for name in ("cell-norm-carried", "peephole", "coupled")] + [("GRU", "reset-before")]
+    found += product(CELLS, ("layer-norm-separate", "layer-norm-joint", "zoneout", "heads"))
+    of_sizes = {
+        (16, 256): [(cell, name) for cell in CELLS for name in VARIANTS if cell in VARIANTS[name].cells],
+        (1, 128): sorted(found, key=lambda pair: CELLS.index(pair[0])),
+        (64, 512): [(cell, "layer-norm-joint") for cell in CELLS],
+    }
+    return [
+        VariantCase(cell, *size, variant=name, source=OWN) for size, pairs in of_sizes.items() for cell, name in pairs
+    ]
+
+
 SUITES: dict[str, list[Case]] = {
     "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))
@@ -278,6 +295,7 @@ SUITES: dict[str, list[Case]] = {
     "service": service(),
     "quantized": quantized(),
     "sixteen-bit": sixteen_bit(),
+    "variants": with_options(),
     "smoke": [
         Case("LSTM", 2, 8, steps=3),
         Case("GRU", 3, 8, steps=4, packed=True),

@@ -17,6 +17,9 @@ concept Record = requires(T record) { record.each([](const auto&, auto&) {}); };
 
 inline const char* schema_type(const OptionalTensor&) { return "Tensor?"; }
 inline const char* schema_type(bool) { return "bool"; }
+inline const char* schema_type(double) { return "float"; }
+inline const char* schema_type(int64_t) { return "int"; }
+inline const char* schema_type(const std::string&) { return "str"; }
 
 // The record's arguments as a schema has them, after others.
 template <Record T> std::string schema_of() {

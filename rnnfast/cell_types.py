@@ -51,6 +51,8 @@ class CellType:
         reads_previous_h: whether the step itself reads h, beside `W_hh h`.
         split_gate: the gate whose recurrent part `W_hh h + b_hh` is multiplied by another gate. Its b_hh is no part of
             the input projection, and the gradient of its recurrent part differs from that of its input part.
+        memory_gates: which gates decide how long the state lasts, each with 1 where it keeps what was, with -1 where it
+            takes in what is new.
         torch_cell: torch's own op for one step: (input, h, weight_ih, weight_hh, bias_ih, bias_hh); None: there is
             none, nor a module in torch.nn.
         torch_layers: torch's own op for layers whose state is one tensor.
@@ -65,6 +67,7 @@ class CellType:
     has_cell_state: bool = False
     reads_previous_h: bool = False
     split_gate: int | None = None
+    memory_gates: tuple[tuple[int, int], ...] = ()
     torch_cell: Callable[..., Any] | None = None
     torch_layers: Callable[..., Any] | None = None
 
@@ -168,14 +171,14 @@ CELLS: dict[str, CellType] = {
     for cell in (
         CellType(
             "LSTM", 4, 4, _lstm, _lstm_backward, hidden=lambda saved, c: saved[3] * c.tanh(), has_cell_state=True,
-            torch_cell=torch.lstm_cell,
+            memory_gates=((0, -1), (1, 1)), torch_cell=torch.lstm_cell,
         ),
         CellType(
-            "GRU", 3, 4, _gru, _gru_backward, reads_previous_h=True, split_gate=2, torch_cell=torch.gru_cell,
-            torch_layers=torch.gru,
+            "GRU", 3, 4, _gru, _gru_backward, reads_previous_h=True, split_gate=2, memory_gates=((1, 1),),
+            torch_cell=torch.gru_cell, torch_layers=torch.gru,
         ),
         *_RNNS.values(),
-        CellType("MGU", 2, 3, _mgu, _mgu_backward, reads_previous_h=True, split_gate=1),
+        CellType("MGU", 2, 3, _mgu, _mgu_backward, reads_previous_h=True, split_gate=1, memory_gates=((0, -1),)),
     )
 }  # fmt: skip
 

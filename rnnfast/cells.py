@@ -7,7 +7,7 @@ own op runs where it is faster (`backends.torch_runs_cell`). Checks and messages
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from .sequences import Sequences
 from .signatures import kinds_of
 from .steps import run_step
 from .tools import as_torch_nn, result_for_tool, tool_watches
+from .variants.layers import run_module_step
+from .variants.modules import WithOptions
 
 __all__ = ["GRUCell", "LSTMCell", "MGUCell", "RNNCell"]
 
@@ -30,18 +32,25 @@ _grad_enabled = torch.is_grad_enabled
 _KINDS_WITH_BIAS, _KINDS_WITHOUT = kinds_of(True, False), kinds_of(False, False)
 
 
-class Cell(nn.RNNCellBase):
+class Cell(WithOptions, nn.RNNCellBase):
     """What the cells share: weights, checks, and the step."""
 
     __prepare_scriptable__ = as_torch_nn
+    _refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("recurrent_dropout", "dropout_mode", "input_dropout", "weight_dropout"),
+        "an option of layers alone: its mask is one for a whole sequence, and a cell sees one step",
+    ) | dict.fromkeys(
+        ("batch_norm", "batch_norm_momentum", "batch_norm_steps"),
+        "an option of layers alone: its statistics are of a whole sequence, and a cell sees one step",
+    )
 
     # What runs the step, and I and H, where the weights are such as the backends do not know: quantized.
     _kernel: Any = None
     _sizes: tuple[int, int] | None = None
     _check_weights = staticmethod(check_weights)
 
-    def _mode(self) -> str:
-        raise NotImplementedError
+    def _suffixes(self) -> list[str]:
+        return [""]
 
     def _weights(self) -> list[Tensor]:
         """weight_ih, weight_hh and, with bias, bias_ih, bias_hh as they are now, whoever replaced them."""
@@ -66,7 +75,7 @@ class Cell(nn.RNNCellBase):
             made = "without" if weights[-1] is None else "with"
             raise RuntimeError(f"{type(self).__name__}: bias={self.bias}, but the cell was made {made} biases")
         batch, features = input.shape
-        input_size, hidden_size = self._sizes or (weights[0].shape[1], weights[1].shape[1])
+        input_size, hidden_size = self._sizes or (weights[0].shape[1], weights[1].shape[1] * self._heads())
         if features != self.input_size and features != input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {features} expected {input_size}")
         if hidden_size != self.hidden_size and (not states or self.hidden_size == 0):
@@ -84,7 +93,7 @@ class Cell(nn.RNNCellBase):
 
     def _at_once(self, input: Tensor, h: Any, c: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """The results of a usual call, whose checks the op makes; None for any other."""
-        if not is_plain_call() or self._kernel is not None or not input.is_cpu or input.dim() != 2:
+        if not is_plain_call() or self._kernel or self._options or not input.is_cpu or input.dim() != 2:
             return None
         if h is not None and not isinstance(h, Tensor):
             return None
@@ -150,6 +159,8 @@ class Cell(nn.RNNCellBase):
             empty = nn.functional.linear(input, weights[0])
             return empty, empty.clone() if CELLS[mode].has_cell_state else None
         kernel = self._kernel
+        if self._options is not None:
+            return run_module_step(self, self._options, mode, input, h, c, weights)
         if _grad_enabled() and kernel is None and torch_runs_cell(mode, input, h, c, weights):
             return _torchs_step(mode, input, h, c, weights)
         output, _, c_n, _ = run_layers(
@@ -207,6 +218,8 @@ class LSTMCell(Cell, nn.LSTMCell):
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
         device, dtype: of the parameters.
     """
+
+    _own_mode = "LSTM"
 
     def _mode(self) -> str:
         return "LSTM"
@@ -266,6 +279,8 @@ class GRUCell(Cell, nn.GRUCell):
         device, dtype: of the parameters.
     """
 
+    _own_mode = "GRU"
+
     def _mode(self) -> str:
         return "GRU"
 
@@ -302,6 +317,8 @@ class MGUCell(Cell):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, CELLS["MGU"].gates, device, dtype)
+
+    _own_mode = "MGU"
 
     def _mode(self) -> str:
         return "MGU"

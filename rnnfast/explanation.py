@@ -13,6 +13,7 @@ from .backends import BACKENDS, asked_for, select, select_quantized, torch_runs_
 from .cells import Cell
 from .modules import Recurrent
 from .sequences import Sequences
+from .variants.ops import why_not_fused
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def explain(module: Any, input: Any) -> Explanation:
         )
     if not isinstance(module, (Cell, Recurrent)):
         return Explanation("torch.nn", "torch.nn's own", "a module of torch.nn; rnnfast.accelerate(model) swaps it")
+    if module._options is not None and module._options.changes_recurrence:
+        return _with_options(module, data)
     mode, weights = module._mode(), module._weights()
     quantized: str | None = getattr(module, "weights_type", None)
     # With quantized weights there is no training.
@@ -118,6 +121,15 @@ def explain(module: Any, input: Any) -> Explanation:
     if packed:
         about.append("packed rows as they are")
     return replace(found, kernel=", ".join([found.kernel, *about]))
+
+
+def _with_options(module: Any, data: Tensor) -> Explanation:
+    """Of a module whose options give it a time loop of its own."""
+    why_not = module._options.why_no_kernel or why_not_fused(data)
+    if why_not is None:
+        kernel = f"C++ time loop for layers with options ({ops.cpu_isa()}), one direction a call"
+        return Explanation("cpu", kernel, f"has {module._options}")
+    return Explanation("reference", BACKENDS["reference"].kernel("", module, data), why_not)
 
 
 def _with_plan(found: Explanation, module: Any, input: Any, mode: str, training: bool) -> Explanation:

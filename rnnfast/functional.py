@@ -240,6 +240,23 @@ def _autocast(
     )
 
 
+def with_autocast(
+    mode: str,
+    device: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Tensors,
+    run: Callable[[Tensor, Tensor | None, Tensor | None, Tensors], Any],
+) -> Any:
+    """`run` of these in the types that autocast, where it is on, wants; without it on the way."""
+    if not (_autocast_active() and _autocast_available(device) and torch.is_autocast_enabled(device)):
+        return run(input, hx, cx, weights)
+    cast = _autocast(mode, device, input, hx, cx, weights)
+    with torch.autocast(device, enabled=False):
+        return run(*cast)
+
+
 def _to_float32(
     mode: str, device: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensors]:

@@ -19,6 +19,8 @@ from .functional import COMPUTED_TYPES, run_layers
 from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
 from .signatures import kinds_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
+from .variants.layers import run_module_layers
+from .variants.modules import WithOptions
 
 __all__ = ["GRU", "LSTM", "MGU", "RNN"]
 
@@ -70,20 +72,31 @@ def check_weights(input: Tensor, weights: list[Tensor]) -> None:
             check_alike(input, weight, "parameter")
 
 
-class Recurrent(nn.RNNBase):
+class Recurrent(WithOptions, nn.RNNBase):
     """What the layers share: weights, checks, and the call of the layers."""
 
     # How _dynamo_hook.py knows our layers.
     _rnnfast_layer = True
-    # All but the RNN: their mode whatever the attribute says, which torch.nn does not ask there either.
-    _own_mode: str | None = None
     # What runs each layer, where the weights are such as the backends do not know: quantized.
     _kernel: Any = None
 
     __prepare_scriptable__ = as_torch_nn
 
+    def _suffixes(self) -> list[str]:
+        """Of the parameters' names, by layer and direction."""
+        ways = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{way}" for layer in range(self.num_layers) for way in ways]
+
     def _mode(self) -> str:
         return self._own_mode or self.mode
+
+    def _cell_size(self) -> int:
+        """Of c, as it travels."""
+        return self.hidden_size
+
+    def _no_cell_state(self, like: Tensor, count: int, batch: int) -> Tensor:
+        """What c is where none is given."""
+        return like.new_zeros(count, batch, self._cell_size())
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read each weight where it is, so there is no flat buffer to keep."""
@@ -135,10 +148,10 @@ class Recurrent(nn.RNNBase):
             check_alike(input, h, "hidden")
         mode = self._own_mode or self.mode
         cell = CELLS.get(mode)
-        if cell is None or weights[1].shape != (cell.gates * hidden_size, state_size):
+        if cell is None or weights[1].shape != (self._gates() * hidden_size, state_size // self._heads()):
             self._refuse_sizes(weights[1], state_size)
         if c is not None:
-            self._check_state(c, batch, self.hidden_size, "hidden[1]")
+            self._check_state(c, batch, self._cell_size(), "hidden[1]")
             check_alike(input, c, "hidden")
         self._check_weights(input, weights)
         if self.dropout != 0:
@@ -189,7 +202,7 @@ class Recurrent(nn.RNNBase):
             raise AssertionError(f"mode must be {', '.join(others)} or {last}, got {mode}")
         raise RuntimeError(
             f"{type(self).__name__}: hidden_size={self.hidden_size}, proj_size={self.proj_size} need weight_hh_l0 of "
-            f"shape ({CELLS[mode].gates * self.hidden_size}, {state_size}), got {tuple(weight_hh.shape)}"
+            f"shape ({self._gates() * self.hidden_size}, {state_size // self._heads()}), got {tuple(weight_hh.shape)}"
         )
 
     def _check_dropout(self) -> None:
@@ -231,7 +244,21 @@ class Recurrent(nn.RNNBase):
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         sequences = EVERY_ROW_COUNTS[batch_first] if options is None else dense_sequences(input, batch_first, options)
-        return run_layers(
+        return self._run_layers(mode, input, h, c, weights, sequences, cell_states)
+
+    def _run_layers(
+        self,
+        mode: str,
+        input: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        weights: list[Tensor],
+        sequences: Sequences,
+        cell_states: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All layers, after the checks."""
+        run = run_layers if self._options is None else run_module_layers(self, self._options)
+        return run(
             mode, input, h, c, weights, sequences, bias=self.bias,
             num_layers=self.num_layers, bidirectional=bool(self.bidirectional), dropout=self.dropout,
             training=self.training, return_cell_states=cell_states, kernel=self._kernel,
@@ -287,15 +314,12 @@ class Recurrent(nn.RNNBase):
             # Without a state the op's results have a size that is a number in batch_sizes, which breaks a graph.
             count = self.num_layers * (2 if self.bidirectional else 1)
             h = input.new_zeros(count, batch, self.proj_size or self.hidden_size)
-            c = input.new_zeros(count, batch, self.hidden_size) if CELLS[mode].has_cell_state else None
+            c = self._no_cell_state(input, count, batch) if CELLS[mode].has_cell_state else None
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)
             c = None if c is None else c.index_select(1, sorted_indices)
-        output, h_n, c_n, every_c = run_layers(
-            mode, input, h, c, weights, Sequences(batch_sizes), bias=self.bias, num_layers=self.num_layers,
-            bidirectional=bool(self.bidirectional), dropout=self.dropout, training=self.training,
-            return_cell_states=cell_states, kernel=self._kernel,
-        )  # fmt: skip
+        sequences = Sequences(batch_sizes)
+        output, h_n, c_n, every_c = self._run_layers(mode, input, h, c, weights, sequences, cell_states)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)

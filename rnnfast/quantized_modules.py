@@ -354,6 +354,8 @@ def _why_not(module: nn.Module, exact: bool, dtype: str) -> str | None:
             return subclass_in_words(module)
         if "forward" in vars(module):
             return FORWARD_REPLACED
+        if module._options is not None:
+            return f"there are no kernels for quantized weights with {module._options}"
     elif (reason := why_not_ours(module, exact)) is not None or not exact:
         return reason
     if parametrize.is_parametrized(module):

@@ -35,6 +35,7 @@ from .signatures import (
     role_of,
 )
 from .triton import availability
+from .variants import ops as variant_ops
 
 # The namespaces with rnnfast's ops, and the name of the backend that runs an op of it on a tensor.
 _NAMESPACES: dict[str, Callable[[Tensor], str]] = {
@@ -355,6 +356,7 @@ def register_all() -> None:
     BACKENDS["reference"].quantized = ops.quantized_layer(REFERENCE_NAMESPACE)
     if ops.library_error is None:
         _register("rnnfast")
+        variant_ops.register()
     if availability.error is None:
         libraries.registered_once("rnnfast_triton: ops", _define_triton)
         _register("rnnfast_triton")

@@ -41,6 +41,9 @@ def why_not_torch_nn(module: nn.Module) -> str | None:
     kernel: Any = module._kernel
     if kernel is not None:
         return "its weights are quantized"
+    options: Any = module._options
+    if options is not None:
+        return f"torch.nn has nothing like {options}"
     nonlinearity: Any = getattr(module, "nonlinearity", None)
     # One that is unknown is refused by forward.
     mode = module._mode() if nonlinearity is None else NONLINEARITIES.get(nonlinearity)  # type: ignore[operator]

@@ -3,7 +3,8 @@
     python tests/option_cost.py [FOLDER]     # of this checkout, or of another one
 
 Counted are rnnfast/ and csrc/, setup.py too: code without comments and docstrings, lines that name the option. Tests
-and pages are not. A folder of the option's own (a backend's) counts as one file, without its lines.
+and pages are not, nor is rnnfast/convert/, where names are other libraries'. A folder of the option's own (a backend's)
+counts as one file, without its lines.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ OPTIONS = {
     "mask": Option("a per-step mask: resets", r"\bresets\b|\bRESETS\b", 9),
     "weight": Option("a weight: weight_hr", r"\bweight_hr|\bWEIGHT_HR\b", 9),
     "cell": Option("a cell of two gates: MGU", r"(?i)(?<![a-z])mgu", 9),
+    "peephole": Option(
+        "an option of the cell with a weight: peephole", r"(?i)peep(hole)?\b|weight_peephole|kPeephole", 9
+    ),
+    "zoneout": Option("an option with masks of each step: zoneout", r"(?i)zoneout|kept_[hc]\b", 10),
+    "heads": Option("an option of W_hh: num_heads", r"\bnum_heads\b|\bheads_?\b", 10),
     "backend": Option("a backend: triton", r"(?i)triton", 3, "rnnfast/triton"),
 }
 
@@ -71,7 +77,13 @@ def cost(option: Option, tree: Path = ROOT) -> dict[str, int]:
     sources = [tree / "setup.py", *sorted((tree / "rnnfast").rglob("*.py")), *sorted((tree / "csrc").rglob("*.*"))]
     for path in sources:
         name = path.relative_to(tree).as_posix()
-        if "emulator/" in name or "benchmark/" in name or path.suffix not in (".py", ".h", ".cpp", ".cu", ".cuh"):
+        if any(part in name for part in ("emulator/", "benchmark/", "convert/")) or path.suffix not in (
+            ".py",
+            ".h",
+            ".cpp",
+            ".cu",
+            ".cuh",
+        ):
             continue
         if option.own and name.startswith(option.own + "/"):
             found[option.own] = 0

@@ -19,6 +19,7 @@ struct Isa {
   bool (*fits)();
   const Kernels* kernels[4];             // in the order of DType
   const PanelForward* panel_forward[3];  // in the order of PanelType
+  const VariantKernels* variants[4];     // in the order of DType
   const Kernels* float32_in_bf16;        // float32 with products in bfloat16, or null
   // Asks the system, the first time, for what the kernels of bfloat16 and of float32_in_bf16 need; null: nothing.
   bool (*granted)();
@@ -70,15 +71,18 @@ bool tiles_granted() {
 // The first that fits is the default.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"amx_bf16", has_amx_bf16, RNNFAST_KERNELS_WITH(amx_bf16), RNNFAST_PANELS_WITH_VNNI, &kernels_amx_bf16_float32,
-     tiles_granted},
+    {"amx_bf16", has_amx_bf16, RNNFAST_KERNELS_WITH(amx_bf16), RNNFAST_PANELS_WITH_VNNI, RNNFAST_VARIANTS_OF(avx512),
+     &kernels_amx_bf16_float32, tiles_granted},
     {"avx512_bf16", has_avx512_bf16, RNNFAST_KERNELS_WITH(avx512_bf16), RNNFAST_PANELS_WITH_VNNI,
-     &kernels_avx512_bf16_float32, nullptr},
-    {"avx512_vnni", has_avx512_vnni, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_WITH_VNNI, nullptr, nullptr},
-    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512), nullptr, nullptr},
-    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2), nullptr, nullptr},
+     RNNFAST_VARIANTS_OF(avx512), &kernels_avx512_bf16_float32, nullptr},
+    {"avx512_vnni", has_avx512_vnni, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_WITH_VNNI, RNNFAST_VARIANTS_OF(avx512),
+     nullptr, nullptr},
+    {"avx512", has_avx512, RNNFAST_KERNELS_OF(avx512), RNNFAST_PANELS_OF(avx512), RNNFAST_VARIANTS_OF(avx512), nullptr,
+     nullptr},
+    {"avx2", has_avx2, RNNFAST_KERNELS_OF(avx2), RNNFAST_PANELS_OF(avx2), RNNFAST_VARIANTS_OF(avx2), nullptr, nullptr},
 #endif
-    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable), nullptr, nullptr},
+    {"portable", [] { return true; }, RNNFAST_KERNELS_OF(portable), RNNFAST_PANELS_OF(portable),
+     RNNFAST_VARIANTS_OF(portable), nullptr, nullptr},
 };
 
 const Isa* find(const std::string& name) {
@@ -118,6 +122,10 @@ void allow_bf16(bool allowed) { bf16_allowed.store(allowed, std::memory_order_re
 
 PanelForward panel_forward(PanelType type) {
   return *current().load(std::memory_order_acquire)->panel_forward[static_cast<int>(type)];
+}
+
+const VariantKernels& variant_kernels(DType dtype) {
+  return *current().load(std::memory_order_acquire)->variants[static_cast<int>(dtype)];
 }
 
 std::string use_isa(const std::string& name) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "variants/params.h"
 
 namespace rnnfast::cpu {
 
@@ -12,6 +13,7 @@ namespace rnnfast::cpu {
 const Kernels& kernels(DType dtype);
 void allow_bf16(bool allowed);
 PanelForward panel_forward(PanelType type);
+const VariantKernels& variant_kernels(DType dtype);
 
 // Switches to amx_bf16, avx512_bf16, avx512_vnni, avx512, avx2 or portable ("" keeps the current one). Returns the name
 // in use; an empty string if the processor lacks what was asked for or the name is unknown. Meant for tests and

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import variant_calls
 from torch import Tensor
 
 from cases import GATES, GRADIENTS, MODES, RESULTS, make_call, reference
@@ -47,8 +48,22 @@ RESULT_NAMES = {
 ARGUMENTS = {op: signature.names for op, signature in EVERY_OP.items()}
 ARGUMENTS["layer_backward"] = (*LayerBackwardArguments._fields[:-2], *Sequences._fields, *PLACES)
 RESULT_NAMES["layer_backward"] = ["grad_input", "grad_hx", "grad_cx", *(f"grad_{place}" for place in PLACES)]
-# What gives a call its rows: of another rank it may be well-formed still.
-ROWS = ["input", "output", "reserve"]
+ARGUMENTS |= variant_calls.ARGUMENTS
+RESULT_NAMES |= variant_calls.RESULT_NAMES
+# What gives a call its rows, or has one number for each: of another rank it may be well-formed still.
+ROWS = ["input", "output", "reserve", "gates", "scale"]
+# What is called; of it, what is called at the edge, and while what steers it changes.
+CHOSEN = [*ARGUMENTS, "matmul"]
+AT_THE_EDGE = ["layer_forward", "layer", "quantized_layer", *variant_calls.ARGUMENTS]
+STEERED = ["layer_forward", "variant_forward", "variant_backward"]
+
+
+def choose(ops: Sequence[str]) -> None:
+    """Calls no others from now on, unless there are none: what has none of them is left as it is."""
+    if unknown := set(ops) - set(CHOSEN):
+        raise ValueError(f"expected some of {', '.join(CHOSEN)}, got {', '.join(sorted(unknown))}")
+    for every in (CHOSEN, AT_THE_EDGE, STEERED):
+        every[:] = [op for op in every if op in ops] or every
 
 
 @dataclass
@@ -93,12 +108,16 @@ class OpCall:
                 "matmul": plain.matmul,
                 "quantized_layer": on_unpacked_weights,
                 "layer_backward": differentiated,
+                **{op: variant_calls.truth(op) for op in variant_calls.ARGUMENTS},
             }
             return tensors((beside.get(self.op) or getattr(reference, self.op))(*values))
 
         names, results = RESULT_NAMES.get(self.op, RESULTS), tensors(results)
+        if self.op in variant_calls.ARGUMENTS:
+            results = variant_calls.compared(self.op, self.arguments, results)
         dtype = next((result.dtype for result in results if result is not None), None)
-        rounded = bf16_allowed and self.op != "quantized_layer" and dtype == torch.float32
+        never_rounded = self.op == "quantized_layer" or self.op in variant_calls.ARGUMENTS
+        rounded = bf16_allowed and not never_rounded and dtype == torch.float32
         yardsticks = truth(torch.bfloat16 if rounded else None)
         for name, result, expected, own in zip(names, results, truth(torch.float64), yardsticks, strict=True):
             if result is None:
@@ -155,6 +174,8 @@ def tensors(results: Any) -> Sequence[Tensor]:
 def reads(call: OpCall, name: str) -> bool:
     """Whether the op looks at an argument, which others leave alone."""
     op, cell, kind = call.op, CELLS.get(call.arguments.get("mode", "")), name.removesuffix("_reverse")
+    if op in variant_calls.ARGUMENTS and (does := variant_calls.reads(call.arguments, name)) is not None:
+        return does
     if kind in ("cx", "cell_states", "grad_c_n", "grad_cell_states"):
         return cell is None or cell.has_cell_state
     if kind == "weight_hr":
@@ -172,7 +193,7 @@ def relaid(rng: random.Random, tensor: Tensor) -> Tensor:
     if tensor.dim() == 0 or tensor.numel() == 0 or rng.random() < 0.6:
         return tensor
     last = tensor.dim() - 1
-    way = rng.randrange(5)
+    way = rng.randrange(6)
     if way == 0:  # rows with something between them
         return torch.cat([tensor, tensor], last).narrow(last, rng.choice([0, tensor.shape[last]]), tensor.shape[last])
     if way == 1:
@@ -181,6 +202,9 @@ def relaid(rng: random.Random, tensor: Tensor) -> Tensor:
         return torch.cat([tensor.reshape(-1)[:1], tensor.reshape(-1)])[1:].view(tensor.shape)
     if way == 3:
         return tensor.repeat_interleave(2, last)[..., ::2]
+    if way == 4:  # a stride where there is one element says nothing
+        strides = [2**62 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        return tensor.as_strided(tensor.shape, strides)
     return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
 
 
@@ -240,15 +264,19 @@ def layer_op(rng: random.Random, dtype: torch.dtype, op: str) -> OpCall:
 
 
 def well_formed(rng: random.Random, op: str | None = None) -> OpCall:
-    dtype, op = rng.choice(DTYPES), op or rng.choice([*ARGUMENTS, "matmul"])
+    dtype, op = rng.choice(DTYPES), op or rng.choice(CHOSEN)
     if op == "quantized_layer":
         dtype = torch.float32
-    call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
+    if op in variant_calls.ARGUMENTS:
+        arguments, comparable = variant_calls.well_formed(rng, dtype, op, WIDTHS, COUNTS)
+        call = OpCall(op, arguments, comparable=comparable)
+    else:
+        call = matmul(rng, dtype) if op == "matmul" else layer_op(rng, dtype, op)
     call.threads = rng.choice([1, 2])
     # Where rows are rounded too, as the reference does not do it (tests/test_panels.py).
-    call.comparable = call.arguments.get("weights") != "int8"
+    call.comparable &= call.arguments.get("weights") != "int8"
     # What forward rounded is not what the reference's forward gives (tests/test_layer_backward.py).
-    call.comparable &= op != "layer_backward" or dtype == torch.float64
+    call.comparable &= op not in ("layer_backward", "variant_backward") or dtype == torch.float64
     given = call.arguments
     for name, value in given.items():
         if isinstance(value, Tensor):
@@ -295,7 +323,7 @@ def with_wild_numbers(rng: random.Random, tensor: Tensor) -> Tensor:
 
 
 def of_other_bytes(rng: random.Random, tensor: Tensor) -> Tensor:
-    """For resets: a bool tensor may hold any byte, as a view of uint8 does."""
+    """For resets and masks: a bool tensor may hold any byte, as a view of uint8 does."""
     return torch.randint(0, 256, tensor.shape, dtype=torch.uint8).view(torch.bool)
 
 
@@ -309,14 +337,16 @@ def spoil(rng: random.Random, call: OpCall) -> None:
     # What a first change made huge stays as it is.
     present = [name for name, value in given.items() if isinstance(value, Tensor) and value.numel() < 2**20]
     name, change, way = rng.choice(present), rng.choice(CHANGES), rng.randrange(10)
-    steering = [name for name in ("batch_sizes", "lengths", "resets") if name in present]
+    bools = [name for name in ("resets", "zoneout_mask_h", "zoneout_mask_c") if name in present]
+    steering = [name for name in ("batch_sizes", "lengths") if name in present] + bools
     call.well_formed = call.must_raise = False
     if way == 0:
         given[name] = None
         call.notes.append(f"{name} is missing")
     elif way == 1 and "mode" in given and rng.random() < 0.7:
+        modes = variant_calls.MODES if call.op in variant_calls.ARGUMENTS else MODES
         given["mode"] = rng.choice([*MODES, "", "lstm", "LSTM\0", "x" * 1000])
-        call.must_raise = given["mode"] not in MODES
+        call.must_raise = given["mode"] not in modes
         call.notes.append("another mode")
     elif way == 1 and "weights" in given:
         given["weights"] = rng.choice([*TYPES, "", "int4", "x" * 1000])
@@ -326,6 +356,9 @@ def spoil(rng: random.Random, call: OpCall) -> None:
         size = rng.choice(["hidden_size", "proj_size"])
         given[size] = rng.choice([-1, *EDGES, 2**63 - 1, given[size] + 1])
         call.notes.append(f"another {size}")
+    elif way >= 7 and "words" in given and rng.random() < 0.5:
+        setting, call.must_raise = variant_calls.other_setting(rng, given)
+        call.notes.append(f"another {setting}")
     elif way == 2 and (absent := [name for name, value in given.items() if value is None]):
         given[added := rng.choice(absent)] = given[name]
         call.notes.append(f"{added} is given")
@@ -335,9 +368,9 @@ def spoil(rng: random.Random, call: OpCall) -> None:
         call.notes.append("some parameters in one direction only")
     elif way <= 6 and steering:
         name = rng.choice(steering)
-        change = of_other_bytes if name == "resets" else with_wild_numbers
+        change = of_other_bytes if name in bools else with_wild_numbers
         given[name] = change(rng, given[name])
-        call.must_raise = name != "resets" and given[name].numel() > 0
+        call.must_raise = name not in bools and given[name].numel() > 0
         call.notes.append(f"{name} {change.__name__}")
     else:
         given[name] = change(rng, given[name])
@@ -364,14 +397,24 @@ def malformed(rng: random.Random) -> OpCall:
 MOST_WORK = 2**24
 
 
+def is_too_much(rows: int, result: int, weights: int, dtype: torch.dtype) -> bool:
+    """Whether a call takes too long: of so many elements, if there is memory for them."""
+    refused = max(result, weights) * dtype.itemsize > MOST_MIB << 20
+    return not refused and (rows + 1) * weights > MOST_WORK
+
+
 def at_the_edge(rng: random.Random) -> OpCall:
     """Sizes that agree with each other, of tensors that are one number in memory."""
     while True:
-        op, mode, dtype = (
-            rng.choice(["layer_forward", "layer", "quantized_layer"]),
-            rng.choice(MODES),
-            rng.choice(DTYPES),
-        )
+        op, mode, dtype = rng.choice(AT_THE_EDGE), rng.choice(MODES), rng.choice(DTYPES)
+        if op in variant_calls.ARGUMENTS:
+            try:
+                arguments, (T, B, H, result, weights) = variant_calls.at_the_edge(rng, dtype, op, EDGES)
+            except (RuntimeError, TypeError):  # more than int64 counts
+                continue
+            if is_too_much(T * B, result, weights, dtype):
+                continue
+            return OpCall(op, arguments, well_formed=False, notes=[f"T {T}, B {B}, H {H}"])
         T, B, I, H, P = (rng.choice(EDGES) for _ in range(5))  # noqa: E741
         G, D, batch_first = GATES[mode], rng.choice([1, 2]), rng.random() < 0.5
         projected = CELLS[mode].may_project and rng.random() < 0.4
@@ -400,9 +443,7 @@ def at_the_edge(rng: random.Random) -> OpCall:
                 given["lengths"] = torch.zeros((), dtype=torch.int64).expand(B)
         except (RuntimeError, TypeError):  # more than int64 counts
             continue
-        weights, rows = D * G * H * (I + state), T * B
-        refused = max(rows * D * state, weights) * dtype.itemsize > MOST_MIB << 20
-        if not refused and (rows + 1) * weights > MOST_WORK:
+        if is_too_much(T * B, T * B * D * state, D * G * H * (I + state), dtype):
             continue
         call = OpCall(op, {name: given.get(name) for name in ARGUMENTS[op]})
         call.well_formed = False

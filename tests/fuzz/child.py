@@ -30,6 +30,7 @@ package.__path__ = [str(ROOT / "rnnfast")]
 sys.modules["rnnfast"] = package
 
 import calls  # noqa: E402
+import variant_calls  # noqa: E402
 from calls import OpCall  # noqa: E402
 
 from build_sanitized import companions, library  # noqa: E402
@@ -128,22 +129,19 @@ def several_calls(rng: random.Random) -> None:
 def steering_changes(rng: random.Random) -> None:
     """batch_sizes, lengths and resets change while an op runs: it may refuse them, and must stay within its memory."""
     packed = rng.random() < 0.5
-    made = make_call(
-        rng.choice(MODES),
-        T=rng.choice([50, 1000, 8000]),
-        B=rng.choice([1, 5, 40]),
-        H=rng.choice([3, 8]),
-        D=rng.choice([1, 2]),
-        layout="packed" if packed else rng.choice(["dense", "batch_first"]),
-        lengths=not packed,
-        resets=not packed,
-        dtype=rng.choice(calls.DTYPES),
-    )
-    changed = [value for value in (made.batch_sizes, made.lengths, made.resets) if value is not None]
+    sizes: dict[str, Any] = {"T": rng.choice([50, 1000, 8000]), "B": rng.choice([1, 5, 40]), "H": rng.choice([3, 8])}
+    sizes |= {"layout": "packed" if packed else rng.choice(["dense", "batch_first"])}
+    sizes |= {"lengths": not packed, "resets": not packed}
+    op, dtype = rng.choice(calls.STEERED), rng.choice(calls.DTYPES)
+    if op in variant_calls.ARGUMENTS:
+        given, _ = variant_calls.made(rng, dtype, op, **sizes)
+    else:
+        made = make_call(rng.choice(MODES), D=rng.choice([1, 2]), dtype=dtype, **sizes)
+        names = ("mode", "batch_first", "input", "hx", "cx", "batch_sizes", "lengths", "resets")
+        given = {name: getattr(made, name) for name in names} | dict(zip(calls.PLACES, made.places, strict=True))
+    changed = [given[name] for name in ("batch_sizes", "lengths", "resets") if given[name] is not None]
     good = [value.clone() for value in changed]
-    names = ("mode", "batch_first", "input", "hx", "cx", "batch_sizes", "lengths", "resets")
-    given = {name: getattr(made, name) for name in names}
-    call = OpCall("layer_forward", given | dict(zip(calls.PLACES, made.places, strict=True)), rng.choice([1, 2]))
+    call = OpCall(op, given, rng.choice([1, 2]))
     call.notes.append("a thread changes batch_sizes, lengths and resets")
     Progress.show(call.describe())
     running = True
@@ -237,7 +235,9 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("--seconds", type=float, default=0)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--op", action="append", default=[])
     arguments = parser.parse_args()
+    calls.choose(arguments.op)
     faulthandler.register(signal.SIGUSR1)
     torch.set_grad_enabled(False)
     torch.ops.load_library(library(arguments.sanitizer))

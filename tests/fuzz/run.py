@@ -1,6 +1,7 @@
 """Calls rnnfast's ops at random under ASan + UBSan, and under TSan: builds what that takes, and runs the cases.
 
 python tests/fuzz/run.py [--sanitizer address] [--seconds 60] [--seed N]
+python tests/fuzz/run.py --op variant_forward --op variant_backward     no other ops
 python tests/fuzz/run.py --sanitizer address --seed N --only K          one case again
 """
 
@@ -52,13 +53,13 @@ def runtime(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(sanitizer: str, seed: int, arguments: list[str]) -> bool:
-    """One sanitizer's cases in a process of their own; False where one failed."""
+def run(sanitizer: str, seed: int, arguments: list[str], ops: list[str]) -> bool:
+    """One sanitizer's cases in a process of their own; False where one failed. `ops`: the words that choose them."""
     if not build(sanitizer, quiet=True):
         return False
     preloaded = [runtime(name) for name in RUNTIMES[sanitizer]] + [str(path) for path in companions(sanitizer)[1:]]
     environment = os.environ | OPTIONS[sanitizer] | {"LD_PRELOAD": " ".join(preloaded)}
-    child = [sys.executable, str(Path(__file__).with_name("child.py")), sanitizer, str(seed), *arguments]
+    child = [sys.executable, str(Path(__file__).with_name("child.py")), sanitizer, str(seed), *arguments, *ops]
     case, report = (library(sanitizer).with_name(name) for name in ("case", "report"))
     case.write_text("none yet")
     with report.open("w") as errors:
@@ -78,7 +79,8 @@ def run(sanitizer: str, seed: int, arguments: list[str]) -> bool:
         print(*[line for line in lines if not NOISE.search(line)][:150], sep="\n")
         number, _, call = case.read_text().partition("\n")
         print(f"\n{sanitizer}: exit code {code} in case {number}:\n{call}\nAgain:")
-        print(f"    python tests/fuzz/run.py --sanitizer {sanitizer} --seed {seed} --only {number}", flush=True)
+        words = " ".join(["python tests/fuzz/run.py", *("--sanitizer", sanitizer, "--seed", str(seed)), *ops])
+        print(f"    {words} --only {number}", flush=True)
     return code == 0
 
 
@@ -88,10 +90,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="for each sanitizer (default: 60)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--only", type=int, help="the number of the one case to run")
+    parser.add_argument("--op", action="append", default=[], help="call this op, and others so given, but no more")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     which = ["--seconds", str(arguments.seconds)] if arguments.only is None else ["--only", str(arguments.only)]
-    passed = [run(name, arguments.seed, which) for name in arguments.sanitizer or FLAGS]
+    ops = [word for op in arguments.op for word in ("--op", op)]
+    passed = [run(name, arguments.seed, which, ops) for name in arguments.sanitizer or FLAGS]
     return 0 if all(passed) else 1
 
 

@@ -1,0 +1,638 @@
+"""A layer with options beyond torch.nn's is a layer like any other: what users may expect of it, one promise a test.
+
+What the options compute is for test_variants.py, with float64 and published forms as the truth. Here a layer is held
+against itself: stored and loaded, in other types, compiled, mapped, differentiated again, fed in other ways, and given
+what it must refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+import rnnfast
+from module_cases import leaves
+from rnnfast.variants.options import NAMES, Options
+from tolerances import error
+
+SEED = 77
+T, B, I, H = 5, 3, 4, 6  # noqa: E741
+DOUBLE = {"dtype": torch.float64}
+# Of one float64 computation from another.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+LENGTHS = [3, 5, 0]
+WAYS = {"num_layers": 2, "bidirectional": True}
+
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LSTM separate": ("LSTM", {"layer_norm": "separate", "cell_norm": "output"}),
+    "LSTM joint rms": ("LSTM", {"layer_norm": "joint", "cell_norm": "carried", "norm": "rms"}),
+    "LSTM peephole": ("LSTM", {"peephole": True, "coupled": True}),
+    "LSTM hard heads": ("LSTM", {"gate_activation": "hard_sigmoid", "num_heads": 2}),
+    "LSTM zoneout": ("LSTM", {"zoneout": (0.2, 0.4)}),
+    "LSTM dropouts": ("LSTM", {"recurrent_dropout": 0.3, "dropout_mode": "candidate", "weight_dropout": 0.2}),
+    "LSTM plain loop": ("LSTM", {"forget_bias": 1.0, "input_dropout": 0.3, "weight_dropout": 0.2}),
+    "GRU separate": ("GRU", {"layer_norm": "separate", "zoneout": 0.3}),
+    "GRU joint": ("GRU", {"layer_norm": "joint", "recurrent_dropout": 0.3, "dropout_mode": "candidate"}),
+    "GRU reset before": ("GRU", {"reset_after": False, "recurrent_dropout": 0.3, "num_heads": 3}),
+    "GRU light": ("GRU", {"reset_gate": False, "candidate_activation": "relu"}),
+    "RNN joint": ("RNN", {"layer_norm": "joint", "zoneout": 0.2}),
+}
+OF_LAYERS_ALONE = rnnfast.LSTMCell._refused.keys()
+PROBABILITIES = ["zoneout", "recurrent_dropout", "input_dropout", "weight_dropout"]
+DRAWING = [name for name, (_, options) in LAYERS.items() if options.keys() & set(PROBABILITIES)]
+OWN_LOOP = [name for name in LAYERS if name != "LSTM plain loop"]
+LSTMS = [name for name in LAYERS if name.startswith("LSTM")]
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def R(*size: int) -> Tensor:
+    return torch.randn(*size, **DOUBLE)
+
+
+def randomise(module: nn.Module) -> None:
+    """No parameter stays at a value that would hide what it does."""
+    for name, parameter in module.named_parameters():
+        nn.init.uniform_(parameter, -0.4, 0.4)
+        if name.startswith("weight_norm"):
+            parameter.data += 1
+
+
+def made(name: str, **arguments: Any) -> Any:
+    kind, options = LAYERS[name]
+    module = getattr(rnnfast, kind)(I, H, **{**DOUBLE, **arguments}, **options)
+    randomise(module)
+    return module
+
+
+def cell_of(name: str, layer: Any) -> Any:
+    """The cell of the layer's parameters, in evaluation: with what a cell has of its options."""
+    kind, options = LAYERS[name]
+    options = {option: value for option, value in options.items() if option not in OF_LAYERS_ALONE}
+    cell = getattr(rnnfast, kind + "Cell")(I, H, dtype=layer.weight_hh_l0.dtype, **options)
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
+    return cell.eval()
+
+
+def states(name: str, *size: int) -> list[Tensor]:
+    return [R(*size) for _ in range(1 + name.startswith("LSTM"))]
+
+
+def call(module: nn.Module, x: Any, hx: Any = None, **options: Any) -> list[Tensor]:
+    """All results, with the same draws in every call. hx: a list of states."""
+    torch.manual_seed(SEED)
+    return leaves(module(x, None if hx is None else tuple(hx) if len(hx) == 2 else hx[0], **options))
+
+
+def loss_of(results: list[Tensor]) -> Any:
+    return sum(((i + 1) * result.square()).sum() for i, result in enumerate(results))
+
+
+def run(module: nn.Module, x: Tensor, hx: Any = None, **options: Any) -> list[Tensor]:
+    """The results of `call`, and every gradient, of the input, the states and the parameters."""
+    x, *hx = [tensor.detach().clone().requires_grad_() for tensor in [x, *(hx or [])]]
+    results = call(module, x, hx or None, **options)
+    gradients = torch.autograd.grad(loss_of(results), [x, *hx, *module.parameters()])
+    return [*(result.detach() for result in results), *gradients]
+
+
+def same(some: Any, others: Any, **tolerance: float) -> None:
+    """By default bit for bit."""
+    for one, other in zip(leaves(some), leaves(others), strict=True):
+        assert torch.equal(one, other) if not tolerance else assert_close(one, other, **tolerance) is None
+
+
+# --- what a module is ---------------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_a_state_dict_goes_round(name: str) -> None:
+    layer, other, x = made(name, **WAYS), made(name, **WAYS), R(T, B, I)
+    assert not torch.equal(call(layer, x)[0], call(other, x)[0])
+    other.load_state_dict(layer.state_dict())
+    same(run(other, x), run(layer, x))
+    plain = getattr(rnnfast, LAYERS[name][0])(I, H, **WAYS)
+    shapes = [{key: value.shape for key, value in module.state_dict().items()} for module in (layer, plain)]
+    if shapes[0] == shapes[1]:
+        plain.load_state_dict(layer.state_dict())
+        return
+    for module, given, found in ((plain, layer, "Unexpected"), (layer, plain, "Missing")):
+        match = rf'{found} key\(s\) in state_dict: "weight_|size mismatch for weight_hh_l0'
+        with pytest.raises(RuntimeError, match=match):
+            module.load_state_dict(given.state_dict())
+
+
+@every_layer
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_copies_are_the_same(name: str, how: str) -> None:
+    layer, x = made(name, num_layers=2), R(T, B, I)
+    twin = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    assert (type(twin), twin._options, repr(twin)) == (type(layer), layer._options, repr(layer))
+    assert all(f"{option}={value!r}" in repr(layer) for option, value in LAYERS[name][1].items() if option != "zoneout")
+    same(run(twin, x), run(layer, x))
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_defaults_change_nothing(kind: str) -> None:
+    names = [name for name in NAMES if name not in OF_LAYERS_ALONE or not kind.endswith("Cell")]
+    defaults = {name: getattr(Options(), name) for name in names} | {"zoneout": 0.0}
+    found = []
+    for options in ({}, defaults):
+        torch.manual_seed(SEED)
+        found.append((getattr(rnnfast, kind)(3, 5, **options), torch.get_rng_state()))
+    (plain, after_plain), (ours, after_ours) = found
+    torch.manual_seed(SEED)
+    same(list(plain.parameters()), list(getattr(nn, kind)(3, 5).parameters()))
+    assert torch.equal(after_plain, torch.get_rng_state())
+    assert torch.equal(after_ours, after_plain)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    same(list(ours.parameters()), list(plain.parameters()))
+    assert (repr(ours), ours._options, vars(ours).keys()) == (repr(plain), None, vars(plain).keys())
+    x = torch.randn(*(() if kind.endswith("Cell") else (T,)), B, 3)
+    same(run(ours, x), run(plain, x))
+
+
+@every_layer
+def test_parameters_start_as_documented(name: str) -> None:
+    kind, options = LAYERS[name]
+    fresh, again = getattr(rnnfast, kind)(I, H, **WAYS, **options), made(name, **WAYS)
+    again.reset_parameters()
+    for module in (fresh, again):
+        parameters = dict(module.named_parameters())
+        for key, parameter in parameters.items():
+            if "norm" in key:
+                assert (parameter == (1 if key.startswith("weight") else 0)).all(), key
+            elif not key.startswith("bias") or "forget_bias" not in options:
+                assert parameter.abs().max() <= H**-0.5, key
+                assert parameter.unique().numel() > 0.9 * parameter.numel(), key
+        for suffix in module._suffixes() if "forget_bias" in options else []:
+            i, f, *others = (parameters["bias_ih" + suffix] + parameters["bias_hh" + suffix]).chunk(4)
+            assert (f == 1).all()
+            assert all(0 < bias.abs().max() <= 2 * H**-0.5 and bias.std() > 0 for bias in (i, *others))
+
+
+# --- types --------------------------------------------------------------------------------------------------------
+
+
+def check_near(actual: list[Tensor], reference: list[Tensor], expected: list[Tensor], of: torch.dtype) -> None:
+    """The truth is float64 on the same numbers, the yardstick what torch's operations make of them in the same type.
+
+    Norms of a few features enlarge what chance there is: more than tolerances.py has it is left to chance, but not
+    what would show that something was computed in fewer bits.
+    """
+    for one, yardstick, true in zip(actual, reference, expected, strict=True):
+        assert one.dtype == yardstick.dtype
+        unit = torch.finfo(of).eps * max(1.0, true.abs().max().item())
+        assert error(one, true) <= min(3 * error(yardstick, true) + 4 * unit, 1000 * unit)
+
+
+@every_layer
+@pytest.mark.parametrize("to", ["half", "bfloat16", "float"])
+def test_other_types_are_near_float64(name: str, to: str) -> None:
+    layer = getattr(made(name, bidirectional=True).eval(), to)()
+    dtype = layer.weight_hh_l0.dtype
+    x, *hx = [tensor.to(dtype) for tensor in (R(T, B, I), *states(name, 2, B, H))]
+    actual = run(layer, x, hx)
+    assert {result.dtype for result in actual} == {dtype}
+    with rnnfast.backend("reference"):
+        reference = run(layer, x, hx)
+    expected = run(copy.deepcopy(layer).to(torch.float64), x.double(), [state.double() for state in hx])
+    check_near(actual, reference, expected, dtype)
+
+
+@every_layer
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast_is_as_for_plain_layers(name: str, lower: torch.dtype) -> None:
+    layer, x = made(name, dtype=torch.float32).eval(), torch.randn(T, B, I)
+    for module, input in ((layer, x), (cell_of(name, layer), x[0])):
+        plain = type(module)(I, H)
+        with torch.autocast("cpu", dtype=lower):
+            wanted, results = leaves(plain(input)), call(module, input)
+            with rnnfast.backend("reference"):
+                reference = call(module, input)
+        assert [result.dtype for result in results] == [result.dtype for result in wanted]
+        expected = call(copy.deepcopy(module).double(), input.double())
+        check_near(results, reference, expected, results[0].dtype)
+        loss_of([result.float() for result in results]).backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+
+
+# --- tracing and transforms ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("name", ["LSTM separate", "GRU reset before", "LSTM zoneout"])
+def test_compiles_whole(name: str) -> None:
+    """In training too; there zoneout draws in another way than uncompiled, but the same for the same seed."""
+    layer, x, lengths = made(name, bidirectional=True), R(T, B, I), torch.tensor(LENGTHS)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    in_training = run(compiled, x, lengths=lengths)
+    same(run(compiled, x, lengths=lengths), in_training)
+    layer.train("zoneout" not in LAYERS[name][1])
+    expected = run(layer, x, lengths=lengths)
+    same(run(compiled, x, lengths=lengths), expected, **EXACT)
+    assert layer.training or not torch.allclose(in_training[0], expected[0])
+
+
+@pytest.mark.parametrize(("name", "strict"), [("LSTM peephole", False), ("GRU joint", True)], ids=["LSTM", "GRU"])
+def test_export(name: str, strict: bool) -> None:
+    layer = made(name, num_layers=2).eval()
+    sizes = {"input": {0: torch.export.Dim("steps", min=2, max=64), 1: torch.export.Dim("batch", min=2, max=64)}}
+    program = torch.export.export(layer, (R(T, B, I),), dynamic_shapes=sizes, strict=strict)
+    for x in (R(T, B, I), R(T + 4, B + 2, I)):
+        same(leaves(program.module()(x)), call(layer, x), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["LSTM separate", "GRU reset before", "LSTM plain loop"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace(name: str) -> None:
+    layer = made(name).eval()
+    traced, x = torch.jit.trace(layer, (R(T, B, I),)), R(T + 3, B + 2, I)
+    same(leaves(traced(x)), call(layer, x))
+
+
+@pytest.mark.parametrize("name", ["LSTM zoneout", "LSTM dropouts", "GRU reset before"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_what_is_traced_in_training_goes_on_drawing(name: str) -> None:
+    traced, x, found = torch.jit.trace(made(name), (R(T, B, I),), check_trace=False), R(T, B, I), []
+    for seed in (SEED, SEED, SEED + 1):
+        torch.manual_seed(seed)
+        found.append(traced(x)[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+@every_layer
+def test_vmap_and_gradients_of_single_samples(name: str) -> None:
+    layer, x = made(name).eval(), R(T, B, I)
+    same(vmap(lambda row: layer(row)[0], in_dims=1, out_dims=1)(x), call(layer, x)[0], **EXACT)
+    weights = {key: parameter.detach() for key, parameter in layer.named_parameters()}
+    loss = lambda weights, row: loss_of(leaves(functional_call(layer, weights, (row,))))  # noqa: E731
+    every = vmap(grad(loss), in_dims=(None, 1))(weights, x)
+    for n in range(B):
+        own = torch.autograd.grad(loss_of(call(layer, x[:, n])), list(layer.parameters()))
+        same([gradient[n] for gradient in every.values()], own, **EXACT)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_draws_as_it_is_told(name: str, randomness: str) -> None:
+    layer, x = made(name), R(T, 1, I).expand(T, 20, I)
+    output = vmap(lambda row: layer(row)[0], in_dims=1, out_dims=1, randomness=randomness)(x)
+    assert torch.allclose(output, output[:, :1].expand_as(output)) == (randomness == "same")
+
+
+@pytest.mark.parametrize("name", ["LSTM joint rms", "LSTM peephole", "GRU separate", "GRU reset before"])
+def test_jacobians_and_forward_mode(name: str) -> None:
+    """jacrev gives what the kernels' backward passes do row by row, and jvp is their transposed."""
+    layer, x = made(name, bidirectional=True).eval(), R(3, 2, I)
+    leaf = x.clone().requires_grad_()
+    output = layer(leaf)[0]
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in output.flatten()]
+    expected, direction = torch.stack(rows).view(*output.shape, *x.shape), R(*x.shape)
+    same(jacrev(lambda x: layer(x)[0])(x), expected, **EXACT)
+    primal, tangent = jvp(lambda x: layer(x)[0], (x,), (direction,))
+    same([primal, tangent], [output.detach(), torch.tensordot(expected, direction, 3)], **EXACT)
+
+
+# --- gradients, again and again -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("LSTM hard heads", "GRU light")])
+def test_double_backward(name: str) -> None:
+    """A stack with lengths, in training: gradients with a graph are those without, and their derivative along a
+    direction is what they change by."""
+    layer = made(name, **WAYS)
+    x, *hx = wanted = [R(T, B, I), *states(name, 4, B, H), *layer.parameters()]
+    hx = hx[: 1 + name.startswith("LSTM")]
+    direction = [torch.randn_like(leaf.requires_grad_()) for leaf in wanted]
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        loss = loss_of(call(layer, x, hx, lengths=LENGTHS))
+        return torch.autograd.grad(loss, wanted, create_graph=create_graph)
+
+    first, step, ends = gradients(True), 1e-5, []
+    same(first, gradients(False), **EXACT)
+    second = torch.autograd.grad(first, wanted, direction)
+    for sign in (1, -2):
+        with torch.no_grad():
+            for leaf, along in zip(wanted, direction, strict=True):
+                leaf += sign * step * along
+        ends.append(gradients(False))
+    for actual, ahead, behind in zip(second, *ends, strict=True):
+        assert error(actual, (ahead - behind) / (2 * step)) <= 1e-5 * max(1.0, actual.abs().max().item())
+
+
+@every_layer
+def test_second_backward_equals_the_first_and_nothing_is_written(name: str) -> None:
+    layer = made(name, **WAYS)
+    wanted = [R(T, B, I), *states(name, 4, B, H), *layer.parameters()]
+    before = [leaf.requires_grad_().detach().clone() for leaf in wanted]
+    unpacked = []
+
+    def unpack(pair: tuple[Tensor, Tensor]) -> Tensor:
+        # As bits: where a row has ended, saved values are undefined and may be NaN.
+        assert torch.equal(*(tensor.detach().contiguous().view(torch.uint8) for tensor in pair))
+        unpacked.append(pair)
+        return pair[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor.detach().clone()), unpack):
+        results = call(layer, wanted[0], wanted[1 : 2 + name.startswith("LSTM")], lengths=LENGTHS)
+        outputs, loss = [result.detach().clone() for result in results], loss_of(results)
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        for retain_graph in (True, False):
+            same(torch.autograd.grad(loss, wanted, retain_graph=retain_graph), first)
+    assert len(unpacked) > 10
+    same([*results, *wanted], [*outputs, *before])
+
+
+@every_layer
+def test_gradients_of_some_arguments_alone(name: str) -> None:
+    layer, x, hx = made(name), R(T, B, I), states(name, 1, B, H)
+    every = [x, *hx, *layer.parameters()]
+    expected = run(layer, x, hx)[-len(every) :]
+    for leaf in every:
+        leaf.requires_grad_(False)
+    assert not any(result.requires_grad for result in call(layer, x, hx))
+    for leaf, gradient in zip(every, expected, strict=True):
+        leaf.requires_grad_(True)
+        same(torch.autograd.grad(loss_of(call(layer, x, hx)), leaf), [gradient], **EXACT)
+        leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", OWN_LOOP)
+def test_what_is_changed_before_backward_is_noticed(name: str) -> None:
+    """Weights, and the output. A W_hh that loses elements is read as a copy."""
+    layer, x = made(name), R(T, B, I).requires_grad_()
+    weights = [parameter for key, parameter in layer.named_parameters() if key.startswith("weight")]
+    for changed in [None, *weights]:
+        results = call(layer, x)
+        with torch.no_grad():
+            (results[0] if changed is None else changed).mul_(1.5)
+        if changed is not layer.weight_hh_l0 or "weight_dropout" not in LAYERS[name][1]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss_of(results[1:]).backward()
+
+
+# --- chance -------------------------------------------------------------------------------------------------------
+
+
+@every_layer
+def test_the_same_seed_gives_the_same_bits(name: str) -> None:
+    layer, x = made(name, **WAYS, dtype=torch.float32), torch.randn(T, B, I)
+    first = run(layer, x)
+    for _ in range(3):
+        same(run(layer, x), first)
+    assert torch.equal(layer(x)[0], first[0]) == (name not in DRAWING)
+
+
+@every_layer
+def test_evaluation_draws_nothing(name: str) -> None:
+    layer, x = made(name, **WAYS), R(T, B, I)
+    cell, before = cell_of(name, made(name)), torch.get_rng_state()
+    output = layer.eval()(x)[0]
+    same(layer(x)[0], output)
+    cell(x[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    layer.train()(x)
+    assert torch.equal(torch.get_rng_state(), before) == (name not in DRAWING)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["LSTM separate", "LSTM joint rms", "LSTM peephole", "GRU joint", "GRU reset before"])
+def test_any_number_of_threads(name: str) -> None:
+    """Whoever computes it, a value of a step is the same sum; those over all rows may be cut in another way."""
+    kind, options = LAYERS[name]
+    layer, x, results = getattr(rnnfast, kind)(64, 96, **options), torch.randn(20, 32, 64), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(run(layer, x))
+    for others in results[1:]:
+        same(others[:2], results[0][:2])
+        same(others, results[0], rtol=1e-4, atol=1e-3)
+
+
+LINEAR = {"nonlinearity": "identity"}
+CANDIDATE = {"recurrent_dropout": 0.4, "dropout_mode": "candidate"}
+# One step, whose last state is linear in what is drawn.
+DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "state": ("RNN", {"recurrent_dropout": 0.4, **LINEAR}),
+    "candidate of an LSTM": ("LSTM", CANDIDATE),
+    "candidate of a GRU": ("GRU", CANDIDATE),
+    "input": ("RNN", {"input_dropout": 0.4, **LINEAR}),
+    "weight": ("RNN", {"weight_dropout": 0.4, **LINEAR}),
+    "zoneout of h": ("GRU", {"zoneout": 0.3}),
+    "zoneout of c": ("LSTM", {"zoneout": (0.0, 0.3)}),
+}
+
+
+@pytest.mark.parametrize("which", DRAWN)
+def test_evaluation_is_the_mean_of_training(which: str) -> None:
+    """Over many equal rows; W_hh is drawn once a call, and there over many equal units."""
+    kind, options = DRAWN[which]
+    rows, units = (1, 4000) if which == "weight" else (4000, 3)
+    layer = getattr(rnnfast, kind)(I, units, **DOUBLE, **options)
+    randomise(layer)
+    if units > rows:
+        layer.weight_hh_l0.data = layer.weight_hh_l0[:1].expand(units, units)
+        layer.weight_ih_l0.data.zero_(), layer.bias_ih_l0.data.zero_(), layer.bias_hh_l0.data.zero_()
+    x, *hx = [R(1, 1, size).expand(1, rows, size) for size in (I, units, units)[: 2 + (kind == "LSTM")]]
+    with torch.no_grad():
+        drawn, mean = (call(layer.train(mode), x, hx)[-1][0] for mode in (True, False))
+    drawn, mean = (drawn.T, mean.T) if units > rows else (drawn, mean)
+    assert (drawn.std(0) > 1e-6).all()
+    assert ((drawn.mean(0) - mean[0]).abs() < 4 * drawn.std(0) / len(drawn) ** 0.5).all()
+
+
+def test_masks_last_for_a_sequence_or_for_a_step() -> None:
+    """By an h that is doubled at every step, or set to the input, if nothing is drawn."""
+    ones, eye, arguments = torch.ones(1, B, 40), torch.eye(40), {"bias": False, **LINEAR}
+    with torch.no_grad():
+        layer = rnnfast.RNN(40, 40, recurrent_dropout=0.5, **arguments)
+        layer.weight_hh_l0.copy_(eye)
+        output = layer(torch.zeros(T, B, 40), ones)[0]
+        assert [step.unique().tolist() for step in output] == [[0, 2 ** (t + 1)] for t in range(T)]
+        layer = rnnfast.RNN(40, 40, input_dropout=0.5, **arguments)
+        layer.weight_hh_l0.zero_(), layer.weight_ih_l0.copy_(eye)
+        of_input = layer(ones.expand(T, B, 40))[0]
+        assert of_input.unique().tolist() == [0, 2]
+        same(of_input, of_input[:1].expand_as(of_input))
+        layer = rnnfast.RNN(40, 40, zoneout=0.5, **arguments)
+        layer.weight_hh_l0.copy_(2 * eye)
+        doubled = torch.cat([ones, layer(torch.zeros(T, B, 40), ones)[0]]).diff(dim=0) > 0
+    for draws, size in ((output[0], B), (of_input[0], B), (doubled.flatten(0, 1), T * B)):
+        assert len({tuple(row.tolist()) for row in draws}) == size
+        assert 0.4 < (draws > 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_zoneout_of_all_keeps_the_state(kind: str, training: bool) -> None:
+    x, hx = R(T, B, I), states(kind, 2, B, H)
+    layer = getattr(rnnfast, kind)(I, H, bidirectional=True, zoneout=1, **DOUBLE).train(training)
+    output, *final = results = run(layer, x, hx)
+    same(final[: len(hx)], hx)
+    same(output, torch.cat([*hx[0]], -1).expand_as(output))
+    of_x, *of_hx = results[1 + len(hx) :]
+    assert not any(gradient.any() for gradient in (of_x, *of_hx[len(hx) :]))
+    for zoneout in ((1, 0), (0, 1)) if kind == "LSTM" else ():
+        layer = rnnfast.LSTM(I, H, bidirectional=True, zoneout=zoneout, **DOUBLE).train(training)
+        kept = [torch.equal(state, start) for state, start in zip(call(layer, x, hx)[1:], hx, strict=True)]
+        assert kept == [bool(p) for p in zoneout]
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout", "weight_dropout", "input_dropout"])
+def test_dropping_all_leaves_zeros(option: str) -> None:
+    layer, plain, x = rnnfast.GRU(I, H, **{option: 1.0}, **DOUBLE), rnnfast.GRU(I, H, **DOUBLE), R(T, B, I)
+    plain.load_state_dict(layer.state_dict())
+    nn.init.zeros_(plain.weight_ih_l0 if option == "input_dropout" else plain.weight_hh_l0)
+    results = run(layer, x)
+    same(results[:2], call(plain, x), **EXACT)
+    assert all(result.isfinite().all() for result in results)
+
+
+# --- the ways to call a layer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["memory as it comes", "memory of NaN"])
+def _memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The second: whatever torch allocates is NaN until it is written."""
+    torch.use_deterministic_algorithms(request.param)
+    assert not request.param or torch.empty(100).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_memory")
+@every_layer
+def test_padding_does_not_matter(name: str) -> None:
+    layer, clean, hx = made(name, **WAYS), R(T, B, I), states(name, 4, B, H)
+    clean[3:, 0] = clean[:, 2] = 0
+    padded = clean.clone()
+    padded[3:, 0] = padded[:, 2] = float("nan")
+    actual = run(layer, padded, hx, lengths=LENGTHS)
+    same(actual, run(layer, clean, hx, lengths=LENGTHS))
+    assert all(result.isfinite().all() for result in actual)
+    for rows in (actual[0], actual[1 + len(hx)]):  # the output, and the gradient of x
+        assert rows[:3, 0].any()
+        assert not rows[3:, 0].any()
+        assert not rows[:, 2].any()
+    same([state[:, 2] for state in actual[1 : 1 + len(hx)]], [state[:, 2] for state in hx])
+
+
+@every_layer
+@pytest.mark.parametrize("lengths", [None, []], ids=["dense", "lengths"])
+def test_no_rows(name: str, lengths: Any) -> None:
+    layer, x, hx = made(name, **WAYS), R(T, 0, I), states(name, 4, 0, H)
+    results = run(layer, x, hx, lengths=lengths)
+    assert results[0].shape == (T, 0, 2 * H)
+    wanted = [*hx, x, *hx, *layer.parameters()]
+    assert [result.shape for result in results[1:]] == [tensor.shape for tensor in wanted]
+    assert not any(gradient.any() for gradient in results)
+    assert all(state.shape == (0, H) for state in leaves(cell_of(name, made(name))(x[0])))
+
+
+@every_layer
+def test_one_step_and_loops_of_cells(name: str) -> None:
+    layer, x, hx = made(name).eval(), R(T, B, I), states(name, 1, B, H)
+    output, *final = call(layer, x, hx)
+    same(call(layer, x[:1], hx)[:2], [output[:1], output[:1]], **EXACT)
+    cell, state, every = cell_of(name, layer), [s[0] for s in hx], []
+    for x_t in x:
+        state = call(cell, x_t, state)
+        every.append(state[0])
+    same([torch.stack(every), *(s[None] for s in state)], [output, *final], **EXACT)
+    same(call(cell, x[0, 0]), [s[0] for s in call(cell, x[0])], **EXACT)
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_layouts(name: str, training: bool) -> None:
+    """The batch first, one row without a batch, and packed rows in any order; with the same draws, where these are of
+    a sequence."""
+    draws = training and name in DRAWING
+    if draws and "zoneout" in LAYERS[name][1]:
+        pytest.skip("zoneout draws for each row as the rows lie")
+    layer, first = (made(name, **WAYS, batch_first=batch_first).train(training) for batch_first in (False, True))
+    first.load_state_dict(layer.state_dict())
+    x, resets, lengths = R(T, B, I), torch.rand(T, B) < 0.4, torch.tensor([5, 3, 1] if draws else [3, 5, 1])
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=draws)
+    for hx in (states(name, 4, B, H), None):
+        expected = call(layer, x, hx, lengths=LENGTHS, resets=resets)
+        output, *final = call(first, x.transpose(0, 1), hx, lengths=LENGTHS, resets=resets.T)
+        same([output.transpose(0, 1), *final], expected, **EXACT)
+        torch.manual_seed(SEED)
+        output, final = layer(packed, None if hx is None else tuple(hx) if len(hx) == 2 else hx[0])
+        expected = call(layer, x, hx, lengths=lengths)
+        same([pad_packed_sequence(output)[0], *leaves(final)], expected, **EXACT)
+        row = call(layer, x[:, :1], None if hx is None else [state[:, :1] for state in hx])
+        alone = call(layer, x[:, 0], None if hx is None else [state[:, 0] for state in hx])
+        same(alone, [result[:, 0] for result in row], **EXACT)
+
+
+@every_layer
+def test_resets_make_separate_segments(name: str) -> None:
+    layer, x, hx = made(name, **WAYS).eval(), R(T, B, I), states(name, 4, B, H)
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[[2, 4]] = True
+    found, ahead = [], torch.tensor([True, False, True, False]).view(4, 1, 1)
+    for number, piece in enumerate(x.split([2, 2, 1])):
+        # hx is for the first segment of the forward directions, and the last of the others.
+        found.append(call(layer, piece, [s * (ahead * (number == 0) + ~ahead * (number == 2)) for s in hx]))
+    final = [torch.where(ahead, last, start) for last, start in zip(found[-1][1:], found[0][1:], strict=True)]
+    same(call(layer, x, hx, resets=resets), [torch.cat([results[0] for results in found]), *final], **EXACT)
+
+
+@pytest.mark.parametrize("name", LSTMS)
+def test_cell_states_are_those_of_single_steps(name: str) -> None:
+    layer, x, hx, lengths = made(name, num_layers=2).eval(), R(T, B, I), states(name, 2, B, H), torch.tensor([5, 4, 1])
+    *results, cell_states = call(layer, x, hx, return_cell_states=True)
+    same(results, call(layer, x, hx))
+    state, every = hx, []
+    for x_t in x.split(1):
+        _, *state = call(layer, x_t, state)
+        every.append(state[1][-1])
+    same(cell_states, torch.stack(every), **EXACT)
+    of_packed = layer(pack_padded_sequence(x, lengths), hx, return_cell_states=True)[2]
+    same(pad_packed_sequence(of_packed)[0], call(layer, x, hx, lengths=lengths, return_cell_states=True)[-1], **EXACT)
+
+
+@every_layer
+def test_no_state_is_a_state_of_zeros(name: str) -> None:
+    layer, x = made(name, **WAYS), R(T, B, I)
+    same(call(layer, x), call(layer, x, [torch.zeros_like(state) for state in states(name, 4, B, H)]))
+
+
+@every_layer
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_results_share_no_memory(name: str, backend: str) -> None:
+    """So that any may be written, and kept without keeping another."""
+    layer, x = made(name), R(T, B, I)
+    cell, options = cell_of(name, layer), {"return_cell_states": True} if name in LSTMS else {}
+    for module, input, state, kwargs in (
+        (layer, x, states(name, 1, B, H), options),
+        (layer, x[:1], states(name, 1, B, H), options),
+        (layer, x[:, 0], states(name, 1, H), options),
+        (cell, x[0], states(name, B, H), {}),
+        (cell, x[0, 0], states(name, H), {}),
+    ):
+        for wants in (True, False):
+            with torch.set_grad_enabled(wants), rnnfast.backend(backend):
+                tensors = [*call(module, input, state, **kwargs), x, *state, *module.parameters()]
+            assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
