@@ -29,8 +29,8 @@ class LiGRU(GRU):
     and the biases, where there are any. Source: Ravanelli, Brakel, Omologo, Bengio 2018,
     https://arxiv.org/abs/1803.10225. It is ``GRU(..., preset="light_gru")``. As SpeechBrain's, with these differences:
     gates in the order z, n, where SpeechBrain has n, z; two directions have weights of their own, where SpeechBrain's
-    share them. Its settings: ``bias=False, batch_norm_momentum=0.05``, and for its dropout
-    ``recurrent_dropout=p, dropout_mode="candidate"``.
+    share them. There the products have no biases, and the batch norm has: that is ``bias_ih``, with ``bias_hh`` zero.
+    Its momentum is ``batch_norm_momentum=0.05``, its dropout ``recurrent_dropout=p, dropout_mode="candidate"``.
 
     Args:
         input_size, hidden_size, ...: as :class:`GRU`, with its other options.

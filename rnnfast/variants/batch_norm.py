@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..sequences import DenseRows, Sequences
+from ..signatures import compute_dtype
 
 
 class Statistics(NamedTuple):
@@ -27,6 +28,12 @@ class Statistics(NamedTuple):
         """Of one step; beyond the last of those that are kept, its."""
         i = min(step, self.mean.shape[0] - 1)
         return Statistics(self.mean[i], self.variance[i])
+
+
+def _keep(running: Statistics, mean: Tensor, variance: Tensor) -> None:
+    with torch.no_grad():
+        running.mean.copy_(mean)
+        running.variance.copy_(variance)
 
 
 class BatchNorm(NamedTuple):
@@ -65,25 +72,26 @@ class BatchNorm(NamedTuple):
         Raises:
             ValueError: in training, there are fewer than two rows, of which all count.
         """
-        given, kept_in = value.dtype, running.mean.dtype
-        value, weight = value.to(kept_in), weight.to(kept_in)
-        bias = None if bias is None else bias.to(kept_in)
+        given, compute = value.dtype, compute_dtype(value.dtype)
+        value, weight = value.to(compute), weight.to(compute)
+        bias = None if bias is None else bias.to(compute)
+        # Copies: what a derivative has saved must not change with the next call.
+        mean, variance = running.mean.to(compute, copy=True), running.variance.to(compute, copy=True)
         if not self.training or counts is None:
-            return F.batch_norm(
-                value, running.mean, running.variance, weight, bias, self.training, self.momentum, self.eps
-            ).to(given)
-        # None at all: their mean is of no use, and must not be no number.
-        number = counts.sum().clamp_min(1)
-        kept = torch.where(counts, value, 0)
-        mean = kept.sum(0) / number
-        off = torch.where(counts, value - mean, 0)
-        variance = (off * off).sum(0) / number
-        with torch.no_grad():
-            # Of too few rows there is no variance: what was there stays.
-            part = torch.where(number > 1, self.momentum, 0.0).to(mean.dtype)
-            running.mean.add_(part * (mean - running.mean))
-            running.variance.add_(part * (variance * (number / (number - 1).clamp_min(1)) - running.variance))
-        normed = off * torch.rsqrt(variance + self.eps) * weight
+            normed = F.batch_norm(value, mean, variance, weight, bias, self.training, self.momentum, self.eps)
+            if self.training:
+                _keep(running, mean, variance)
+            return normed.to(given)
+        # Where no row counts their mean is of no use, and must not be no number.
+        number = counts.sum().clamp_min(1).to(compute)
+        batch_mean = torch.where(counts, value, 0).sum(0) / number
+        off = torch.where(counts, value - batch_mean, 0)
+        batch_variance = (off * off).sum(0) / number
+        # Of one row there is no variance: what was there stays.
+        part = torch.where(number > 1, torch.full_like(number, self.momentum), 0)
+        unbiased = batch_variance * (number / (number - 1).clamp_min(1))
+        _keep(running, mean + part * (batch_mean - mean), variance + part * (unbiased - variance))
+        normed = off * torch.rsqrt(batch_variance + self.eps) * weight
         return (normed if bias is None else normed + bias).to(given)
 
     def of_input(self, value: Tensor, sequences: Sequences) -> Tensor:
@@ -96,10 +104,13 @@ class BatchNorm(NamedTuple):
         flat = self.normalise(value.flatten(0, -2), self.input, self.weights[0], None, counts)
         return flat.view(value.shape)
 
-    def steps_of_input(self, value: Tensor, rows: DenseRows, reverse: bool) -> list[Tensor]:
-        """W_ih x (T, B, G*H), with ``"recurrent"``: each step by itself, numbered as the direction takes them."""
+    def steps_of_input(self, value: Tensor, rows: DenseRows, numbers: dict[int, int]) -> list[Tensor]:
+        """W_ih x (T, B, G*H), with ``"recurrent"``: each step by itself.
+
+        numbers: of the steps, from 0 on, by their time.
+        """
         found = list(value.unbind())
-        for number, t in enumerate(rows.order(reverse)):
+        for t, number in numbers.items():
             counts = None if rows.active is None else rows.active[t]
             found[t] = self.normalise(value[t], self.input.of_step(number), self.weights[0], None, counts)
         return found

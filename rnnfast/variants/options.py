@@ -367,8 +367,10 @@ def _check(cls: str, options: Options, has_cell_state: bool, gates: int) -> None
             raise ValueError(f"{cls}: {name}: expected {getattr(default, name)!r}: the GRU alone has it")
     if not options.reset_after and not options.reset_gate:
         raise ValueError(f"{cls}: reset_after: expected True with reset_gate=False")
+    if options.batch_norm == "recurrent" and not options.reset_after:
+        raise ValueError(f"{cls}: batch_norm: expected None or 'sequence' with reset_after=False, got 'recurrent'")
     if options.batch_norm is not None and options.normalises:
-        raise ValueError(f"{cls}: batch_norm: expected None with layer_norm or cell_norm")
+        raise ValueError(f"{cls}: batch_norm: expected None with layer_norm or cell_norm, got {options.batch_norm!r}")
     for name, wanted in (("batch_norm_momentum", ("sequence", "recurrent")), ("batch_norm_steps", ("recurrent",))):
         if getattr(options, name) != getattr(default, name) and options.batch_norm not in wanted:
             raise ValueError(f"{cls}: {name}: goes with batch_norm={' or '.join(map(repr, wanted))}")

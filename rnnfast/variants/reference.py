@@ -271,6 +271,16 @@ def _step(arguments: Arguments, compute: torch.dtype) -> Callable[..., tuple[Ten
     return step
 
 
+def _numbers_of_steps(rows: DenseRows, sequences: Sequences, reverse: bool) -> dict[int, int]:
+    """By time: the steps of a direction from 0 on, beginning with the first that any row has: what is padded beyond the
+    longest row must not count."""
+    order = list(rows.order(reverse))
+    beyond = 0
+    if reverse and sequences.lengths is not None and sequences.lengths.numel():
+        beyond = rows.steps - int(sequences.lengths.max())
+    return {t: max(number - beyond, 0) for number, t in enumerate(order)}
+
+
 def forward(
     arguments: Arguments, batch_norm: BatchNorm | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -293,7 +303,8 @@ def forward(
         if batch_norm is None:
             x = x.unbind()
         else:
-            x = batch_norm.steps_of_input(x, rows, arguments.reverse)
+            numbers = _numbers_of_steps(rows, sequences, arguments.reverse)
+            x = batch_norm.steps_of_input(x, rows, numbers)
             x = [step if bias is None else step + bias.to(compute) for step in x]
         weight = arguments.weights.weight_hh.to(compute)
         hidden_size, has_cell = weight.shape[1] * arguments.num_heads, arguments.mode == "LSTM"
@@ -316,15 +327,15 @@ def forward(
         step = _step(arguments, compute)
         active, keep = rows.masks(arguments.reverse)
         every_h, every_c = [h] * rows.steps, [h] * rows.steps
-        for number, t in enumerate(rows.order(arguments.reverse)):
+        for t in rows.order(arguments.reverse):
             h_before = masked(keep[t], h)
             c_before = None if c is None else masked(keep[t], c)
             multiplied = h_before if recurrent_mask is None else h_before * recurrent_mask
             recurrent = recurrent_product(multiplied, weight, arguments.num_heads)
             seen: Callable[[Tensor], Tensor] = _as_it_is
             if batch_norm is not None:
-                recurrent = batch_norm.of_recurrent(recurrent, number, active[t])
-                seen = functools.partial(batch_norm.of_cell, step=number, counts=active[t])
+                recurrent = batch_norm.of_recurrent(recurrent, numbers[t], active[t])
+                seen = functools.partial(batch_norm.of_cell, step=numbers[t], counts=active[t])
             log_n_before = None if log_n is None else select(keep[t], log_n, nothing_yet)
             new_h, new_c, new_log_n = step(x[t], recurrent, h_before, c_before, log_n_before, old_h[t], old_c[t], seen)
             if log_n is not None and new_log_n is not None:
