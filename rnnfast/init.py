@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .cell_types import CELLS
+from .variants.options import finite_number
 
 __all__ = ["chrono_", "orthogonal_"]
 
@@ -49,7 +48,7 @@ def _parameter(function: str, module: nn.Module, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def orthogonal_(module: nn.Module, gain: Any = 1.0) -> nn.Module:
+def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
     """Makes the recurrent weights of each gate an orthogonal matrix times `gain`: with ``num_heads`` each head's.
 
     At first h neither grows nor shrinks by a product with them. Source: Saxe et al. 2014,
@@ -66,10 +65,7 @@ def orthogonal_(module: nn.Module, gain: Any = 1.0) -> nn.Module:
     Raises:
         TypeError: it is not a recurrent module. ValueError: its weights are parametrized.
     """
-    if not isinstance(gain, numbers.Real) or isinstance(gain, bool):
-        raise TypeError(f"rnnfast.init.orthogonal_: gain: expected a number, got {gain!r}")
-    if not math.isfinite(gain):
-        raise ValueError(f"rnnfast.init.orthogonal_: gain: expected a finite number, got {gain!r}")
+    gain = finite_number("rnnfast.init.orthogonal_", "gain", gain)
     for suffix in _each("orthogonal_", module):
         weight = _parameter("orthogonal_", module, f"weight_hh{suffix}")
         columns, projected = weight.shape[1], getattr(module, "proj_size", 0) > 0
@@ -81,7 +77,7 @@ def orthogonal_(module: nn.Module, gain: Any = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def chrono_(module: nn.Module, max_steps: Any) -> nn.Module:
+def chrono_(module: nn.Module, max_steps: float) -> nn.Module:
     r"""Chrono initialisation: the gate that keeps the state gets biases with which units forget over 1 to `max_steps`.
 
     The keeping gate's bias is :math:`\log u` with u uniform on [1, max_steps - 1], of the LSTM the input gate's the
@@ -100,9 +96,7 @@ def chrono_(module: nn.Module, max_steps: Any) -> nn.Module:
         TypeError: it is not a recurrent module.
         ValueError: it has no gates that are sigmoids, no biases or parametrized ones, or max_steps is not more than 2.
     """
-    if not isinstance(max_steps, numbers.Real) or isinstance(max_steps, bool):
-        raise TypeError(f"rnnfast.init.chrono_: max_steps: expected a number, got {max_steps!r}")
-    if not 2 < max_steps < math.inf:
+    if not finite_number("rnnfast.init.chrono_", "max_steps", max_steps) > 2:
         raise ValueError(f"rnnfast.init.chrono_: max_steps: expected more than 2, got {max_steps!r}")
     suffixes = list(_each("chrono_", module))
     if not module.bias and getattr(getattr(module, "_options", None), "layer_norm", None) != "joint":

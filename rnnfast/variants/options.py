@@ -324,20 +324,21 @@ def _value(cls: str, name: str, value: Any, has_cell_state: bool) -> Any:
         if isinstance(value, (tuple, list)):
             if len(value) != 2:
                 raise ValueError(f"{cls}: zoneout: expected (of h, of c) or one number, got {value!r}")
-            of_h, of_c = (_number(cls, name, each, 0, 1) for each in value)
+            of_h, of_c = (finite_number(cls, name, each, 0, 1) for each in value)
             if of_c and not has_cell_state:
                 raise ValueError(f"{cls}: zoneout: expected one number: there is no cell state, got {value!r}")
             return (of_h, of_c)
-        both = _number(cls, name, value, 0, 1)
+        both = finite_number(cls, name, value, 0, 1)
         return (both, both if has_cell_state else 0.0)
     if name in _PROBABILITIES or name == "batch_norm_momentum":
-        return _number(cls, name, value, 0, 1)
+        return finite_number(cls, name, value, 0, 1)
     if name == "norm_eps":
-        return _number(cls, name, value, 0, math.inf)
-    return None if value is None else _number(cls, name, value, -math.inf, math.inf)
+        return finite_number(cls, name, value, 0, math.inf)
+    return None if value is None else finite_number(cls, name, value, -math.inf, math.inf)
 
 
-def _number(cls: str, name: str, value: Any, least: float, most: float) -> float:
+def finite_number(cls: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """The value; TypeError or ValueError, in the name of `cls`, where it is none from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{cls}: {name}: expected a number, got {value!r}")
     given = value
