@@ -217,6 +217,7 @@ class LSTMCell(Cell, nn.LSTMCell):
         hidden_size: H, the features of the state; 0 is allowed.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
         device, dtype: of the parameters.
+        layer_norm, cell_norm, peephole and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
     """
 
     _own_mode = "LSTM"
@@ -277,6 +278,7 @@ class GRUCell(Cell, nn.GRUCell):
         hidden_size: H, the features of the state; 0 is allowed.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: True
         device, dtype: of the parameters.
+        layer_norm, zoneout, reset_after and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
     """
 
     _own_mode = "GRU"
@@ -354,6 +356,7 @@ class RNNCell(Cell, nn.RNNCell):
         nonlinearity: ``'tanh'``, ``'relu'``, ``'sigmoid'`` or ``'identity'``, looked at in forward as torch.nn does.
             Default: ``'tanh'``
         device, dtype: of the parameters.
+        layer_norm, zoneout, num_heads and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
     """
 
     def _mode(self) -> str:

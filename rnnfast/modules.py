@@ -358,6 +358,7 @@ class LSTM(Recurrent, nn.LSTM):
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         proj_size: P > 0 projects h to P features. Default: 0
         device, dtype: of the parameters.
+        layer_norm, cell_norm, peephole and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM does, in its words.
@@ -481,6 +482,7 @@ class GRU(_OneState, nn.GRU):
         dropout: probability of an element being zeroed between layers, in training. Default: 0
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         device, dtype: of the parameters.
+        layer_norm, zoneout, reset_after and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
 
     Raises:
         ValueError, TypeError: as torch.nn.GRU does, in its words.
@@ -562,6 +564,7 @@ class RNN(_OneState, nn.RNN):
         dropout: probability of an element being zeroed between layers, in training. Default: 0
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         device, dtype: of the parameters.
+        layer_norm, zoneout, num_heads and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
 
     Raises:
         ValueError, TypeError: as torch.nn.RNN does, in its words.
