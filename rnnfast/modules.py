@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .cell_types import CELLS, NONLINEARITIES
+from .cell_types import CELLS, NONLINEARITIES, CellType
 from .functional import COMPUTED_TYPES, run_layers
 from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
 from .signatures import kinds_of
@@ -90,6 +90,13 @@ class Recurrent(WithOptions, nn.RNNBase):
     def _mode(self) -> str:
         return self._own_mode or self.mode
 
+    def _shape_of_weight_hh(self, cell: CellType, state_size: int) -> tuple[int, int]:
+        options, hidden_size = self._options, self.hidden_size
+        # On the path of every call.
+        if options is None:
+            return cell.gates * hidden_size, state_size
+        return options.gates(cell.gates) * hidden_size, state_size // options.num_heads
+
     def _cell_size(self) -> int:
         """Of c, as it travels."""
         return self.hidden_size
@@ -148,7 +155,7 @@ class Recurrent(WithOptions, nn.RNNBase):
             check_alike(input, h, "hidden")
         mode = self._own_mode or self.mode
         cell = CELLS.get(mode)
-        if cell is None or weights[1].shape != (self._gates() * hidden_size, state_size // self._heads()):
+        if cell is None or weights[1].shape != self._shape_of_weight_hh(cell, state_size):
             self._refuse_sizes(weights[1], state_size)
         if c is not None:
             self._check_state(c, batch, self._cell_size(), "hidden[1]")
@@ -202,7 +209,7 @@ class Recurrent(WithOptions, nn.RNNBase):
             raise AssertionError(f"mode must be {', '.join(others)} or {last}, got {mode}")
         raise RuntimeError(
             f"{type(self).__name__}: hidden_size={self.hidden_size}, proj_size={self.proj_size} need weight_hh_l0 of "
-            f"shape ({self._gates() * self.hidden_size}, {state_size // self._heads()}), got {tuple(weight_hh.shape)}"
+            f"shape {self._shape_of_weight_hh(CELLS[mode], state_size)}, got {tuple(weight_hh.shape)}"
         )
 
     def _check_dropout(self) -> None:
@@ -244,19 +251,6 @@ class Recurrent(WithOptions, nn.RNNBase):
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         sequences = EVERY_ROW_COUNTS[batch_first] if options is None else dense_sequences(input, batch_first, options)
-        return self._run_layers(mode, input, h, c, weights, sequences, cell_states)
-
-    def _run_layers(
-        self,
-        mode: str,
-        input: Tensor,
-        h: Tensor | None,
-        c: Tensor | None,
-        weights: list[Tensor],
-        sequences: Sequences,
-        cell_states: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """All layers, after the checks."""
         run = run_layers if self._options is None else run_module_layers(self, self._options)
         return run(
             mode, input, h, c, weights, sequences, bias=self.bias,
@@ -318,8 +312,12 @@ class Recurrent(WithOptions, nn.RNNBase):
         if sorted_indices is not None:
             h = None if h is None else h.index_select(1, sorted_indices)
             c = None if c is None else c.index_select(1, sorted_indices)
-        sequences = Sequences(batch_sizes)
-        output, h_n, c_n, every_c = self._run_layers(mode, input, h, c, weights, sequences, cell_states)
+        run = run_layers if self._options is None else run_module_layers(self, self._options)
+        output, h_n, c_n, every_c = run(
+            mode, input, h, c, weights, Sequences(batch_sizes), bias=self.bias, num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional), dropout=self.dropout, training=self.training,
+            return_cell_states=cell_states, kernel=self._kernel,
+        )  # fmt: skip
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
