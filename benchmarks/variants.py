@@ -315,7 +315,7 @@ def speed_table(records: Sequence[Record]) -> str:
         gains = [row["ratio"] for row in asked]
         parts.append(
             f"In training at T={ASKED_OF['T']}, B={ASKED_OF['B']}, H={ASKED_OF['H']}: {min(gains):.1f} to "
-            f"{max(gains):.1f} times as fast as the loop (geometric mean {statistics.geometric_mean(gains):.1f}), in "
+            f"{max(gains):.1f} times as fast as the loop (geometric mean {statistics.geometric_mean(gains):.1f}),\nin "
             f"{min(costs):.2f} to {max(costs):.2f} times the plain layer's time "
             f"({statistics.geometric_mean(costs):.2f})."
         )

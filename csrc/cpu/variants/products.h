@@ -19,7 +19,9 @@ template <class Params> inline Params product_params(const VariantParams& p, int
   r.state_size = p.head_size();
   r.parameters[Kind::weight_hh] = p.weight_hh;
   const int64_t element = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
-  r.parameters[Kind::weight_hh].data[0] = at<char>(p.weight_hh.data[0], first_row * p.weight_hh.stride[0] * element);
+  // Of no rows there is nothing to point at, and a matrix of one row may have any stride.
+  if (rows)
+    r.parameters[Kind::weight_hh].data[0] = at<char>(p.weight_hh.data[0], first_row * p.weight_hh.stride[0] * element);
   return r;
 }
 
