@@ -118,12 +118,7 @@ def from_onnx(
         h = torch.zeros_like(c)
     if h is not None and "initial_c" not in inputs:
         c = torch.zeros_like(h)
-    if h is None and c is None:
-        return module, None
-    # ONNX takes zeros for the one that is missing.
-    given = h if h is not None else c
-    assert given is not None
-    return module, (torch.zeros_like(given) if h is None else h, torch.zeros_like(given) if c is None else c)
+    return module, None if h is None and c is None else (h, c)
 
 
 def _node_of(graph: Any, name: str | None) -> tuple[Any, dict[str, Any]]:
