@@ -67,6 +67,7 @@ def compiles(torch: Path) -> None:
     commands = [
         [*cxx, build.CSRC / "ops.cpp"],
         [*cxx, build.CSRC / "cpu/ops_cpu.cpp"],
+        [*cxx, build.CSRC / "cpu/variants/ops.cpp"],
         [*cxx, f"-I{build.CSRC}", "-DRNNFAST_EMULATED", build.CSRC / "cuda/ops_cuda.cpp"],
     ]
     if nvcc := build.find_nvcc():
