@@ -56,7 +56,9 @@ def random_options(rng: random.Random, kind: str, hidden_size: int, bias: bool) 
     of_kind: dict[str, list[Any]] = {"LSTM": OF_LSTM, "GRU": OF_GRU}.get(kind, {}) | {"num_heads": heads}
     while True:
         options = {name: rng.choice(values) for name, values in (CHOICES | of_kind).items()}
-        if options.get("coupled") or not bias:
+        # A joint norm that has no bias takes the gate's off again.
+        joint_rms = options["layer_norm"] == "joint" and options["norm"] == "rms"
+        if options.get("coupled") or not bias or joint_rms:
             options.pop("forget_bias", None)
         if not options["recurrent_dropout"] or kind.startswith("RNN"):
             del options["dropout_mode"]
@@ -152,7 +154,13 @@ class Case:
                 of.kept_h.append(each(kept(of_h, *rows, hidden_size)) if of_h else None)
                 of.kept_c.append(each(kept(of_c, *rows, hidden_size)) if of_c else None)
             if self.dropout and self.training and layer + 1 < self.layers:
-                of.output = each(dropped(self.dropout, *rows, self.directions * hidden_size, like=like))
+                features = self.directions * hidden_size
+                if self.layout.name == "batch_first":
+                    # Time-major all the same, as torch.nn draws it.
+                    drawn = dropped(self.dropout, self.steps, batch, features, like=like)
+                    of.output = [drawn[:end, row] for row, end in enumerate(self.layout.ends)]
+                else:
+                    of.output = each(dropped(self.dropout, *rows, features, like=like))
             every.append(of)
         return every
 
