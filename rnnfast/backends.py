@@ -45,6 +45,7 @@ class Backend:
         for_developers: whether it is listed only where it was loaded.
         load: brings it into the process, where asking for it does that.
         quantized: the op `quantized_layer`, None where weights must not be quantized.
+        has_options: whether there are kernels for layers with options (`variants/`); else the reference runs those.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backend:
     for_developers: bool = False
     load: Callable[[], None] | None = None
     quantized: Callable[..., Any] | None = None
+    has_options: bool = False
 
     def use(self, namespace: str) -> None:
         """Makes the ops of a namespace, with derivatives, those of this backend."""
@@ -104,6 +106,7 @@ _CPU = _of_library(
     describe=lambda: f"C++ kernels, instruction set {ops.cpu_isa()}",
     kernel=_cpu_kernel,
     quantized=ops.quantized_layer("rnnfast") if libraries.cpu_error is None else None,
+    has_options=libraries.cpu_error is None,
 )  # fmt: skip
 if libraries.cpu_error is None:
     _CPU.kernels = ops.on_cpu(_CPU.kernels)
@@ -250,6 +253,20 @@ def select_quantized(tensor: Tensor) -> str:
             "it and the module there"
         )
     return select(tensor)
+
+
+def why_no_kernel_for_options(tensor: Tensor) -> str | None:
+    """Why the reference runs a layer with options on that tensor, in words; None where kernels do.
+
+    Raises:
+        RuntimeError: a backend was asked for by name that cannot run this tensor.
+    """
+    name = select(tensor)
+    if BACKENDS[name].has_options:
+        return None
+    if name == "reference":
+        return "asked for by name" if asked_for() == name else why_reference(tensor.device.type)
+    return f"the backend {name!r} has no kernels for these options yet"
 
 
 def _automatic(device: str) -> str | None:

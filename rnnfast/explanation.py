@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from . import cuda_plan, libraries, ops
-from .backends import BACKENDS, asked_for, select, select_quantized, torch_runs_cell, torch_runs_layers, why_reference
+from .backends import (
+    BACKENDS,
+    asked_for,
+    select,
+    select_quantized,
+    torch_runs_cell,
+    torch_runs_layers,
+    why_no_kernel_for_options,
+    why_reference,
+)
 from .cells import Cell
 from .modules import Recurrent
 from .sequences import Sequences
-from .variants.ops import why_not_fused
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def explain(module: Any, input: Any) -> Explanation:
 
 def _with_options(module: Any, data: Tensor) -> Explanation:
     """Of a module whose options give it a time loop of its own."""
-    why_not = module._options.why_no_kernel or why_not_fused(data)
+    why_not = module._options.why_no_kernel or why_no_kernel_for_options(data)
     if why_not is None:
         kernel = f"C++ time loop for layers with options ({ops.cpu_isa()}), one direction a call"
         return Explanation("cpu", kernel, f"has {module._options}")

@@ -65,18 +65,20 @@ def run_layers(
     Raises:
         RuntimeError: return_cell_states with a kernel of the caller's, which returns no c_t.
     """
-    if _autocast_active():
-        device = input.device.type
-        if _autocast_available(device) and torch.is_autocast_enabled(device):
-            cast = _autocast if kernel is None else _to_float32
-            input, hx, cx, weights = cast(mode, device, input, hx, cx, weights)
-            # From here on the types are what they should be; autocast must not touch the products inside.
-            with torch.autocast(device, enabled=False):
-                return run_layers(
-                    mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers,
-                    bidirectional=bidirectional, dropout=dropout, training=training,
-                    return_cell_states=return_cell_states, kernel=kernel,
-                )  # fmt: skip
+    if _autocast_active() and _autocasts(input):
+
+        def run_cast(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> Any:
+            return run_layers(
+                mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers,
+                bidirectional=bidirectional, dropout=dropout, training=training,
+                return_cell_states=return_cell_states, kernel=kernel,
+            )  # fmt: skip
+
+        cast = _autocast if kernel is None else _to_float32
+        results: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = with_autocast(
+            mode, input, hx, cx, weights, run_cast, cast
+        )
+        return results
 
     if kernel is None:
         run = _choose(mode, input, hx, cx, weights, sequences, return_cell_states)
@@ -240,21 +242,29 @@ def _autocast(
     )
 
 
+def _autocasts(input: Tensor) -> bool:
+    """Whether autocast, which is on for some device, is for this tensor's."""
+    device = input.device.type
+    return _autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def with_autocast(
     mode: str,
-    device: str,
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Tensors,
     run: Callable[[Tensor, Tensor | None, Tensor | None, Tensors], Any],
+    cast: Callable[..., tuple[Any, ...]] = _autocast,
 ) -> Any:
-    """`run` of these in the types that autocast, where it is on, wants; without it on the way."""
-    if not (_autocast_active() and _autocast_available(device) and torch.is_autocast_enabled(device)):
+    """`run` of these in the types that autocast, where it is on, wants."""
+    if not _autocast_active() or not _autocasts(input):
         return run(input, hx, cx, weights)
-    cast = _autocast(mode, device, input, hx, cx, weights)
+    device = input.device.type
+    now = cast(mode, device, input, hx, cx, weights)
+    # From here on the types are what they should be; autocast must not touch the products inside.
     with torch.autocast(device, enabled=False):
-        return run(*cast)
+        return run(*now)
 
 
 def _to_float32(

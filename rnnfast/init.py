@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cell_types import CELLS
+from .signatures import suffixes_of
 from .variants.options import finite_number
 
 __all__ = ["chrono_", "orthogonal_"]
 
 
-def _each(function: str, module: nn.Module) -> Iterator[str]:
+def _suffixes(function: str, module: nn.Module) -> list[str]:
     """The endings of the names of a module's parameters, one for each layer and direction.
 
     Raises:
         TypeError: the module is not a recurrent layer or cell.
     """
     if isinstance(module, nn.RNNCellBase):
-        yield ""
-        return
-    if not isinstance(module, nn.RNNBase):
-        raise TypeError(
-            f"rnnfast.init.{function}: module: expected an LSTM, GRU, RNN or one of their cells, "
-            f"got {type(module).__name__}"
-        )
-    for layer in range(module.num_layers):
-        for way in ("", "_reverse") if module.bidirectional else ("",):
-            yield f"_l{layer}{way}"
+        return [""]
+    if isinstance(module, nn.RNNBase):
+        return suffixes_of(module.num_layers, bool(module.bidirectional))
+    raise TypeError(
+        f"rnnfast.init.{function}: module: expected an LSTM, GRU, RNN or one of their cells, "
+        f"got {type(module).__name__}"
+    )
 
 
 def _parameter(function: str, module: nn.Module, name: str) -> Tensor:
@@ -66,7 +63,7 @@ def orthogonal_(module: nn.Module, gain: float = 1.0) -> nn.Module:
         TypeError: it is not a recurrent module. ValueError: its weights are parametrized.
     """
     gain = finite_number("rnnfast.init.orthogonal_", "gain", gain)
-    for suffix in _each("orthogonal_", module):
+    for suffix in _suffixes("orthogonal_", module):
         weight = _parameter("orthogonal_", module, f"weight_hh{suffix}")
         columns, projected = weight.shape[1], getattr(module, "proj_size", 0) > 0
         # A block of each gate, of each head.
@@ -98,11 +95,11 @@ def chrono_(module: nn.Module, max_steps: float) -> nn.Module:
     """
     if not finite_number("rnnfast.init.chrono_", "max_steps", max_steps) > 2:
         raise ValueError(f"rnnfast.init.chrono_: max_steps: expected more than 2, got {max_steps!r}")
-    suffixes = list(_each("chrono_", module))
-    if not module.bias and getattr(getattr(module, "_options", None), "layer_norm", None) != "joint":
-        raise ValueError("rnnfast.init.chrono_: module: expected one with bias=True")
+    suffixes = _suffixes("chrono_", module)
     options: Any = getattr(module, "_options", None)
     joint = options is not None and options.layer_norm == "joint"
+    if not module.bias and not joint:
+        raise ValueError("rnnfast.init.chrono_: module: expected one with bias=True")
     if joint and options.norm == "rms":
         raise ValueError("rnnfast.init.chrono_: module: a joint norm takes biases off again, and norm='rms' has none")
     for suffix in suffixes:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .cell_types import CELLS, NONLINEARITIES, CellType
 from .functional import COMPUTED_TYPES, run_layers
 from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
-from .signatures import kinds_of
+from .signatures import kinds_of, suffixes_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
 from .variants.layers import run_module_layers
 from .variants.modules import WithOptions
@@ -84,8 +84,7 @@ class Recurrent(WithOptions, nn.RNNBase):
 
     def _suffixes(self) -> list[str]:
         """Of the parameters' names, by layer and direction."""
-        ways = ("", "_reverse") if self.bidirectional else ("",)
-        return [f"_l{layer}{way}" for layer in range(self.num_layers) for way in ways]
+        return suffixes_of(self.num_layers, bool(self.bidirectional))
 
     def _mode(self) -> str:
         return self._own_mode or self.mode
@@ -174,11 +173,10 @@ class Recurrent(WithOptions, nn.RNNBase):
         """
         self._check_flags()
         layers: Any = self.num_layers
-        directions = ["", "_reverse"] if self.bidirectional else [""]
         if not isinstance(layers, int):
             raise TypeError(f"{type(self).__name__}: num_layers should be of type int, got: {type(layers).__name__}")
         kinds = kinds_of(bool(self.bias), self.proj_size > 0)
-        names = [f"{kind}_l{layer}{way}" for layer in range(layers) for way in directions for kind in kinds]
+        names = [kind + suffix for suffix in suffixes_of(layers, bool(self.bidirectional)) for kind in kinds]
         there_are = 0 < len(names) < len(weights) and self._flat_weights_names[: len(names)] == names
         if there_are and self._own_mode == "LSTM" and self.proj_size <= 0:
             return weights[: len(names)]

@@ -110,6 +110,11 @@ def kinds_of(bias: bool, projection: bool) -> tuple[str, ...]:
     return _KINDS_OF[bias, projection]
 
 
+def suffixes_of(num_layers: int, bidirectional: bool) -> list[str]:
+    """What the names of a layer's parameters end with, in torch.nn's order: by layer, by direction."""
+    return [f"_l{layer}{way}" for layer in range(num_layers) for way in (("", "_reverse") if bidirectional else ("",))]
+
+
 def shapes_of(gates: int, input_size: int, hidden_size: int, state_size: int) -> dict[str, tuple[int, ...]]:
     """By kind: the shape of a layer's parameters of that kind, whose cell has so many gates."""
     sizes = {"gates": gates * hidden_size, "input": input_size, "state": state_size, "hidden": hidden_size}

@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
 from module_cases import raised
+from rnnfast.backends import BACKENDS
 from rnnfast.sequences import Sequences
 from rnnfast.variants import ops as variant_ops
 from rnnfast.variants.options import NAMES
 from rnnfast.variants.reference import Arguments, Masks, Weights
-from test_variants_contract import (
+from triton_interpreter import triton_problem
+from variant_layers import (
     CANDIDATE,
     DOUBLE,
     LAYERS,
@@ -42,7 +44,6 @@ from test_variants_contract import (
     run,
     same,
 )
-from triton_interpreter import triton_problem
 
 # --- what runs, and what is refused -------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def test_explain_says_what_runs(name: str) -> None:
     assert not any("variant" in op for op in recorder.names)
 
 
-@pytest.mark.parametrize("backend", ["no such", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_backend_without_kernels_says_so_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton" and (why := triton_problem()) is not None:
         pytest.skip(why)
@@ -88,7 +89,7 @@ def test_a_backend_without_kernels_says_so_once(backend: str, monkeypatch: pytes
     with warnings.catch_warnings(record=True) as caught, rnnfast.backend("triton" if backend == "triton" else "auto"):
         warnings.simplefilter("always")
         if backend != "triton":
-            monkeypatch.setattr(variant_ops, "select", lambda tensor: backend)
+            monkeypatch.setattr(BACKENDS[backend], "has_options", False)
         for _ in range(3):
             same(run(layer, x), expected)
         run(made("GRU joint", dtype=torch.float32), x)

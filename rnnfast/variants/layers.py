@@ -86,14 +86,13 @@ def run_direction(
     others = weights.others
     batch_norm = None
     if options.batch_norm is not None:
-        statistics, of_norm = (
-            weights.statistics,
-            [others.get(f"weight_batch_norm_{kind}") for kind in ("ih", "hh", "c")],
-        )
-        assert of_norm[0] is not None
+        statistics = weights.statistics
+        of_norm = (
+            others["weight_batch_norm_ih"], others.get("weight_batch_norm_hh"), others.get("weight_batch_norm_c"),
+        )  # fmt: skip
         batch_norm = BatchNorm(
             training, options.batch_norm_momentum, options.norm_eps, statistics["ih"], statistics.get("hh"),
-            statistics.get("c"), (of_norm[0], of_norm[1], of_norm[2]), others.get("bias_batch_norm_c"),
+            statistics.get("c"), of_norm, others.get("bias_batch_norm_c"),
         )  # fmt: skip
     gates, bias_hn, bias = reference.input_gates(
         options, mode, input, weights.weight_ih, weights.bias_ih, weights.bias_hh, others.get("weight_norm_ih"),
@@ -317,7 +316,7 @@ def run_module_layers(module: Any, options: Options) -> Callable[..., Any]:
                 plain_layer=plain_layer, return_cell_states=return_cell_states,
             )  # fmt: skip
 
-        return functional.with_autocast(mode, input.device.type, input, hx, cx, [*weights, *others], run_cast)
+        return functional.with_autocast(mode, input, hx, cx, [*weights, *others], run_cast)
 
     return run
 
@@ -357,7 +356,5 @@ def run_module_step(
         )
         return h_n, c_n if has_cell_state else None
 
-    result: tuple[Tensor, Tensor | None] = functional.with_autocast(
-        mode, input.device.type, input, h, c, [*weights, *others], run_cast
-    )
+    result: tuple[Tensor, Tensor | None] = functional.with_autocast(mode, input, h, c, [*weights, *others], run_cast)
     return result

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import libraries, ops
-from ..backends import asked_for, select
+from ..backends import asked_for, select, why_no_kernel_for_options
 from ..sequences import Sequences, entered, zero_beyond
 from ..signatures import compute_dtype
 from . import reference
@@ -53,21 +53,6 @@ def _nested(values: Sequence[Any]) -> Arguments:
     return made
 
 
-def why_not_fused(tensor: Tensor) -> str | None:
-    """Why the kernels do not run a recurrence with options on that tensor, in words; None where they do.
-
-    Raises:
-        RuntimeError: a backend was asked for by name that cannot run this tensor.
-    """
-    backend = select(tensor)
-    if backend == "cpu":
-        # A program that is made of meta tensors is one for the CPU.
-        return None if libraries.cpu_error is None else str(ops.library_error)
-    if backend == "reference" and asked_for() == "reference":
-        return "asked for by name"
-    return f"the backend {backend!r} has no kernels for these options yet"
-
-
 def warn_of_reference(tensor: Tensor, why: str | None) -> None:
     """Says once that the reference runs, and why, unless it was asked for."""
     if why is not None and asked_for() != "reference" and not torch.compiler.is_compiling():
@@ -88,7 +73,7 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     gates = arguments.gates
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active() or gates.dtype.is_complex:
         return reference.forward(arguments)
-    why_not = why_not_fused(gates)
+    why_not = why_no_kernel_for_options(gates)
     if why_not is not None:
         warn_of_reference(gates, why_not)
         return reference.forward(arguments)
@@ -110,13 +95,13 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values = list(inputs[1:])
-    saved, nones = [], []
+    saved, places = [], []
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
             saved.append(value)
             values[i] = None
-            nones.append(i)
-    ctx.places, ctx.others = nones, values
+            places.append(i)
+    ctx.places, ctx.others = places, values
     out, _, _, cell_states, _, reserve, normed, scale = output
     ctx.save_for_backward(*saved, out, cell_states, reserve, normed, scale)
     ctx.mark_non_differentiable(reserve, normed, scale)

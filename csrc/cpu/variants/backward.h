@@ -157,6 +157,8 @@ template <class Storage> class VariantBackwardLoop {
   static constexpr int kScratches = 3;
   Compute* scratch(const Row& row, int number) const { return row.scratch + number * scratch_.stride; }
 
+  // One share of a group's round, as in forward.h. Between a product and the rows all of dh is there; between the rows
+  // and the next product all of a row's dsums are, and nobody reads the later step's any more.
   void step_share(int64_t g, int64_t round, int64_t share, int member) const {
     const GroupRows rows = rows_of(g);
     const Group& group = groups_[g];

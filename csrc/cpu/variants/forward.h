@@ -133,6 +133,9 @@ template <class Storage> class VariantForwardLoop {
     Compute* scratch;
   };
 
+  // One share of a group's round: of the tiles in a product's, of the rows in the others. Between a product and the
+  // rows all sums of a row are there, whoever made them; between the rows and the next product all of h_t is, and
+  // nobody reads h_{t-1} any more: so one buffer does for both.
   void step_share(int64_t g, int64_t round, int64_t share, int member) const {
     const GroupRows rows = rows_of(g);
     const Group& group = groups_[g];
