@@ -119,9 +119,9 @@ test-exhaustive: build emulated
 
 test-all: test test-exhaustive
 
-# Random calls under sanitizers; builds the C++ library for each (2 minutes).
+# Random calls under sanitizers, or under SAN=address or thread alone; builds the C++ library for each (5 minutes).
 fuzz: build
-	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED)) $(if $(SAN),--sanitizer '$(SAN)')
 
 # On a card. What takes most of its memory runs by itself.
 test-gpu: build

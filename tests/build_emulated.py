@@ -47,7 +47,7 @@ UNDEFINED = "-fsanitize=undefined -fno-sanitize=vptr,object-size -fno-sanitize-r
 # itself what orders what: its own accesses, from one host thread, are none of a kernel's.
 VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
     # The library is made of its objects.
-    "plain": (["-O2", "-fvisibility=hidden"], [], [], []),
+    "plain": (["-O1", "-fvisibility=hidden"], [], [], []),
     "asan": (
         ["-O1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *UNDEFINED],
         ["-fsanitize=address"],

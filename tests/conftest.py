@@ -1,4 +1,4 @@
-"""Seeds, and the fixtures `backend`, `device` and `one_thread`.
+"""What each test begins with, and the fixtures `backend`, `device` and `one_thread`.
 
 Tests marked `exhaustive` are deselected by default (pyproject.toml): `pytest -m exhaustive` runs them.
 """
@@ -36,6 +36,24 @@ SHARE = {
 }
 # What says nothing about such kernels, or would run for hours.
 TOO_SLOW = {"test_any_number_of_threads", "test_seventy_thousand_steps"}
+# What takes longest: of how many cases of a test one, by its name, is run by default, the others in the exhaustive run.
+FEWER = {
+    "test_autograd": {"test_gradcheck_and_gradgradcheck": 2, "test_opcheck": 2},
+    "test_compile": {"test_torch_func_inside_a_compiled_function": 4, "test_forward_and_backward": 2},
+    "test_cpu_numbers": {"test_the_team_works_in_the_callers_mode": 3},
+    "test_emulated": {"test_twenty_schedules_agree_bit_for_bit": 3},
+    "test_emulator": {"test_passes_without_a_report": 3},
+    "test_ops": {"test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are": 2, "test_strides_do_not_matter": 2},
+    "test_pairs": {"test_layers_against_float64": 2},
+    "test_steps": {
+        "test_gradients_are_torchs": 3,
+        "test_the_other_types": 2,
+        "test_weights_changed_before_the_pass": 2,
+        "test_what_is_frozen_gets_none": 3,
+    },
+    "test_triton": {"test_forward_here_and_backward_by_the_cpu_kernels": 2},
+    "test_triton_variants": {"test_explain_and_ops_say_what_runs": 4, "test_wrong_arguments": 3},
+}
 # There Triton's kernels are compiled and run on a card: none of its tests is too slow.
 ON_A_CARD = Path(__file__).parent / "gpu"
 
@@ -50,8 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             getattr(parameters.get("case"), "dtype", None),
         ):
             continue
-        shared = (backend in SHARE or backend in SAME_SOURCE) and not item.path.is_relative_to(ON_A_CARD)
-        if isinstance(item, pytest.Function) and shared:
+        here = isinstance(item, pytest.Function) and not item.path.is_relative_to(ON_A_CARD)
+        if here and part_of(item, FEWER.get(item.path.stem, {}).get(item.originalname, 1)):
+            item.add_marker(pytest.mark.exhaustive)
+        if here and (backend in SHARE or backend in SAME_SOURCE):
             name = item.originalname
             if backend in SHARE and (item.path.stem not in SHARE[backend] or name in TOO_SLOW):
                 continue
@@ -82,9 +102,15 @@ def part_of_exhaustive(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+_THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_beginning() -> None:
+    """The same draws in each test, and as many threads, whatever one before left behind."""
     torch.manual_seed(1234)
+    if torch.get_num_threads() != _THREADS:
+        torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture

@@ -192,12 +192,15 @@ def test_a_cluster_kernel_has_no_time_loop_where_there_are_no_clusters() -> None
 @needs_library
 @needs_objects
 def test_the_library_is_small_enough() -> None:
-    """For two architectures, compressed as from nvcc 13.0 on."""
-    if build.built_archs() != ["8.0", "9.0a"]:
+    """For the architectures of `make cuda`, or one of them, compressed as from nvcc 13.0 on."""
+    megabytes = {"8.0": 20, "9.0a": 20}
+    if not megabytes.keys() >= set(build.built_archs()):
         pytest.skip(f"the library is built for {', '.join(build.built_archs())}")
     if "--compress-mode=size" not in (cuda_resources.BUILD / "build.ninja").read_text():
         pytest.skip("its machine code is compressed less well: by an nvcc before 13.0, or in an earlier build")
-    assert (cuda_resources.BUILD / "_C_cuda.so").stat().st_size <= 40 * 10**6
+    assert (cuda_resources.BUILD / "_C_cuda.so").stat().st_size <= 10**6 * sum(
+        map(megabytes.__getitem__, build.built_archs())
+    )
 
 
 @disassembles_it_all
