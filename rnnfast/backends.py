@@ -27,6 +27,32 @@ from .signatures import OPS, taking_flat
 from .triton import availability
 
 
+class KernelsWithOptions(NamedTuple):
+    """What a backend has for layers with options.
+
+    Attributes:
+        forward: the op `variant_forward`, with its derivative.
+        kernel: (whether r multiplies h itself): what runs, in words.
+    """
+
+    forward: Callable[..., Any]
+    kernel: Callable[[bool], str]
+
+    @classmethod
+    def of(cls, name: str, namespace: str) -> KernelsWithOptions:
+        """The ops of a namespace, those of the backend of that name."""
+        return cls(getattr(torch.ops, namespace).variant_forward, _WITH_OPTIONS[name])
+
+
+# By backend: the kernels for layers with options, in words.
+_WITH_OPTIONS: dict[str, Callable[[bool], str]] = {
+    "cpu": lambda _: f"C++ time loop for layers with options ({ops.cpu_isa()})",
+    "triton": lambda reset_first: (
+        f"{'four' if reset_first else 'two'} launches a step for layers with options (Triton)"
+    ),
+}
+
+
 @dataclass
 class Backend:
     """One backend.
@@ -45,7 +71,7 @@ class Backend:
         for_developers: whether it is listed only where it was loaded.
         load: brings it into the process, where asking for it does that.
         quantized: the op `quantized_layer`, None where weights must not be quantized.
-        has_options: whether there are kernels for layers with options (`variants/`); else the reference runs those.
+        with_options: its kernels for layers with options (`variants/`), None where the reference runs those.
     """
 
     name: str
@@ -59,7 +85,7 @@ class Backend:
     for_developers: bool = False
     load: Callable[[], None] | None = None
     quantized: Callable[..., Any] | None = None
-    has_options: bool = False
+    with_options: KernelsWithOptions | None = None
 
     def use(self, namespace: str) -> None:
         """Makes the ops of a namespace, with derivatives, those of this backend."""
@@ -106,7 +132,7 @@ _CPU = _of_library(
     describe=lambda: f"C++ kernels, instruction set {ops.cpu_isa()}",
     kernel=_cpu_kernel,
     quantized=ops.quantized_layer("rnnfast") if libraries.cpu_error is None else None,
-    has_options=libraries.cpu_error is None,
+    with_options=KernelsWithOptions.of("cpu", "rnnfast") if libraries.cpu_error is None else None,
 )  # fmt: skip
 if libraries.cpu_error is None:
     _CPU.kernels = ops.on_cpu(_CPU.kernels)
@@ -255,24 +281,42 @@ def select_quantized(tensor: Tensor) -> str:
     return select(tensor)
 
 
-def why_no_kernel_for_options(tensor: Tensor) -> str | None:
-    """Why the reference runs a layer with options on that tensor, in words; None where kernels do.
+def select_with_options(tensor: Tensor) -> tuple[str, str | None]:
+    """As `select`, for layers with options: the first backend that has kernels for them, where none was asked for.
 
+    Returns:
+        Its name; and why it is the reference, in words, None where it is another.
     Raises:
         RuntimeError: a backend was asked for by name that cannot run this tensor.
     """
     name = select(tensor)
-    if BACKENDS[name].has_options:
-        return None
+    if asked_for() == "auto" and BACKENDS[name].with_options is None:
+        name = _automatic(tensor.device.type, with_options=True) or name
+    if BACKENDS[name].with_options is not None:
+        return name, None
     if name == "reference":
-        return "asked for by name" if asked_for() == name else why_reference(tensor.device.type)
-    return f"the backend {name!r} has no kernels for these options yet"
+        return name, "asked for by name" if asked_for() == name else why_reference(tensor.device.type)
+    why = f"the backend {name!r} has no kernels for these options yet"
+    if name == "cuda" and (without_triton := availability.problem()):
+        why += f"; Triton kernels: {without_triton}"
+    return "reference", why
 
 
-def _automatic(device: str) -> str | None:
-    """The first backend that can run tensors of this type of device, None where only the reference does."""
+def kernels_for_options(name: str) -> KernelsWithOptions:
+    """Those of the backend of that name, which has some."""
+    found = BACKENDS[name].with_options
+    assert found is not None
+    return found
+
+
+def _automatic(device: str, with_options: bool = False) -> str | None:
+    """The first backend that can run tensors of this type of device, None where only the reference does.
+
+    with_options: of those that have kernels for layers with options.
+    """
     for name, backend in BACKENDS.items():
-        if backend.automatic and device in backend.devices and backend.problem() is None:
+        has_kernels = backend.with_options is not None or not with_options
+        if has_kernels and backend.automatic and device in backend.devices and backend.problem() is None:
             return name
     return None
 

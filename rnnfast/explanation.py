@@ -12,11 +12,12 @@ from . import cuda_plan, libraries, ops
 from .backends import (
     BACKENDS,
     asked_for,
+    kernels_for_options,
     select,
     select_quantized,
+    select_with_options,
     torch_runs_cell,
     torch_runs_layers,
-    why_no_kernel_for_options,
     why_reference,
 )
 from .cells import Cell
@@ -133,10 +134,11 @@ def explain(module: Any, input: Any) -> Explanation:
 
 def _with_options(module: Any, data: Tensor) -> Explanation:
     """Of a module whose options give it a time loop of its own."""
-    why_not = module._options.why_no_kernel or why_no_kernel_for_options(data)
+    name, why_not = select_with_options(data)
+    why_not = module._options.why_no_kernel or why_not
     if why_not is None:
-        kernel = f"C++ time loop for layers with options ({ops.cpu_isa()}), one direction a call"
-        return Explanation("cpu", kernel, f"has {module._options}")
+        kernel = kernels_for_options(name).kernel(not module._options.reset_after)
+        return Explanation(name, f"{kernel}, one direction a call", f"has {module._options}")
     return Explanation("reference", BACKENDS["reference"].kernel("", module, data), why_not)
 
 

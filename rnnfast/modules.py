@@ -91,7 +91,6 @@ class Recurrent(WithOptions, nn.RNNBase):
 
     def _shape_of_weight_hh(self, cell: CellType, state_size: int) -> tuple[int, int]:
         options, hidden_size = self._options, self.hidden_size
-        # On the path of every call.
         if options is None:
             return cell.gates * hidden_size, state_size
         return options.gates(cell.gates) * hidden_size, state_size // options.num_heads
@@ -154,7 +153,9 @@ class Recurrent(WithOptions, nn.RNNBase):
             check_alike(input, h, "hidden")
         mode = self._own_mode or self.mode
         cell = CELLS.get(mode)
-        if cell is None or weights[1].shape != self._shape_of_weight_hh(cell, state_size):
+        # What plain layers have: a method less on the path of every call.
+        fits = cell is not None and self._options is None and weights[1].shape == (cell.gates * hidden_size, state_size)
+        if not fits and (cell is None or weights[1].shape != self._shape_of_weight_hh(cell, state_size)):
             self._refuse_sizes(weights[1], state_size)
         if c is not None:
             self._check_state(c, batch, self._cell_size(), "hidden[1]")

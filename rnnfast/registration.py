@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from . import backward_op, libraries, ops, reference, step_ops
 from ._after_import import after_import
 from .autograd import Layer
-from .backends import BACKENDS
+from .backends import BACKENDS, KernelsWithOptions
 from .cell_types import CELLS
 from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
 from .quantized_op import QuantizedLayer, by_reference, no_derivative, without_tangents
@@ -319,15 +319,16 @@ def _define_triton() -> torch.library.Library:
 
     def late(name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            from .triton import layers  # imports Triton, which takes a second
+            from .triton import layers, variant_layers  # import Triton, which takes a second
 
-            return getattr(layers, name)(*arguments)
+            return getattr(layers if name in OPS else variant_layers, name)(*arguments)
 
         return call
 
     library = torch.library.Library("rnnfast_triton", "DEF")
-    for name, signature in OPS.items():
-        library.define(signature.schema(name))
+    schemas = {name: signature.schema(name) for name, signature in OPS.items()} | variant_ops.schemas()
+    for name, schema in schemas.items():
+        library.define(schema)
         # On the CPU they run in Triton's interpreter.
         for key in ("CUDA", "CPU"):
             library.impl(name, late(name), key)
@@ -356,9 +357,11 @@ def register_all() -> None:
     BACKENDS["reference"].quantized = ops.quantized_layer(REFERENCE_NAMESPACE)
     if ops.library_error is None:
         _register("rnnfast")
-        variant_ops.register()
+        variant_ops.register("rnnfast")
     if availability.error is None:
         libraries.registered_once("rnnfast_triton: ops", _define_triton)
         _register("rnnfast_triton")
         BACKENDS["triton"].use("rnnfast_triton")
+        variant_ops.register("rnnfast_triton")
+        BACKENDS["triton"].with_options = KernelsWithOptions.of("triton", "rnnfast_triton")
     BACKENDS["emulated"].load = load_emulated

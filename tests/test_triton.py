@@ -188,7 +188,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     Fake.made, Fake.capturing = [], False
     monkeypatch.setattr(graphs, "_captured", type(graphs._captured)())
-    monkeypatch.setattr(graphs, "new_table", lambda _: torch.zeros(graphs.tb.SIZE, dtype=torch.int64))
+    monkeypatch.setattr(graphs, "new_table", lambda *_: torch.zeros(graphs.tb.SIZE, dtype=torch.int64))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Fake)
     monkeypatch.setattr(torch.cuda, "Event", Fake)
     monkeypatch.setattr(torch.cuda, "Stream", Fake)
@@ -223,8 +223,8 @@ def test_what_is_kept_is_made_in_a_thread_of_its_own(device: torch.device, monke
     launched: list[int] = []
     new_table = graphs.new_table
 
-    def noted(device: torch.device) -> Tensor:
-        table = new_table(device)
+    def noted(device: torch.device, *size: int) -> Tensor:
+        table = new_table(device, *size)
         made[id(table)] = threading.get_ident()
         return table
 
@@ -302,8 +302,8 @@ def test_a_forced_family_that_cannot_run() -> None:
 def test_the_flag_decides_how_float32_is_multiplied(tf32: Callable[[bool], None]) -> None:
     for allowed in (True, False):
         tf32(allowed)
-        assert layers._precision(torch.float32) == ("tf32" if allowed else "ieee")
-        assert layers._precision(torch.bfloat16) == "ieee"
+        assert layers.precision_of(torch.float32) == ("tf32" if allowed else "ieee")
+        assert layers.precision_of(torch.bfloat16) == "ieee"
 
 
 def test_it_is_listed_and_explained() -> None:

@@ -77,6 +77,8 @@ USUAL = "|".join(
         "persistent .* (LSTM|GRU) bfloat16 ieee 16x128",
         "step forward GRU (bfloat16|float64) ieee 16x16( H|$)",
         r"step .* LSTM bfloat16 ieee 64x\d+( H|$)",
+        "options .* LSTM norms peephole bfloat16 ieee 1x2048",
+        "options .*(reset|multiply)[a-z_]* GRU reset bfloat16 ieee (1x512|16x)",
     ]
 )
 
@@ -88,7 +90,7 @@ USUAL = "|".join(
         *(
             pytest.param(target, family, marks=pytest.mark.exhaustive)
             for target in ("sm_80", "sm_90", "sm_100")
-            for family in ("persistent", "step")
+            for family in ("persistent", "step", "options")
         ),
     ],
 )
@@ -123,7 +125,9 @@ import torch
 from triton.runtime.jit import JITFunction
 from rnnfast.sequences import Sequences
 from rnnfast.signatures import BackwardArguments, LayerArguments, Parameters, flat
-from rnnfast.triton import layers
+from rnnfast.triton import layers, variant_layers
+from rnnfast.variants import ops as variant_ops
+from rnnfast.variants.reference import Arguments, Masks, Weights
 
 # Instead of a launch: what Triton would look its compiled kernel up by.
 keys = set()
@@ -162,14 +166,38 @@ for family, H, dtype in (("persistent", 64, torch.bfloat16), ("step", 160, torch
     call(5, 4096, H, dtype)
     call(2, 33, H, dtype)
     counts[family] = [small, len(keys)]
+
+def call_with_options(T, B, H, packed=False, initial=False, lengths=False):
+    tensor = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+    rows = (T * B,) if packed else (T, B)
+    sequences = Sequences(torch.full((T,), B) if packed else None, torch.full((B,), T) if lengths else None)
+    state = [tensor(B, H) if initial else None for _ in ("hx", "cx")]
+    weights = Weights(tensor(4 * H, H), weight_norm=tensor(4 * H))
+    numbers, gates = (1e-5, 0.0, 0.0, False, 1), tensor(*rows, 4 * H)
+    given = Arguments("LSTM", "", *numbers, gates, *state, None, sequences, weights, Masks())
+    flat_given = variant_ops.flat(given)
+    output, _, _, cell_states, *_, reserve, normed, scale = variant_layers.variant_forward(True, *flat_given)
+    grads = [torch.zeros_like(output), None, None, None, None]
+    variant_layers.variant_backward(*grads, output, cell_states, reserve, normed, scale, *flat_given)
+
+keys.clear()
+for T, B in itertools.product((1, 2, 33), (1, 3, 16, 32)):
+    for options in ({}, {"initial": True}, {"lengths": True}, {"packed": True}):
+        call_with_options(T, B, 160, **options)
+small = len(keys)
+call_with_options(3, 100, 160)
+counts["options"] = [small, len(keys)]
 import json
 print(json.dumps(counts))
 """
 
 
 def test_no_compilation_for_another_length_or_batch(version: str) -> None:
-    """One for forward, one for backward, one for the table; a large batch has tiles of its own, the same for all."""
-    assert json.loads(python(version, "-c", COUNT)) == {"persistent": [3, 3], "step": [3, 5]}
+    """One for forward, one for backward (with options two each), one for the table; a large batch has tiles of its own
+    in products, the same for all."""
+    assert json.loads(python(version, "-c", COUNT)) == {
+        "persistent": [3, 3], "step": [3, 5], "options": [5, 7],
+    }  # fmt: skip
 
 
 def test_a_hidden_size_of_one(version: str) -> None:
@@ -179,6 +207,11 @@ import triton_aot as t
 c = next(c for c in t.configurations() if c.family == "step" and c.mode == "LSTM" and not c.aligned)
 for kernel in ("forward", "backward"):
     t.compile_for("sm_90", c._replace(kernel=kernel), ones=("H", "state_size"))
+found = [c for c in t.configurations_with_options() if c.mode == "GRU reset" and c.dtype == t.torch.bfloat16]
+for c in {c.kernel: c._replace(aligned=()) for c in found}.values():
+    t.compile_for("sm_90", c, ones=("H", "size") if c.kernel.startswith("multiply") else ("H",))
+    if c.kernel.startswith("multiply"):  # as many heads as units
+        t.compile_for("sm_90", c, ones=("size",))
 """
     python(version, "-c", code)
 

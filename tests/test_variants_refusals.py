@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names |= {func.name()} if func.name().startswith("rnnfast::") else set()
+        self.names |= {func.name()} if func.name().startswith("rnnfast") else set()
         return func(*args, **(kwargs or {}))
 
 
@@ -83,13 +83,12 @@ def test_a_backend_without_kernels_says_so_once(backend: str, monkeypatch: pytes
     if backend == "triton" and (why := triton_problem()) is not None:
         pytest.skip(why)
     variant_ops._warn_once.cache_clear()
+    monkeypatch.setattr(BACKENDS[backend], "with_options", None)
     layer, x = made("LSTM separate", dtype=torch.float32), torch.randn(T, B, I)
     with rnnfast.backend("reference"):
         expected = run(layer, x)
     with warnings.catch_warnings(record=True) as caught, rnnfast.backend("triton" if backend == "triton" else "auto"):
         warnings.simplefilter("always")
-        if backend != "triton":
-            monkeypatch.setattr(BACKENDS[backend], "has_options", False)
         for _ in range(3):
             same(run(layer, x), expected)
         run(made("GRU joint", dtype=torch.float32), x)
@@ -97,6 +96,24 @@ def test_a_backend_without_kernels_says_so_once(backend: str, monkeypatch: pytes
     (warning,) = [each for each in caught if "rnnfast" in str(each.message)]
     assert warning.category is UserWarning
     assert f"slow reference implementation: the backend '{backend}' has no kernels" in str(warning.message)
+
+
+def test_the_next_backend_that_has_kernels_for_options_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, where the first one has none. Here Triton's interpreter stands for a device's Triton."""
+    if (why := triton_problem()) is not None:
+        pytest.skip(why)
+    monkeypatch.setattr(BACKENDS["cpu"], "with_options", None)
+    monkeypatch.setattr(BACKENDS["triton"], "automatic", True)
+    layer, x = made("LSTM separate"), R(T, B, I)
+    with Recorder() as recorder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(layer, x)
+    ours = {op for op in recorder.names if "variant" in op}
+    assert ours == {"rnnfast_triton::variant_forward", "rnnfast_triton::variant_backward"}
+    assert rnnfast.explain(layer, x).backend == "triton"
+    assert rnnfast.explain(rnnfast.LSTM(I, 6), x.float()).backend == "cpu"
+    with rnnfast.backend("cpu"):
+        assert rnnfast.explain(layer, x).backend == "reference"
 
 
 @every_layer
@@ -219,7 +236,7 @@ def changed(base: Arguments, changes: dict[str, Any]) -> Arguments:
 
 
 def forward(given: Arguments) -> tuple[Tensor, ...]:
-    return torch.ops.rnnfast.variant_forward(True, *variant_ops._flat(given))
+    return torch.ops.rnnfast.variant_forward(True, *variant_ops.flat(given))
 
 
 def for_backward(given: Arguments, of: Arguments, **others: Any) -> list[Any]:
@@ -230,7 +247,7 @@ def for_backward(given: Arguments, of: Arguments, **others: Any) -> list[Any]:
         "normed": normed, "scale": scale, **others,
     }  # fmt: skip
     names = [argument.name for argument in torch.ops.rnnfast.variant_backward.default._schema.arguments]
-    return [*(taken.get(name) for name in names[: names.index("mode")]), *variant_ops._flat(given)]
+    return [*(taken.get(name) for name in names[: names.index("mode")]), *variant_ops.flat(given)]
 
 
 def backward(given: Arguments, of: Arguments, **others: Any) -> tuple[Tensor, ...]:
@@ -271,8 +288,8 @@ WRONG_CALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("bias_norm_c: expected None without", "LSTM", {"weights": {"bias_norm_c": R(H)}}),
     ("recurrent_mask: expected shape", "GRU", {"masks": {"recurrent": R(T, B, H)}}),
     ("candidate_mask: expected None", "RNN_TANH", {"masks": {"candidate": R(B, H)}}),
-    ("zoneout_mask_h: expected a bool tensor", "GRU", {"masks": {"zoneout_h": R(T, B, H)}}),
-    ("zoneout_mask_c: expected shape", "LSTM", {"masks": {"zoneout_c": R(B, T, H) > 0}}),
+    ("zoneout_h_mask: expected a bool tensor", "GRU", {"masks": {"zoneout_h": R(T, B, H)}}),
+    ("zoneout_c_mask: expected shape", "LSTM", {"masks": {"zoneout_c": R(B, T, H) > 0}}),
     ("lengths: expected values from 0 to 5, got 6", "LSTM", {"sequences": {"lengths": torch.tensor([6, 1, 1])}}),
     ("lengths: expected an int64 tensor", "GRU", {"sequences": {"lengths": torch.ones(B)}}),
     ("resets: expected shape", "LSTM", {"sequences": {"resets": R(B, T) > 0}}),
@@ -318,13 +335,19 @@ OF_OPS: dict[str, Callable[[], Arguments]] = {
 }
 
 
+def as_leaf(value: Any) -> Any:
+    """A copy that wants a gradient, of what may have one."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone().requires_grad_()
+    return value
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("case", OF_OPS)
 def test_opcheck(case: str) -> None:
     given = OF_OPS[case]()
     torch.library.opcheck(torch.ops.rnnfast.variant_backward.default, for_backward(given, given))
-    leaf = lambda v: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    torch.library.opcheck(torch.ops.rnnfast.variant_forward.default, [True, *map(leaf, variant_ops._flat(given))])
+    torch.library.opcheck(torch.ops.rnnfast.variant_forward.default, [True, *map(as_leaf, variant_ops.flat(given))])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

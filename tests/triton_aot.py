@@ -26,7 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnnfast.cell_types import CELLS, NONLINEARITIES
-from rnnfast.triton import layers, persistent, plan, step
+from rnnfast.sequences import Sequences
+from rnnfast.triton import layers, persistent, plan, step, variant_layers, variant_step
+from rnnfast.triton import table as tb
+from rnnfast.variants.reference import Arguments, Masks, Weights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,9 +47,27 @@ ARITHMETICS = [
 ]
 
 
+# Of layers with options: by name the cell, words, and of which vectors (in units of H) and masks there are.
+OPTIONS: dict[str, tuple[str, str, dict[str, int], tuple[str, ...]]] = {
+    "LSTM norms peephole": (
+        "LSTM", "carried", {"weight_norm_hh": 4, "weight_peephole": 3, "weight_norm_c": 1, "bias_norm_c": 1},
+        ("recurrent", "zoneout_h", "zoneout_c"),
+    ),
+    "LSTM joint hard": ("LSTM", "rms hard_sigmoid", {"weight_norm": 4}, ("candidate",)),
+    "sLSTM": ("LSTM", "exponential", {}, ()),
+    "GRU separate": ("GRU", "", {"bias_hn": 1, "weight_norm_hh": 3}, ("recurrent", "zoneout_h")),
+    "GRU joint": ("GRU", "relu", {"weight_norm": 3, "bias_norm": 3}, ("candidate",)),
+    "GRU reset": ("GRU", "reset_first", {}, ("recurrent",)),
+    "RNN joint": ("RNN_TANH", "", {"weight_norm": 1}, ("zoneout_h",)),
+}  # fmt: skip
+# The widest row that is promised not to spill, by bytes of an element.
+WIDEST = {2: 2048, 4: 1024, 8: 512}
+
 # Sizes that kernels are given, and of which Triton knows whether they are multiples of 16: that allows wide loads.
 SIZES = ("H", "state_size")
 EVERY_ALIGNMENT = (SIZES, (), ("H",), ("state_size",))
+# Of the kernels of layers with options.
+SIZES_WITH_OPTIONS = ("H", "size")
 
 
 class Configuration(NamedTuple):
@@ -93,11 +114,47 @@ def configurations() -> Iterator[Configuration]:
                     yield Configuration("step", f"project_{kernel}", *kind, tiles, True, aligned)
 
 
+def variant(name: str) -> variant_layers.Variant:
+    """What kernels are told of one of OPTIONS."""
+    mode, words, sizes, drawn = OPTIONS[name]
+    width, size = CELLS[mode].gates * 4, 4
+    weights = {kind: torch.empty(count * size) for kind, count in sizes.items()}
+    masks = {kind: torch.empty(1, size) for kind in drawn}
+    arguments = Arguments(
+        mode, words, 1e-5, 0.0, 0.0, False, 1, torch.empty(1, 1, width), None, None, None, Sequences(),
+        Weights(torch.empty(width, size), **weights), Masks(**masks),
+    )  # fmt: skip
+    return variant_layers.variant_of("aot", arguments)[0]
+
+
+def configurations_with_options() -> Iterator[Configuration]:
+    """The kernels of layers with options: usual and the widest rows, and each product."""
+    for name, (dtype, precision) in itertools.product(OPTIONS, ARITHMETICS):
+        told = variant(name)
+        of_rows = ["forward", "backward"] + (["reset", "reset_backward"] if told.reset_first else [])
+        for kernel, size in itertools.product(of_rows, (256, WIDEST[dtype.itemsize])):
+            tiles = plan.row_tiles(size, dtype, bool(told.gate_norm or told.cell_norm))
+            yield Configuration("options", kernel, name, dtype, precision, tiles, False, SIZES_WITH_OPTIONS)
+        # A product knows nothing of the options but the number of gates.
+        products = ("multiply", "multiply_backward") if name in ("sLSTM", "GRU reset") else ()
+        for kernel, batch in itertools.product(products, (plan.FEW_ROWS, plan.FEW_ROWS + 1)):
+            for size, aligned in ((1024, SIZES_WITH_OPTIONS), (1023, ())):
+                added_up = told.gates if kernel == "multiply_backward" else 1
+                tiles = plan.product_tiles(added_up, dtype, precision, batch, size)
+                yield Configuration("options", kernel, name, dtype, precision, tiles, False, aligned)
+
+
 def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...] = ()) -> Any:
     """The compiled kernel. ones: arguments that are 1, of which Triton makes constants."""
     c = configuration
-    kernel = getattr(persistent if c.family == "persistent" else step, c.kernel)
-    every = layers.constants(c.mode, c.dtype, c.precision) | {
+    kernel = getattr({"persistent": persistent, "step": step, "options": variant_step}[c.family], c.kernel)
+    if c.family == "options":
+        told = variant(c.mode)
+        known = layers.types(c.dtype, c.precision) | {"VARIANT": told, "GATES": told.gates, "COUNT": told.gates}
+        known |= {"SLOT": tb.GRAD_GATES if "backward" in c.kernel else tb.ENTERING, "FIRST": 0, "OF_LATER": True}
+    else:
+        known = layers.constants(c.mode, c.dtype, c.precision)
+    every = known | {
         "PROJECTED": c.projected,
         "BLOCK_B": c.tiles.batch,
         "BLOCK_N": c.tiles.units,
@@ -107,7 +164,7 @@ def compile_for(target: str, configuration: Configuration, ones: tuple[str, ...]
     names = kernel.arg_names
     signature = {name: "constexpr" if name.isupper() and len(name) > 1 else "i32" for name in names}
     signature |= {"table": "*i64"} | dict.fromkeys(ones, "constexpr")
-    multiples = ("table", *c.aligned)
+    multiples = {"table", *c.aligned} - set(ones)
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in multiples}
     constants = {(i,): every[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -143,7 +200,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--only", default="", help="only configurations whose name matches this regular expression")
     arguments = parser.parse_args()
-    distinct = [c for c in dict.fromkeys(configurations()) if re.search(arguments.only, str(c))]
+    distinct = [
+        c
+        for c in dict.fromkeys([*configurations(), *configurations_with_options()])
+        if re.search(arguments.only, str(c))
+    ]
     work = [(target, c) for target in arguments.targets for c in distinct]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(measure, work):

@@ -42,13 +42,16 @@ _captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 _lock = threading.Lock()
 
 
-def new_table(device: torch.device) -> Tensor:
-    return torch.empty(tb.SIZE, dtype=torch.int64, device=device)
+def new_table(device: torch.device, size: int = tb.SIZE) -> Tensor:
+    """For `size` values: with room for all that launches of `fill` write."""
+    return torch.empty(-(-size // tb.SIZE) * tb.SIZE, dtype=torch.int64, device=device)
 
 
 def fill(table: Tensor, values: Sequence[int]) -> None:
-    """Writes up to SIZE values to the beginning of `table`, in the order of the stream."""
-    tb.fill[(1,)](table, *values, *[0] * (tb.SIZE - len(values)), **_SMALL)
+    """Writes values to the beginning of `table`, in the order of the stream."""
+    for start in range(0, len(values), tb.SIZE):
+        some = values[start : start + tb.SIZE]
+        tb.fill[(1,)](table[start:], *some, *[0] * (tb.SIZE - len(some)), **_SMALL)
 
 
 def advance(table: Tensor, turns: int) -> None:
@@ -69,7 +72,7 @@ def run(
         launch: (table, turn), launches one turn.
     """
     chunk = SHORT if turns < MANY_TURNS else LONG
-    table = new_table(device)
+    table = new_table(device, len(values))
     # Inside somebody else's capture the launches become part of that graph.
     if device.type != "cuda" or turns < FEWEST_TURNS or torch.cuda.is_current_stream_capturing():
         fill(table, values)
@@ -90,7 +93,9 @@ def run(
             # this thread allocates comes from a pool that others write over, and what is kept here would be lost. Such
             # a pool is for the thread that asked for it alone (tests/test_triton.py holds torch to that).
             with ThreadPoolExecutor(1) as thread:
-                entry = thread.submit(_capture, torch.cuda.current_stream(device), device, chunk, launch).result()
+                entry = thread.submit(
+                    _capture, torch.cuda.current_stream(device), device, len(values), chunk, launch
+                ).result()
             _captured[key] = entry
             if len(_captured) > CAPACITY:
                 _captured.popitem(last=False)[1].done.synchronize()
@@ -104,11 +109,13 @@ def run(
         entry.done.record(stream)
 
 
-def _capture(stream: Any, device: torch.device, turns: int, launch: Callable[[Tensor, int], None]) -> _Captured:
+def _capture(
+    stream: Any, device: torch.device, size: int, turns: int, launch: Callable[[Tensor, int], None]
+) -> _Captured:
     graph = torch.cuda.CUDAGraph()
     # The stream whose turn comes first allocates; its device becomes the current one.
     with torch.cuda.stream(stream):
-        table = new_table(device)
+        table = new_table(device, size)
         advance(new_table(device), turns)  # so that it is loaded
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")

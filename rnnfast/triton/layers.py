@@ -36,14 +36,14 @@ from . import table as tb
 
 Tensors = Sequence[Tensor]
 
-_TYPES = {
+TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
 # Triton's name for the devices here.
-_BACKEND = "cuda" if torch.version.hip is None else "hip"
+BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
 class _Call(NamedTuple):
@@ -64,33 +64,32 @@ class _Call(NamedTuple):
         return CELLS[self.mode]
 
 
-def _check(condition: bool, op: str, message: str) -> None:
+def check(condition: bool, op: str, message: str) -> None:
     if not condition:
         raise RuntimeError(f"rnnfast_triton::{op}: {message}")
 
 
-def _check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
-    _check(tuple(tensor.shape) == tuple(shape), op, f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+def check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
+    check(tuple(tensor.shape) == tuple(shape), op, f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     same = tensor.dtype == like.dtype and tensor.device == like.device
-    _check(
+    check(
         same, op, f"{name}: expected {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}",
     )  # fmt: skip
 
 
-def _upload(offsets: list[int], device: torch.device) -> Tensor:
+def upload(offsets: list[int], device: torch.device) -> Tensor:
     """Numbers of the host, on the device, without waiting for it."""
     if device.type == "cpu":
         return torch.tensor(offsets, dtype=torch.int64)
     if not torch.cuda.is_current_stream_capturing():
         return torch.tensor(offsets, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     # A captured copy would read host memory that is somebody else's when the graph is replayed.
-    padded = torch.empty(-(-len(offsets) // tb.SIZE) * tb.SIZE, dtype=torch.int64, device=device)
-    for start in range(0, len(offsets), tb.SIZE):
-        graphs.fill(padded[start:], offsets[start : start + tb.SIZE])
-    return padded
+    table = graphs.new_table(device, len(offsets))
+    graphs.fill(table, offsets)
+    return table
 
 
-def _put(call: _Call, **tensors: Tensor | None) -> None:
+def put(call: Any, **tensors: Tensor | None) -> None:
     """Notes the addresses of tensors, copied where they are not contiguous, under their names in table.py."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.numel():
@@ -109,40 +108,40 @@ def _stacked(tensors: Tensors) -> Tensor:
 def _call(op: str, arguments: LayerArguments | BackwardArguments, like: Tensor) -> _Call:
     """Checks the arguments that forward and backward share. like: has the rows, the dtype and the device."""
     mode, sequences, parameters = arguments.mode, arguments.sequences, arguments.parameters
-    _check(like.dtype in _TYPES, op, f"expected a floating type of 16, 32 or 64 bits, got {like.dtype}")
+    check(like.dtype in TYPES, op, f"expected a floating type of 16, 32 or 64 bits, got {like.dtype}")
     steps, batch = sequences.check(f"rnnfast_triton::{op}", like)
     first = parameters.weight_hh
     cell, directions = CELLS[mode], parameters.directions
     if first is None:
         raise RuntimeError(f"rnnfast_triton::{op}: weight_hh: expected a tensor, got None")
     hidden_size, state_size = first.size(0) // cell.gates, first.size(1)
-    _check(hidden_size * state_size < 2**31, op, f"hidden sizes {hidden_size}, {state_size}: too large")
+    check(hidden_size * state_size < 2**31, op, f"hidden sizes {hidden_size}, {state_size}: too large")
     widths = {"gates": cell.gates * hidden_size, "state": state_size, "hidden": hidden_size}
     weights: dict[str, Tensor | None] = {}
     for kind in OF_RECURRENCE:
         (shape, option), given = KINDS[kind], parameters.each(kind)
         for weight in given:
-            _check_tensor(op, kind, weight, like, [widths[size] for size in shape])
+            check_tensor(op, kind, weight, like, [widths[size] for size in shape])
         allowed = cell.may_project or option != "projection" or not given
-        _check(allowed, op, f"{kind}: expected None: {mode} has no projection")
-        _check(len(given) in (0, directions), op, f"{kind}: expected {directions}, got {len(given)}")
+        check(allowed, op, f"{kind}: expected None: {mode} has no projection")
+        check(len(given) in (0, directions), op, f"{kind}: expected {directions}, got {len(given)}")
         weights[kind] = _stacked(given) if given else None
     projected = parameters.is_projected
-    _check(projected or hidden_size == state_size, op, f"weight_hh: expected {hidden_size} columns")
+    check(projected or hidden_size == state_size, op, f"weight_hh: expected {hidden_size} columns")
     for name, state, size in (("hx", arguments.hx, state_size), ("cx", arguments.cx, hidden_size)):
         if state is not None:
-            _check_tensor(op, name, state, like, (directions, batch, size))
+            check_tensor(op, name, state, like, (directions, batch, size))
     sizes, tensors = tb.of_sequences(sequences, steps, batch)
     values = sizes + [0] * (tb.SIZE - len(sizes))
     call = _Call(mode, steps, batch, directions, hidden_size, state_size, projected, values, [])
     if sequences.batch_sizes is not None:
         offsets = [0, *itertools.accumulate(sequences.batch_sizes.tolist())]
-        tensors["offsets"] = _upload(offsets, like.device)
-    _put(call, **tensors, **weights, hx=arguments.hx, cx=arguments.cx if cell.has_cell_state else None)
+        tensors["offsets"] = upload(offsets, like.device)
+    put(call, **tensors, **weights, hx=arguments.hx, cx=arguments.cx if cell.has_cell_state else None)
     return call
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: TF32 where torch's flag for recurrences says so."""
     # No meaning for other types. AMD has TF32 on some chips only: there float32 is float32.
     if dtype != torch.float32 or torch.version.hip is not None:
@@ -152,22 +151,26 @@ def _precision(dtype: torch.dtype) -> str:
 
 def family_of(mode: str, dtype: torch.dtype, hidden_size: int, projected: bool) -> str:
     """The family of kernels that runs a layer: `persistent` or `step`."""
-    return plan.family(CELLS[mode].gates, dtype, _precision(dtype), hidden_size, projected)
+    return plan.family(CELLS[mode].gates, dtype, precision_of(dtype), hidden_size, projected)
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def constants(mode: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """What kernels of a cell and type are compiled with, beside their tiles."""
+    return {"CELL": cells.cell(mode), **types(dtype, precision)}
+
+
+def types(dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """What kernels are told of types."""
     return {
-        "CELL": cells.cell(mode),
-        "DTYPE": _TYPES[dtype],
-        "COMPUTE": _TYPES[compute_dtype(dtype)],
+        "DTYPE": TYPES[dtype],
+        "COMPUTE": TYPES[compute_dtype(dtype)],
         # The type that operands have in products: the interpreter's know no bfloat16.
-        "PRODUCT": tl.float32 if dtype == torch.bfloat16 and availability.interpreted() else _TYPES[dtype],
+        "PRODUCT": tl.float32 if dtype == torch.bfloat16 and availability.interpreted() else TYPES[dtype],
         "PRECISION": precision,
     }
 
@@ -176,9 +179,9 @@ def launch(call: _Call, like: Tensor, kind: str, turns: int) -> None:
     """Runs every kernel of a call. kind: forward or backward."""
     if not call.batch:
         return
-    dtype, precision = like.dtype, _precision(like.dtype)
+    dtype, precision = like.dtype, precision_of(like.dtype)
     known = constants(call.mode, dtype, precision)
-    with _on(like.device):
+    with on_device(like.device):
         if family_of(call.mode, dtype, call.hidden_size, call.projected) == "persistent":
             tiles = plan.persistent_tiles(call.cell.gates, dtype, precision, call.hidden_size)
             assert tiles is not None
@@ -186,7 +189,7 @@ def launch(call: _Call, like: Tensor, kind: str, turns: int) -> None:
             graphs.fill(table, call.values)
             getattr(persistent, kind)[(triton.cdiv(call.batch, tiles.batch), call.directions)](
                 table, call.hidden_size, **known, BLOCK_B=tiles.batch, BLOCK_N=tiles.units,
-                **plan.options(tiles, _BACKEND),
+                **plan.options(tiles, BACKEND),
             )  # fmt: skip
             return
         _run_steps(call, like, kind, turns, known, precision)
@@ -205,7 +208,7 @@ def _run_steps(call: _Call, like: Tensor, kind: str, turns: int, known: dict[str
         launches.append(
             functools.partial(
                 kernel[grid], **constants, BLOCK_B=tiles.batch, BLOCK_N=tiles.units, BLOCK_K=tiles.terms,
-                **plan.options(tiles, _BACKEND),
+                **plan.options(tiles, BACKEND),
             )
         )  # fmt: skip
         keys.append((grid, tiles))
@@ -230,7 +233,7 @@ def _run_steps(call: _Call, like: Tensor, kind: str, turns: int, known: dict[str
 def input_projection(mode: str, input: Tensor, parameters: Parameters) -> Tensor:
     """`W_ih x + b` of all steps and directions in one product: (rows, D*G*H)."""
     weights, biases = parameters.each("weight_ih"), parameters.each("bias_ih")
-    _check(bool(weights), "input_projection", "weight_ih: expected a tensor, got None")
+    check(bool(weights), "input_projection", "weight_ih: expected a tensor, got None")
     bias = torch.cat(biases) if biases else None
     if biases_hh := parameters.each("bias_hh"):
         if CELLS[mode].split_gate is not None:
@@ -264,7 +267,7 @@ def recurrence_forward(
     call = _call(op, arguments, projection)
     cell, D, B, H = call.cell, call.directions, call.batch, call.hidden_size
     rows, state_size = projection.shape[:-1], call.state_size
-    _check_tensor(op, "input projection", projection, projection, (*rows, D * cell.gates * H))
+    check_tensor(op, "input projection", projection, projection, (*rows, D * cell.gates * H))
     output, h_n = projection.new_empty(*rows, D * state_size), projection.new_empty(D, B, state_size)
     c_n = projection.new_empty((D, B, H) if cell.has_cell_state else 0)
     cell_states = projection.new_empty((*rows, D * H) if cell.has_cell_state and save_reserve else 0)
@@ -272,10 +275,10 @@ def recurrence_forward(
     biases_hh = arguments.parameters.each("bias_hh")
     if cell.split_gate is not None and biases_hh:
         for bias in biases_hh:
-            _check_tensor(op, "bias_hh", bias, projection, (cell.gates * H,))
-        _put(call, bias_split=_of_split_gate(call.mode, _stacked(biases_hh)))
+            check_tensor(op, "bias_hh", bias, projection, (cell.gates * H,))
+        put(call, bias_split=_of_split_gate(call.mode, _stacked(biases_hh)))
     carried = projection.new_empty((D, B, H), dtype=compute_dtype(projection.dtype)) if cell.has_cell_state else None
-    _put(
+    put(
         call, input_projection=projection, output=output, h_n=h_n, c_n=c_n, cell_states=cell_states, reserve=reserve,
         carry=carried, hidden=projection.new_empty((D, B, H)) if call.projected else None,
     )  # fmt: skip
@@ -299,7 +302,7 @@ def _op(record: type[_Record]) -> Callable[[Callable[[_Record], tuple[Tensor, ..
         @functools.wraps(function)
         def flat(*arguments: Any) -> tuple[Tensor, ...]:
             given = nested(record, arguments)
-            _check(given.mode in CELLS, op, f"mode must be one of {', '.join(CELLS)}, got {given.mode!r}")
+            check(given.mode in CELLS, op, f"mode must be one of {', '.join(CELLS)}, got {given.mode!r}")
             check_output(f"rnnfast_triton::{op}", given)
             with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
                 if is_one_step(given):
@@ -345,14 +348,14 @@ def recurrence_backward(arguments: BackwardArguments) -> tuple[Tensor, ...]:
         given["reserve"] = (arguments.reserve, (*rows, D * cell.reserve * H))
     for name, (tensor, shape) in given.items():
         if tensor is not None:
-            _check_tensor(op, name, tensor, like, shape)
+            check_tensor(op, name, tensor, like, shape)
     grad_gates = like.new_empty(*rows, D * gates * H)
     grad_gates_hh = like.new_empty((*rows, D * gates * H) if cell.split_gate is not None else 0)
     grad_hx = like.new_empty((D, B, state_size) if arguments.hx is not None else 0)
     grad_cx = like.new_empty((D, B, H) if cell.has_cell_state and arguments.cx is not None else 0)
     grad_projected = like.new_empty((*rows, D * state_size) if call.projected else 0)
     carries = cell.has_cell_state or cell.reads_previous_h
-    _put(
+    put(
         call, **{name: tensor for name, (tensor, _) in given.items()}, grad_gates=grad_gates,
         grad_gates_hh=grad_gates_hh, grad_hx=grad_hx, grad_cx=grad_cx, grad_projected=grad_projected,
         carry=like.new_empty((D, B, H), dtype=compute_dtype(like.dtype)) if carries else None,

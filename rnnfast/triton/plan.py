@@ -55,7 +55,7 @@ def persistent_tiles(gates: int, dtype: torch.dtype, precision: str, hidden_size
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return None
     sizes = _persistent_sizes(gates, dtype.itemsize)
-    padded = max(16, 1 << (hidden_size - 1).bit_length())
+    padded = max(16, power_of_two(hidden_size))
     # Rows that begin anywhere are read element by element: that takes the registers that the largest size lacks.
     if padded not in sizes or (hidden_size % 16 and padded == max(sizes)):
         return None
@@ -98,6 +98,36 @@ def step_tiles(
         multiples = hidden_size % 16 == 0 and state_size % 16 == 0
         one, each = _STEP[dtype.itemsize, multiples, batch <= FEW_ROWS]
     return one if products == 1 else each
+
+
+def product_tiles(products: int, dtype: torch.dtype, precision: str, batch: int, size: int) -> Tiles:
+    """Those of the products of layers with options, of which a program adds up so many, one after the other."""
+    # Rows that begin anywhere have an address for each element in registers, and each product its own.
+    alike = products if size % 16 else 1
+    return step_tiles(alike, dtype, precision, batch, size, size)
+
+
+# What a program of the row kernels (variant_step.py) takes at least, in values of one gate: so few that small batches
+# fill a card, so many that a program is worth its start. And how many of them a thread has, by bytes of an element: so
+# many that the widest combination of options needs no spilling up to H = 2048 in 16 bits, 1024 in float32 and 512 in
+# float64 (tests/test_triton_compile.py).
+_ROW_VALUES = 512
+_A_THREAD = {2: 4, 4: 4, 8: 2}
+_MOST_WARPS = 16
+
+
+def row_tiles(hidden_size: int, dtype: torch.dtype, whole_rows: bool) -> Tiles:
+    """The row kernels' configuration. whole_rows: whether a norm wants all units of a row in one program."""
+    padded = max(16, power_of_two(hidden_size))
+    units = padded if whole_rows else min(padded, _ROW_VALUES)
+    rows = max(1, _ROW_VALUES // units)
+    warps = max(1, rows * units // (32 * _A_THREAD[dtype.itemsize]))
+    return Tiles(rows, units, 0, min(warps, _MOST_WARPS), 1)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not smaller: Triton's tiles have such sizes."""
+    return 1 << (size - 1).bit_length()
 
 
 def options(tiles: Tiles, backend: str) -> dict[str, int | bool]:

@@ -46,7 +46,39 @@ GRAD_GATES_HH = tl.constexpr(26)
 GRAD_HX = tl.constexpr(27)
 GRAD_CX = tl.constexpr(28)
 GRAD_PROJECTED = tl.constexpr(29)
+# How many values one launch of `fill` writes, and the size of the table.
 SIZE = 32
+
+# Of layers with options, whose table is twice that size; those above serve them too, with one direction a call.
+# CARRY is that of c, INPUT_PROJECTION what the input gives the gates, GRAD_GATES_HH the gradient of W_hh h.
+REVERSE = tl.constexpr(32)  # 1 where time runs backwards
+ENTERING = tl.constexpr(33)  # (B, H): what W_hh multiplies in the next step
+RESET_STATE = tl.constexpr(34)  # (B, H): r h, where W_hn multiplies that
+SUMS = tl.constexpr(35)  # (B, G*H) in the compute type: W_hh h
+GRAD_ENTERING = tl.constexpr(36)  # (B, H) in the compute type: of what W_hh multiplied
+CARRY_H = tl.constexpr(37)  # (B, H) in the compute type: what reaches the earlier h beside that
+LX = tl.constexpr(38)  # (B, H): of the sLSTM; so the next four
+L_N = tl.constexpr(39)
+CARRY_L = tl.constexpr(40)  # in the compute type
+GRAD_L_N = tl.constexpr(41)
+GRAD_LX = tl.constexpr(42)
+NORMED = tl.constexpr(43)  # (rows, G*H): of the norm of the gates, before weight and bias
+SCALE = tl.constexpr(44)  # (rows,) in the compute type: 1 / deviation
+BIAS_HN = tl.constexpr(45)  # vectors: `Weights` in variants/reference.py has their sizes
+PEEPHOLE = tl.constexpr(46)
+NORM = tl.constexpr(47)
+NORM_BIAS = tl.constexpr(48)
+NORM_C = tl.constexpr(49)
+NORM_C_BIAS = tl.constexpr(50)
+GRAD_VECTORS = tl.constexpr(51)  # (pieces of time, tiles of rows, all vectors) in the compute type
+RECURRENT_MASK = tl.constexpr(52)  # (B, H)
+CANDIDATE_MASK = tl.constexpr(53)  # (B, H)
+KEPT_H = tl.constexpr(54)  # bool (rows, H)
+KEPT_C = tl.constexpr(55)
+EPS = tl.constexpr(56)  # the bits of a double; so the next two
+ZONEOUT_H = tl.constexpr(57)
+ZONEOUT_C = tl.constexpr(58)
+SIZE_WITH_OPTIONS = 64
 
 
 def of_sequences(sequences: Sequences, steps: int, batch: int) -> tuple[list[int], dict[str, Tensor | None]]:
@@ -125,6 +157,12 @@ def write_each(table, SLOT: tl.constexpr, index, stride, values, mask, DTYPE: tl
     """`write` of a tuple, to indices that are `stride` apart."""
     for i in tl.static_range(len(values)):
         write(table, SLOT, index + i * stride, values[i], mask, DTYPE)
+
+
+@triton.jit
+def number(table, SLOT: tl.constexpr, COMPUTE: tl.constexpr):
+    """What is no whole number: the bits of a double."""
+    return tl.load(table + SLOT).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""One direction of one layer with options, by the CPU's kernels, and what torch is told of their ops.
+"""One direction of one layer with options, by a backend's kernels, and what torch is told of their ops.
 
 The backward pass is an op too. Where it is to be differentiated in turn, and where torch.func's transforms or
 forward-mode derivatives look on, everything goes through reference.py.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import libraries, ops
-from ..backends import asked_for, select, why_no_kernel_for_options
+from ..backends import asked_for, kernels_for_options, select, select_with_options
 from ..sequences import Sequences, entered, zero_beyond
 from ..signatures import compute_dtype
 from . import reference
@@ -34,15 +34,17 @@ _DIFFERENTIABLE = (_GATES, _HX, _CX, _LX, *range(_AT_WEIGHTS, _AT_MASKS))
 
 # Of forward's results the first are those that a gradient may come to.
 _DIFFERENTIABLE_RESULTS = 5
-# What backward is given of them: output, cell_states, reserve, normed, scale.
-_SAVED = 5
+# What backward is given of them.
+_SAVED = ("output", "cell_states", "reserve", "normed", "scale")
 
 
-def _flat(arguments: Arguments) -> tuple[Any, ...]:
+def flat(arguments: Arguments) -> tuple[Any, ...]:
     return (*arguments[:-3], *arguments.sequences, *arguments.weights, *arguments.masks)
 
 
-def _nested(values: Sequence[Any]) -> Arguments:
+def nested(values: Sequence[Any]) -> Arguments:
+    """Of flat ones. The dispatcher leaves out those at the end that are None."""
+    values = [*values, *[None] * (_AT_MASKS + _MASKS - len(values))]
     arguments: Any = Arguments
     made: Arguments = arguments(
         *values[:_OWN],
@@ -73,7 +75,7 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     gates = arguments.gates
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active() or gates.dtype.is_complex:
         return reference.forward(arguments)
-    why_not = why_no_kernel_for_options(gates)
+    backend, why_not = select_with_options(gates)
     if why_not is not None:
         warn_of_reference(gates, why_not)
         return reference.forward(arguments)
@@ -85,7 +87,7 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
             for tensor in (gates, arguments.hx, arguments.cx, arguments.lx, *arguments.weights)
         )
     )
-    results: tuple[Tensor, ...] = torch.ops.rnnfast.variant_forward(saves, *_flat(arguments))
+    results: tuple[Tensor, ...] = kernels_for_options(backend).forward(saves, *flat(arguments))
     output, h_n, c_n, cell_states, l_n = results[:_DIFFERENTIABLE_RESULTS]
     return output, h_n, c_n, cell_states, l_n
 
@@ -108,7 +110,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def _backward(op: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """op: `variant_backward` of the namespace whose forward it was."""
     of_results = grads[:_DIFFERENTIABLE_RESULTS]
     values = list(ctx.others)
     every = ctx.saved_tensors
@@ -122,7 +125,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         found_now = _differentiable_gradients(values, wanted, of_results)
     else:
-        found_now = _gradients(_nested(values), wanted, of_results, results)
+        found_now = _gradients(op, nested(values), wanted, of_results, results)
     for i, grad in zip(wanted, found_now, strict=True):
         found[i + 1] = grad
     return tuple(found)
@@ -136,7 +139,7 @@ def _differentiable_gradients(
     inner = list(values)
     for i in wanted:
         inner[i] = values[i].view_as(values[i])
-    results = reference.forward(_nested(inner))
+    results = reference.forward(nested(inner))
     pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     return list(
         torch.autograd.grad(
@@ -150,12 +153,16 @@ def _differentiable_gradients(
 
 
 def _gradients(
-    arguments: Arguments, wanted: Sequence[int], grads: Sequence[Tensor | None], results: Sequence[Tensor]
+    op: Callable[..., Any],
+    arguments: Arguments,
+    wanted: Sequence[int],
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The same by the kernels."""
     output, cell_states, reserve, normed, scale = results
-    grad_gates, grad_sums, grad_hx, grad_cx, grad_lx, *of_vectors = torch.ops.rnnfast.variant_backward(
-        *grads, output, cell_states, reserve, normed, scale, *_flat(arguments)
+    grad_gates, grad_sums, grad_hx, grad_cx, grad_lx, *of_vectors = op(
+        *grads, output, cell_states, reserve, normed, scale, *flat(arguments)
     )
     by_place: dict[int, Tensor | None] = {_GATES: grad_gates, _HX: grad_hx, _CX: grad_cx, _LX: grad_lx}
     if _AT_WEIGHTS in wanted:
@@ -220,7 +227,7 @@ def _check_devices(op: str, gates: Tensor, values: Sequence[Any]) -> None:
 
 
 def _fake_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
-    arguments = _nested([*values, *[None] * (_AT_MASKS + _MASKS - len(values))])
+    arguments = nested(values)
     gates, weights = arguments.gates, arguments.weights
     _check_devices("variant_forward", gates, values)
     rows, width = gates.shape[:-1], weights.weight_hh.size(0)
@@ -251,9 +258,8 @@ def _fake_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(*values: Any) -> tuple[Tensor, ...]:
-    values = values[_DIFFERENTIABLE_RESULTS + _SAVED :]
-    arguments = _nested([*values, *[None] * (_AT_MASKS + _MASKS - len(values))])
-    _check_devices("variant_backward", arguments.gates, values)
+    _, _, arguments = of_backward(values)
+    _check_devices("variant_backward", arguments.gates, flat(arguments))
     gates, hx, cx, weights = arguments.gates, arguments.hx, arguments.cx, arguments.weights
     width, head_size = weights.weight_hh.shape
     has_reset = arguments.mode == "GRU" and width == 3 * head_size * arguments.num_heads
@@ -270,16 +276,48 @@ def _fake_backward(*values: Any) -> tuple[Tensor, ...]:
     )
 
 
-def register() -> None:
-    """Tells torch of the ops' shapes and derivative, the first time that a process asks."""
-    if not hasattr(torch.ops.rnnfast, "variant_forward"):
-        return  # the CPU library has them
+# --- telling torch ------------------------------------------------------------------------------------------------
+
+
+def schemas() -> dict[str, str]:
+    """By op: its schema, as csrc/cpu/variants/arguments.h has it, for namespaces without C++."""
+    named_types = {str: "str", float: "float", bool: "bool", int: "int", Tensor: "Tensor"}
+    types = {name: named_types.get(hint, "Tensor?") for name, hint in get_type_hints(Arguments).items()}
+    named = [(types[name], name) for name in Arguments._fields[:_OWN]]
+    named += [("bool" if name == "batch_first" else "Tensor?", name) for name in Sequences._fields]
+    named += [("Tensor?", name) for name in (*Weights._fields, *(f"{name}_mask" for name in Masks._fields))]
+    call = ", ".join(f"{kind} {name}" for kind, name in named)
+    grads = ", ".join(f"Tensor? grad_{name}" for name in ("output", "h_n", "c_n", "cell_states", "l_n"))
+    saved = ", ".join(f"Tensor? {name}" for name in _SAVED)
+
+    def results(count: int) -> str:
+        return f"({', '.join(['Tensor'] * count)})"
+
+    return {
+        "variant_forward": f"variant_forward(bool saves, {call}) -> {results(_DIFFERENTIABLE_RESULTS + 3)}",
+        # Of gates, of W_hh h, of hx, cx, lx, of the weights but W_hh.
+        "variant_backward": f"variant_backward({grads}, {saved}, {call}) -> {results(5 + _WEIGHTS - 1)}",
+    }
+
+
+def of_backward(values: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Arguments]:
+    """The arguments of `variant_backward`: the gradients of the results, what forward saved, what it was given."""
+    begin = _DIFFERENTIABLE_RESULTS + len(_SAVED)
+    return values[:_DIFFERENTIABLE_RESULTS], values[_DIFFERENTIABLE_RESULTS:begin], nested(values[begin:])
+
+
+def register(namespace: str) -> None:
+    """Tells torch of the shapes and the derivative of a namespace's ops, the first time that a process asks."""
+    ops_of = getattr(torch.ops, namespace)
+    if not hasattr(ops_of, "variant_forward"):
+        return  # of the CUDA library alone
 
     def registered() -> torch.library.Library:
-        library = torch.library.Library("rnnfast", "FRAGMENT")
-        torch.library.register_fake("rnnfast::variant_forward", _fake_forward, lib=library)
-        torch.library.register_fake("rnnfast::variant_backward", _fake_backward, lib=library)
-        torch.library.register_autograd("rnnfast::variant_forward", _backward, setup_context=_setup, lib=library)
+        library = torch.library.Library(namespace, "FRAGMENT")
+        torch.library.register_fake(f"{namespace}::variant_forward", _fake_forward, lib=library)
+        torch.library.register_fake(f"{namespace}::variant_backward", _fake_backward, lib=library)
+        backward = functools.partial(_backward, ops_of.variant_backward)
+        torch.library.register_autograd(f"{namespace}::variant_forward", backward, setup_context=_setup, lib=library)
         return library
 
-    libraries.registered_once("rnnfast: what torch is told of variants", registered)
+    libraries.registered_once(f"{namespace}: what torch is told of variants", registered)

@@ -110,9 +110,10 @@ def hard_sigmoid(value: Tensor) -> Tensor:
 
 
 def normalised(value: Tensor, weight: Tensor, bias: Tensor | None, words: str, eps: float) -> Tensor:
-    """N of (..., F): torch.nn.LayerNorm's, or with the word ``"rms"`` torch.nn.RMSNorm's."""
+    """N of (..., F): torch.nn.LayerNorm's, or with the word ``"rms"`` torch.nn.RMSNorm's, whose layers have no bias."""
     if "rms" in words.split():
-        return F.rms_norm(value, weight.shape, weight, eps)
+        normed = F.rms_norm(value, weight.shape, weight, eps)
+        return normed if bias is None else normed + bias
     return F.layer_norm(value, weight.shape, weight, bias, eps)
 
 

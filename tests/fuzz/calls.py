@@ -337,7 +337,7 @@ def spoil(rng: random.Random, call: OpCall) -> None:
     # What a first change made huge stays as it is.
     present = [name for name, value in given.items() if isinstance(value, Tensor) and value.numel() < 2**20]
     name, change, way = rng.choice(present), rng.choice(CHANGES), rng.randrange(10)
-    bools = [name for name in ("resets", "zoneout_mask_h", "zoneout_mask_c") if name in present]
+    bools = [name for name in ("resets", "zoneout_h_mask", "zoneout_c_mask") if name in present]
     steering = [name for name in ("batch_sizes", "lengths") if name in present] + bools
     call.well_formed = call.must_raise = False
     if way == 0:

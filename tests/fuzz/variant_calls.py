@@ -22,7 +22,7 @@ OF_CELL = {"relu": "GRU", "reset_first": "GRU", "exponential": "LSTM"}
 # With every gate alone.
 NEED_ALL_GATES = {"reset_first", "exponential"}
 OF_GATES = ["weight_norm_hh", "weight_norm"]
-MASKS = dict(zip(Masks._fields, ["recurrent_mask", "candidate_mask", "zoneout_mask_h", "zoneout_mask_c"], strict=True))
+MASKS = dict(zip(Masks._fields, ["recurrent_mask", "candidate_mask", "zoneout_h_mask", "zoneout_c_mask"], strict=True))
 SAVED = ("output", "cell_states", "reserve", "normed", "scale")
 STATES = (*RESULTS[:4], "l_n")
 RETURNED = (*STATES, "reserve", "normed", "scale")
@@ -51,7 +51,7 @@ def shapes(mode: str, gates: int, H: int, heads: int, rows: Sequence[int], B: in
         **dict.fromkeys((*OF_GATES, "bias_norm"), (width,)),
         **dict.fromkeys(("weight_norm_c", "bias_norm_c"), (H,)),
         **dict.fromkeys(("recurrent_mask", "candidate_mask"), state),
-        **dict.fromkeys(("zoneout_mask_h", "zoneout_mask_c"), (*rows, H)),
+        **dict.fromkeys(("zoneout_h_mask", "zoneout_c_mask"), (*rows, H)),
         "output": (*rows, H),
         "cell_states": (*rows, H),
         "reserve": (*rows, width + H if mode == "GRU" and gates == 3 else width),
@@ -75,7 +75,7 @@ def options(rng: random.Random) -> tuple[dict[str, Any], int, list[str]]:
         words = [word for word in words if word != "hard_sigmoid"]
     norm = None if "reset_first" in words else rng.choice([None, *OF_GATES])
     names = [norm, *(name for name in ("hx", "cx") if rng.random() < 0.7)]
-    names += [name for name in ("recurrent_mask", "zoneout_mask_h") if rng.random() < 0.3]
+    names += [name for name in ("recurrent_mask", "zoneout_h_mask") if rng.random() < 0.3]
     if norm == "weight_norm":
         names.append(rng.choice([None, "bias_norm"]))
     if mode == "GRU" and gates == 3 and norm != "weight_norm" and "reset_first" not in words:
@@ -85,7 +85,7 @@ def options(rng: random.Random) -> tuple[dict[str, Any], int, list[str]]:
     elif GATES[mode] > 1:
         names.append(rng.choice([None, None, "candidate_mask"]))
     if has_cell and not exponential:
-        names += [name for name in ("weight_peephole", "weight_norm_c", "zoneout_mask_c") if rng.random() < 0.4]
+        names += [name for name in ("weight_peephole", "weight_norm_c", "zoneout_c_mask") if rng.random() < 0.4]
         names.append("bias_norm_c" if "weight_norm_c" in names and rng.random() < 0.6 else None)
     if not has_cell and rng.random() < 0.9:
         names = [name for name in names if name != "cx"]
@@ -203,7 +203,7 @@ def other_setting(rng: random.Random, given: dict[str, Any]) -> tuple[str, bool]
 
 def reads(given: Mapping[str, Any], name: str) -> bool | None:
     """Whether the ops look at an argument; None of those that other ops have too."""
-    if name in ("cx", "zoneout_mask_c"):
+    if name in ("cx", "zoneout_c_mask"):
         return bool(given["mode"] == "LSTM")
     if name in ("normed", "scale"):
         return any(given[norm] is not None for norm in OF_GATES)

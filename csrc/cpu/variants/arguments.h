@@ -46,8 +46,8 @@ struct VariantMasks {
   template <class Use> void each(const Use& use) {
     use([] { return "recurrent_mask"; }, recurrent);
     use([] { return "candidate_mask"; }, candidate);
-    use([] { return "zoneout_mask_h"; }, kept_h);
-    use([] { return "zoneout_mask_c"; }, kept_c);
+    use([] { return "zoneout_h_mask"; }, kept_h);
+    use([] { return "zoneout_c_mask"; }, kept_c);
   }
 };
 

@@ -134,10 +134,10 @@ class Filler {
     state("candidate_mask", masks.candidate, p_.candidate_mask);
     RNNFAST_CHECK(!masks.candidate || traits(p_.mode).gates > 1, context_.op,
                   ": candidate_mask: expected None: the RNN has no gates");
-    p_.kept_h = kept("zoneout_mask_h", masks.kept_h);
+    p_.kept_h = kept("zoneout_h_mask", masks.kept_h);
     p_.zoneout_h = share("zoneout_h", call_.settings.zoneout_h);
     if (!p_.has_cell()) return;
-    p_.kept_c = kept("zoneout_mask_c", masks.kept_c);
+    p_.kept_c = kept("zoneout_c_mask", masks.kept_c);
     p_.zoneout_c = share("zoneout_c", call_.settings.zoneout_c);
   }
   double share(const char* name, double value) const {
