@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -287,14 +287,18 @@ def recurrence_forward(
     return output, h_n, c_n, cell_states, reserve
 
 
+@contextlib.contextmanager
+def without_autograd() -> Iterator[None]:
+    """And without autocast: an op's types are what they should be, and gradients have ops of their own."""
+    with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
 _Record = TypeVar("_Record", LayerArguments, BackwardArguments)
 
 
 def _op(record: type[_Record]) -> Callable[[Callable[[_Record], tuple[Tensor, ...]]], Callable[..., Any]]:
-    """Makes a function of a record an op's: given flat arguments, of one step or of sequences.
-
-    It runs without autograd and autocast: the types are what they should be, and gradients have ops of their own.
-    """
+    """Makes a function of a record an op's: given flat arguments, of one step or of sequences."""
 
     def decorate(function: Callable[[_Record], tuple[Tensor, ...]]) -> Callable[..., Any]:
         op = function.__name__
@@ -304,7 +308,7 @@ def _op(record: type[_Record]) -> Callable[[Callable[[_Record], tuple[Tensor, ..
             given = nested(record, arguments)
             check(given.mode in CELLS, op, f"mode must be one of {', '.join(CELLS)}, got {given.mode!r}")
             check_output(f"rnnfast_triton::{op}", given)
-            with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            with without_autograd():
                 if is_one_step(given):
                     return as_sequence(function, given, record is LayerArguments)
                 return function(given)

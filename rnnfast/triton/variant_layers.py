@@ -6,7 +6,6 @@ rnnfast/variants/reference.py says what they compute, rnnfast/variants/ops.py ha
 
 from __future__ import annotations
 
-import functools
 import itertools
 import struct
 from collections.abc import Callable, Sequence
@@ -32,12 +31,25 @@ from .layers import (
     put,
     types,
     upload,
+    without_autograd,
 )
 from .variant_cells import Variant
 
 # As csrc/cpu/variants/ops.cpp has it, and a launch's grid takes.
 _MOST_HEADS = 1 << 14
 _WORDS = ("hard_sigmoid", "exponential", "rms", "carried", "reset_first", "relu")
+
+# The vectors among `Weights`, in their order: the name of each in `Variant` and in the table, and its size for G gates,
+# in units of H. A norm of the gates has one of two weights.
+_VECTORS: dict[str, tuple[str, Callable[[int], int]]] = {
+    "bias_hn": ("bias_hn", lambda gates: 1),
+    "weight_peephole": ("peephole", lambda gates: gates - 1),
+    "weight_norm_hh": ("norm", lambda gates: gates),
+    "weight_norm": ("norm", lambda gates: gates),
+    "bias_norm": ("norm_bias", lambda gates: gates),
+    "weight_norm_c": ("norm_c", lambda gates: 1),
+    "bias_norm_c": ("norm_c_bias", lambda gates: 1),
+}
 
 
 class _Call(NamedTuple):
@@ -140,16 +152,11 @@ def variant_of(op: str, arguments: Arguments) -> tuple[Variant, int]:
     for name in ("zoneout_h", "zoneout_c")[: 1 + is_lstm]:
         share = getattr(arguments, name)
         check(0 <= share <= 1, op, f"{name}: expected a number from 0 to 1, got {share}")
-    norm = weights.weight_norm_hh if separate else weights.weight_norm
-    sizes = {
-        "bias_hn": (weights.bias_hn, 1), "peephole": (weights.weight_peephole, gates - 1), "norm": (norm, gates),
-        "norm_bias": (weights.bias_norm, gates), "norm_c": (weights.weight_norm_c, 1),
-        "norm_c_bias": (weights.bias_norm_c, 1),
-    }  # fmt: skip
-    places, vectors = {}, 0
-    for name, (vector, size) in sizes.items():
-        places[name] = -1 if vector is None else vectors
-        vectors += 0 if vector is None else size
+    places, vectors = dict.fromkeys((place for place, _ in _VECTORS.values()), -1), 0
+    for name, (place, size) in _VECTORS.items():
+        if getattr(weights, name) is not None:
+            places[place] = vectors
+            vectors += size(gates)
     cell_norm = variant_cells.CARRIED if "carried" in words else variant_cells.OUTPUT
     variant = Variant(
         mode=cells.cell(mode).mode,
@@ -207,13 +214,11 @@ def _call(op: str, arguments: Arguments) -> _Call:
     for name, tensor in of_batch.items():
         if tensor is not None:
             check_tensor(op, name, tensor, gates, (batch, hidden_size))
-    count = variant.gates
-    for name, size in (
-        ("bias_hn", 1), ("weight_peephole", count - 1), ("weight_norm_hh", count), ("weight_norm", count),
-        ("bias_norm", count), ("weight_norm_c", 1), ("bias_norm_c", 1),
-    ):  # fmt: skip
+    vectors = {}
+    for name, (place, size) in _VECTORS.items():
         if (vector := getattr(weights, name)) is not None:
-            check_tensor(op, name, vector, gates, (size * hidden_size,))
+            check_tensor(op, name, vector, gates, (size(variant.gates) * hidden_size,))
+            vectors[place] = vector
     for name, kept in (("zoneout_h_mask", masks.zoneout_h), ("zoneout_c_mask", masks.zoneout_c)):
         if kept is not None:
             right = kept.dtype == torch.bool and kept.device == gates.device
@@ -221,10 +226,8 @@ def _call(op: str, arguments: Arguments) -> _Call:
             shape = (*call.rows, hidden_size)
             call.check(tuple(kept.shape) == shape, f"{name}: expected shape {shape}, got {tuple(kept.shape)}")
     put(
-        call, **tensors, **of_batch, weight_hh=weights.weight_hh, input_projection=gates, bias_hn=weights.bias_hn,
-        peephole=weights.weight_peephole, norm=weights.weight_norm if weights.weight_norm_hh is None
-        else weights.weight_norm_hh, norm_bias=weights.bias_norm, norm_c=weights.weight_norm_c,
-        norm_c_bias=weights.bias_norm_c, kept_h=masks.zoneout_h, kept_c=masks.zoneout_c,
+        call, **tensors, **of_batch, **vectors, weight_hh=weights.weight_hh, input_projection=gates,
+        kept_h=masks.zoneout_h, kept_c=masks.zoneout_c,
     )  # fmt: skip
     return call
 
@@ -281,18 +284,7 @@ class _Launches:
             graphs.run(key, call.values, turns, device, one_turn)
 
 
-def _without_autograd(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """And without autocast: the types are what they should be, and gradients have an op of their own."""
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*arguments)
-
-    return run
-
-
-@_without_autograd
+@without_autograd()
 def variant_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
     """One direction of one layer: what `reference.forward` returns, and with `saves` what backward needs: reserve,
     normed, scale. values: `Arguments`, flat."""
@@ -332,7 +324,7 @@ def variant_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
     return output, h_n, c_n, cell_states, l_n, reserve, normed, scale
 
 
-@_without_autograd
+@without_autograd()
 def variant_backward(*values: Any) -> tuple[Tensor, ...]:
     """The gradients of gates, of W_hh h where it is another, of hx, cx, lx, and of the weights but weight_hh."""
     op = "variant_backward"
@@ -401,10 +393,8 @@ def variant_backward(*values: Any) -> tuple[Tensor, ...]:
     launches.run(call.steps + asked)
     vectors = sums.flatten(0, 1).sum(0).to(gates.dtype)
     found, begin = [], 0
-    for vector in (
-        weights.bias_hn, weights.weight_peephole, weights.weight_norm_hh, weights.weight_norm, weights.bias_norm,
-        weights.weight_norm_c, weights.bias_norm_c,
-    ):  # fmt: skip
+    for name in _VECTORS:
+        vector = getattr(weights, name)
         size = 0 if vector is None else vector.numel()
         # No views: each result of an op has memory of its own.
         found.append(vectors[begin : begin + size].clone())

@@ -137,6 +137,32 @@ def _of_units(table, SLOT: tl.constexpr, n, H, COUNT: tl.constexpr, DTYPE: tl.co
 
 
 @triton.jit
+def _of_lstm(table, GATES: tl.constexpr, n, H, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """The peepholes; weight and bias of the norm of c; what is added to its variance."""
+    peepholes = _of_units(table, tb.PEEPHOLE, n, H, GATES - 1, DTYPE, COMPUTE)
+    (norm_c,) = _of_units(table, tb.NORM_C, n, H, 1, DTYPE, COMPUTE)
+    (norm_c_bias,) = _of_units(table, tb.NORM_C_BIAS, n, H, 1, DTYPE, COMPUTE)
+    return peepholes, norm_c, norm_c_bias, tb.number(table, tb.EPS, COMPUTE)
+
+
+@triton.jit
+def _found(
+    table,
+    OF_ROWS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    before_at,
+    at,
+    from_step,
+    from_initial,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A state as a step found it: of the step before, or the initial one."""
+    state = tb.read(table, OF_ROWS, before_at, from_step, DTYPE, COMPUTE)
+    return state + tb.read(table, INITIAL, at, from_initial, DTYPE, COMPUTE)
+
+
+@triton.jit
 def _candidate_mask(table, VARIANT: tl.constexpr, at, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     IS_THERE: tl.constexpr = VARIANT.candidate_mask
     if IS_THERE:
@@ -231,8 +257,8 @@ def forward(
     row_at = (row * H)[:, None] + n[None, :]
     sums = tb.read_each(table, tb.SUMS, (b * GATES * H)[:, None] + n[None, :], H, GATES, runs, COMPUTE, COMPUTE)
     x, rec = _gate_parts(table, VARIANT, sums, active, row, n, H, unit, DTYPE, COMPUTE)
-    h = tb.read(table, tb.OUTPUT, (before_row * H)[:, None] + n[None, :], from_output, DTYPE, COMPUTE)
-    h += tb.read(table, tb.HX, at, from_initial, DTYPE, COMPUTE)
+    before_at = (before_row * H)[:, None] + n[None, :]
+    h = _found(table, tb.OUTPUT, tb.HX, before_at, at, from_output, from_initial, DTYPE, COMPUTE)
     candidate = _candidate_mask(table, VARIANT, at, runs, DTYPE, COMPUTE)
     new_h, new_c, log_n = h, h, h
     if HAS_CELL_STATE:
@@ -249,10 +275,7 @@ def forward(
             before_n = tl.where(from_output | given, before_n, float("-inf"))
             new_h, new_c, log_n, saved = vc.slstm(gates, c, before_n)
         else:
-            peepholes = _of_units(table, tb.PEEPHOLE, n, H, GATES - 1, DTYPE, COMPUTE)
-            (norm_c,) = _of_units(table, tb.NORM_C, n, H, 1, DTYPE, COMPUTE)
-            (norm_c_bias,) = _of_units(table, tb.NORM_C_BIAS, n, H, 1, DTYPE, COMPUTE)
-            eps = tb.number(table, tb.EPS, COMPUTE)
+            peepholes, norm_c, norm_c_bias, eps = _of_lstm(table, GATES, n, H, DTYPE, COMPUTE)
             new_h, new_c, saved = vc.lstm(VARIANT, gates, c, peepholes, candidate, norm_c, norm_c_bias, unit, H, eps)
             if ZONEOUT_C:
                 kept = _kept(table, ZONEOUT_C, tb.KEPT_C, tb.ZONEOUT_C, row_at, runs, COMPUTE)
@@ -406,8 +429,7 @@ def backward(
     candidate = _candidate_mask(table, VARIANT, at, runs, DTYPE, COMPUTE)
     later_c, later_l, carry_c, carry_l = later_h, later_h, later_h, later_h
     if HAS_CELL_STATE:
-        c = tb.read(table, tb.CELL_STATES, before_at, from_step, DTYPE, COMPUTE)
-        c += tb.read(table, tb.CX, at, from_initial, DTYPE, COMPUTE)
+        c = _found(table, tb.CELL_STATES, tb.CX, before_at, at, from_step, from_initial, DTYPE, COMPUTE)
         later_c = tb.read(table, tb.CARRY, at, comes_back, COMPUTE, COMPUTE)
         dc = later_c + tb.read(table, tb.GRAD_CELL_STATES, row_at, runs, DTYPE, COMPUTE)
         dc += tb.read(table, tb.GRAD_C_N, at, first, DTYPE, COMPUTE)
@@ -421,10 +443,7 @@ def backward(
                 kept = _kept(table, ZONEOUT_C, tb.KEPT_C, tb.ZONEOUT_C, row_at, runs, COMPUTE)
                 kept_c = dc * kept
                 dc = dc * (1 - kept)
-            peepholes = _of_units(table, tb.PEEPHOLE, n, H, GATES - 1, DTYPE, COMPUTE)
-            (norm_c,) = _of_units(table, tb.NORM_C, n, H, 1, DTYPE, COMPUTE)
-            (norm_c_bias,) = _of_units(table, tb.NORM_C_BIAS, n, H, 1, DTYPE, COMPUTE)
-            eps = tb.number(table, tb.EPS, COMPUTE)
+            peepholes, norm_c, norm_c_bias, eps = _of_lstm(table, GATES, n, H, DTYPE, COMPUTE)
             dgates, carry_c, of_peepholes, of_norm_c, of_norm_c_bias = vc.lstm_backward(
                 VARIANT, saved, c, dh, dc, peepholes, candidate, norm_c, norm_c_bias, unit, H, eps
             )
@@ -435,8 +454,7 @@ def backward(
             _add_up(table, VARIANT, OF_NORM_C_BIAS, 0, turn, n, H, of_norm_c_bias, runs, COMPUTE)
         drec = dgates
     elif MODE == cells.GRU:
-        h = tb.read(table, tb.OUTPUT, before_at, from_step, DTYPE, COMPUTE)
-        h += tb.read(table, tb.HX, at, from_initial, DTYPE, COMPUTE)
+        h = _found(table, tb.OUTPUT, tb.HX, before_at, at, from_step, from_initial, DTYPE, COMPUTE)
         dgates, drec, past_gates = vc.gru_backward(VARIANT, saved, h, dh, candidate)
         carry_h += past_gates
         _add_up(table, VARIANT, OF_BIAS_HN, 0, turn, n, H, drec[GATES - 1], runs, COMPUTE)
@@ -504,8 +522,9 @@ def reset_backward(
         grad *= tb.read(table, tb.RECURRENT_MASK, at, runs, DTYPE, COMPUTE)
     r = tb.read(table, tb.RESERVE, (row * RESERVE * H)[:, None] + n[None, :], runs, DTYPE, COMPUTE)
     from_step = runs & (before & (cut == 0))[:, None]
-    h = tb.read(table, tb.OUTPUT, (before_row * H)[:, None] + n[None, :], from_step, DTYPE, COMPUTE)
-    h += tb.read(table, tb.HX, at, runs & ((before == 0) & (cut == 0))[:, None], DTYPE, COMPUTE)
+    from_initial = runs & ((before == 0) & (cut == 0))[:, None]
+    before_at = (before_row * H)[:, None] + n[None, :]
+    h = _found(table, tb.OUTPUT, tb.HX, before_at, at, from_step, from_initial, DTYPE, COMPUTE)
     d_r = tl.where(runs, grad * h * vc.gate_slope(VARIANT, r), 0.0)
     tb.write(table, tb.GRAD_GATES, (row * GATES * H)[:, None] + n[None, :], d_r, has_place[:, None] & unit, DTYPE)
     carry = tb.read(table, tb.CARRY_H, at, runs, COMPUTE, COMPUTE)
