@@ -66,14 +66,15 @@ NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall,-W
 NVCC_FLAGS += ["-I", str(CSRC)]
 
 # The kernels' compile units: for each family of cells (Family in csrc/cells.h) and each arithmetic
-# (csrc/cuda/arithmetic.cuh) the template that each kind of kernel instantiates: its header, its name, and the
-# arithmetics that it lacks.
+# (csrc/cuda/arithmetic.cuh) the template that each kind of kernel instantiates: its header, its name, and the families
+# and arithmetics that it lacks.
 CUDA_FAMILIES = ["lstm", "gru", "rnn", "mgu"]
 CUDA_ARITHMETICS = ["Float64", "Float32", "Tf32", "BFloat16", "Float16"]
 CUDA_KERNELS: dict[str, tuple[str, str, list[str]]] = {
     "step": ("cuda/step/launch.cuh", "StepInstance", []),
     "persistent": ("cuda/persistent/launch.cuh", "PersistentInstance", ["Float64"]),
     "split": ("cuda/split/launch.cuh", "SplitInstance", ["Tf32"]),
+    "variant": ("cuda/variants/launch.cuh", "VariantInstance", ["mgu", "Tf32"]),
 }
 
 
@@ -332,7 +333,7 @@ def cuda_instances() -> list[tuple[str, str, str]]:
         (kernels, family, arithmetic)
         for family, arithmetic in itertools.product(CUDA_FAMILIES, CUDA_ARITHMETICS)
         for kernels, (_, _, lacking) in CUDA_KERNELS.items()
-        if arithmetic not in lacking
+        if family not in lacking and arithmetic not in lacking
     ]
 
 

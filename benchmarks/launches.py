@@ -110,7 +110,8 @@ def launches() -> dict[str, Launch]:
     for kind, family, arithmetic, kernel, exchange, *numbers in _ask("launches"):
         tiles, threads, dynamic, *held = map(int, numbers)
         of_exchange = f"{exchange}, " if exchange else ""
-        name = f"{short_name(kernel).removesuffix('>')}, {of_exchange}{tiles}>"
+        of_tiles = f", {of_exchange}{tiles}" if tiles else ""
+        name = f"{short_name(kernel).removesuffix('>')}{of_tiles}>"
         of_family, of_type = CUDA_FAMILIES[int(family)], CUDA_ARITHMETICS[int(arithmetic)]
         unit = cuda_unit(kind, of_family, of_type)
         shared = None if dynamic < 0 else dynamic

@@ -33,24 +33,44 @@ class KernelsWithOptions(NamedTuple):
     Attributes:
         forward: the op `variant_forward`, with its derivative.
         kernel: (whether r multiplies h itself): what runs, in words.
+        refuses: why they cannot take a tensor now, None where they can; None: they always can.
     """
 
     forward: Callable[..., Any]
     kernel: Callable[[bool], str]
+    refuses: Callable[[Tensor], str | None] | None = None
 
     @classmethod
     def of(cls, name: str, namespace: str) -> KernelsWithOptions:
         """The ops of a namespace, those of the backend of that name."""
-        return cls(getattr(torch.ops, namespace).variant_forward, _WITH_OPTIONS[name])
+        forward = getattr(torch.ops, namespace).variant_forward
+        if name == "cuda":
+            return cls(ops.with_torchs_memory_error(forward), _WITH_OPTIONS[name], _other_products)
+        return cls(forward, _WITH_OPTIONS[name])
 
 
-# By backend: the kernels for layers with options, in words.
+def _other_products(tensor: Tensor) -> str | None:
+    """Why torch's own products, which these kernels count on, are not what a recurrence may have."""
+    if tensor.dtype == torch.float32 and libraries.products_alone_take_tf32():
+        return "torch's products of float32 are in TF32 now, which recurrences may not use"
+    if tensor.dtype == torch.float16 and libraries.products_take_half_sums():
+        return "torch's products of float16 add up in float16 now, and can give no sums in float32"
+    return None
+
+
+# By backend: the kernels for layers with options, in words; in the order in which `auto` asks them. Triton's stand
+# before the CUDA kernels: a CUDA graph launches them, where the others call a library from the host in every step, and
+# a small step does not take as long (predicted: docs/predicted.md).
 _WITH_OPTIONS: dict[str, Callable[[bool], str]] = {
     "cpu": lambda _: f"C++ time loop for layers with options ({ops.cpu_isa()})",
-    "triton": lambda reset_first: (
-        f"{'four' if reset_first else 'two'} launches a step for layers with options (Triton)"
-    ),
+    "triton": lambda reset_first: f"{_launches_with_options(reset_first)} (Triton)",
+    "cuda": lambda reset_first: f"{_launches_with_options(reset_first)} (CUDA: the library's product, then whole rows)",
+    "emulated": lambda reset_first: f"{_launches_with_options(reset_first)} (CUDA, emulated on the processor)",
 }
+
+
+def _launches_with_options(reset_first: bool) -> str:
+    return f"{'four' if reset_first else 'two'} launches a step for layers with options"
 
 
 @dataclass
@@ -140,6 +160,7 @@ _CUDA = _of_library(
     "cuda", "rnnfast", lambda: libraries.cuda_problem(), libraries.cuda_error is None, devices=("cuda", "meta"),
     describe=lambda: f"CUDA kernels, one launch a layer or some a step, for {torch.ops.rnnfast.cuda_archs()}",
     kernel=lambda *_: "CUDA",
+    with_options=KernelsWithOptions.of("cuda", "rnnfast") if libraries.cuda_error is None else None,
 )  # fmt: skip
 if libraries.cuda_error is None:
     _CUDA.kernels = ops.on_cuda(_CUDA.kernels)
@@ -290,10 +311,12 @@ def select_with_options(tensor: Tensor) -> tuple[str, str | None]:
         RuntimeError: a backend was asked for by name that cannot run this tensor.
     """
     name = select(tensor)
-    if asked_for() == "auto" and BACKENDS[name].with_options is None:
-        name = _automatic(tensor.device.type, with_options=True) or name
-    if BACKENDS[name].with_options is not None:
-        return name, None
+    if asked_for() == "auto" and (name != "cpu" or BACKENDS[name].with_options is None):
+        name = _automatic(tensor.device.type, tensor) or name
+    kernels = BACKENDS[name].with_options
+    if kernels is not None:
+        refused = kernels.refuses and kernels.refuses(tensor)
+        return (name, None) if refused is None else ("reference", f"the backend {name!r}: {refused}")
     if name == "reference":
         return name, "asked for by name" if asked_for() == name else why_reference(tensor.device.type)
     why = f"the backend {name!r} has no kernels for these options yet"
@@ -309,14 +332,19 @@ def kernels_for_options(name: str) -> KernelsWithOptions:
     return found
 
 
-def _automatic(device: str, with_options: bool = False) -> str | None:
+def _automatic(device: str, with_options: Tensor | None = None) -> str | None:
     """The first backend that can run tensors of this type of device, None where only the reference does.
 
-    with_options: of those that have kernels for layers with options.
+    with_options: a tensor of such a device: the first that has kernels for layers with options, which take it.
     """
-    for name, backend in BACKENDS.items():
-        has_kernels = backend.with_options is not None or not with_options
-        if has_kernels and backend.automatic and device in backend.devices and backend.problem() is None:
+    for name in BACKENDS if with_options is None else _WITH_OPTIONS:
+        backend = BACKENDS[name]
+        if not backend.automatic or device not in backend.devices or backend.problem() is not None:
+            continue
+        if with_options is None:
+            return name
+        kernels = backend.with_options
+        if kernels is not None and (kernels.refuses is None or kernels.refuses(with_options) is None):
             return name
     return None
 

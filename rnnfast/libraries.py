@@ -154,6 +154,11 @@ def products_take_tf32() -> bool:
     return bool(_precision("cuda", "matmul") == "tf32")
 
 
+def products_alone_take_tf32() -> bool:
+    """Whether torch's own products of float32 are in TF32, and recurrences may not be."""
+    return products_take_tf32() and not tf32_allowed()
+
+
 # What torch.backends.cuda.matmul.allow_fp16_accumulation reads.
 _half_sums: Callable[[], bool] = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
 
@@ -211,6 +216,8 @@ def follow_bf16() -> bool:
 cpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+products_alone_take_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+products_take_half_sums._dynamo_marked_constant = True  # type: ignore[attr-defined]
 bf16_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 follow_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

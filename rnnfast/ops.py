@@ -83,9 +83,19 @@ def _on_cpu(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op, with torch's TF32 flag handed to the library first, and torch's own error where memory runs out."""
+    with_error = with_torchs_memory_error(op)
 
     def call(*arguments: Any) -> Any:
         libraries.follow_tf32()
+        return with_error(*arguments)
+
+    return call
+
+
+def with_torchs_memory_error(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op for CUDA tensors, with torch's own error where memory runs out."""
+
+    def call(*arguments: Any) -> Any:
         try:
             return op(*arguments)
         except RuntimeError as error:

@@ -201,6 +201,7 @@ def _on_one_device(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
     """
     names = [argument.name for argument in op._schema.arguments]
     of_data = [(i, name) for i, name in enumerate(names) if role_of(name) is not Role.SIZES]
+    sizes = [(i, name) for i, name in enumerate(names) if role_of(name) is Role.SIZES]
 
     def checked(*arguments: Any) -> Any:
         # At the end those are missing that are None.
@@ -210,6 +211,11 @@ def _on_one_device(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
             if tensor.device != like.device:
                 raise RuntimeError(
                     f"rnnfast::{op._opname}: {name}: expected the device of {first}, {like.device}, got {tensor.device}"
+                )
+        for i, name in sizes:
+            if i < len(arguments) and arguments[i] is not None and arguments[i].device.type != "cpu":
+                raise RuntimeError(
+                    f"rnnfast::{op._opname}: {name}: expected a tensor on the CPU, got one on {arguments[i].device}"
                 )
         return fake(*arguments)
 
@@ -345,8 +351,12 @@ def load_emulated(path: str | None = None) -> None:
         RuntimeError: there is no such library, or it does not load; the message says how to build it.
     """
     libraries.load_emulated_library(path)
+    if not hasattr(torch.ops.rnnfast_emulated, "variant_forward"):
+        raise RuntimeError("rnnfast.load_emulated: the emulated library is older than this rnnfast: make emulated")
     BACKENDS["emulated"].use("rnnfast_emulated")
     _register("rnnfast_emulated")
+    variant_ops.register("rnnfast_emulated")
+    BACKENDS["emulated"].with_options = KernelsWithOptions.of("emulated", "rnnfast_emulated")
 
 
 def register_all() -> None:

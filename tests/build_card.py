@@ -30,9 +30,9 @@ from setup import (  # noqa: E402
 )
 
 MICROBENCH = ROOT / "benchmarks/microbench/microbench.cu"
-# Not for a card: the emulator itself, what it refuses, device functions called by the host, and what new tests begin
-# from.
-EMULATOR_ONLY = {"test_emulator", "test_misuse", "test_rows", "template"}
+# Not for a card: the emulator itself, what it refuses, device functions called by the host, schedules, which nobody
+# shuffles there, and what new tests begin from.
+EMULATOR_ONLY = {"test_emulator", "test_misuse", "test_rows", "test_variant", "template"}
 
 
 def test_sources() -> list[Path]:

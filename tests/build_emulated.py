@@ -65,10 +65,10 @@ VARIANTS: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
 # What is built where nothing is named.
 TESTED = ["plain", "asan", "tsan"]
 # The programs that run the kernels of csrc/cuda, and of which kind; the others bring kernels of their own.
-LINK_KERNELS = {"test_step": "step", "test_persistent": "persistent", "test_split": "split"}
+LINK_KERNELS = {"test_step": "step", "test_persistent": "persistent", "test_split": "split", "test_variant": "variant"}
 # Of these the sanitized variants are built one family and arithmetic at a time, as tests ask for them: all at once
 # would take longer than everything else together.
-BY_INSTANCE = {"test_persistent", "test_split"}
+BY_INSTANCE = {"test_persistent", "test_split", "test_variant"}
 
 
 def programs() -> list[str]:

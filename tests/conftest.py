@@ -38,21 +38,42 @@ SHARE = {
 TOO_SLOW = {"test_any_number_of_threads", "test_seventy_thousand_steps"}
 # What takes longest: of how many cases of a test one, by its name, is run by default, the others in the exhaustive run.
 FEWER = {
-    "test_autograd": {"test_gradcheck_and_gradgradcheck": 2, "test_opcheck": 2},
-    "test_compile": {"test_torch_func_inside_a_compiled_function": 4, "test_forward_and_backward": 2},
-    "test_cpu_numbers": {"test_the_team_works_in_the_callers_mode": 3},
-    "test_emulated": {"test_twenty_schedules_agree_bit_for_bit": 3},
-    "test_emulator": {"test_passes_without_a_report": 3},
-    "test_ops": {"test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are": 2, "test_strides_do_not_matter": 2},
-    "test_pairs": {"test_layers_against_float64": 2},
-    "test_steps": {
-        "test_gradients_are_torchs": 3,
-        "test_the_other_types": 2,
-        "test_weights_changed_before_the_pass": 2,
-        "test_what_is_frozen_gets_none": 3,
+    "test_autograd": {
+        "test_every_entry_of_the_jacobians": 3,
+        "test_gradcheck_and_gradgradcheck": 4,
+        "test_opcheck": 4,
     },
-    "test_triton": {"test_forward_here_and_backward_by_the_cpu_kernels": 2},
-    "test_triton_variants": {"test_explain_and_ops_say_what_runs": 4, "test_wrong_arguments": 3},
+    "test_compile": {"test_torch_func_inside_a_compiled_function": 4, "test_forward_and_backward": 4},
+    "test_cpu_numbers": {"test_the_team_works_in_the_callers_mode": 6},
+    "test_emulated": {
+        "test_forward_here_and_backward_by_the_cpu_kernels": 2,
+        "test_twenty_schedules_agree_bit_for_bit": 6,
+    },
+    "test_emulator": {"test_passes_without_a_report": 6},
+    "test_layer_backward": {"test_16_bit_types_in_chunks": 3},
+    "test_op_derivatives": {"test_opcheck_with_gradients": 2},
+    "test_ops": {
+        "test_against_float64": 2,
+        "test_forward_of_one_backend_and_backward_of_another": 2,
+        "test_nan_and_inf_stand_where_the_reference_has_them": 2,
+        "test_runs_repeat_bit_for_bit_and_arguments_stay_as_they_are": 4,
+        "test_strides_do_not_matter": 2,
+    },
+    "test_pairs": {"test_layers_against_float64": 2},
+    "test_panels": {"test_every_number_of_rows": 2},
+    "test_steps": {
+        "test_gradients_are_torchs": 6,
+        "test_the_other_types": 2,
+        "test_weights_changed_before_the_pass": 4,
+        "test_what_is_frozen_gets_none": 6,
+    },
+    "test_triton": {"test_forward_here_and_backward_by_the_cpu_kernels": 4, "test_opcheck": 2},
+    "test_variants_backends": {
+        "test_explain_and_ops_say_what_runs": 4,
+        "test_what_forward_keeps_is_what_the_cpu_keeps": 2,
+        "test_wrong_arguments": 4,
+    },
+    "test_variants_forms": {"test_first_and_second_derivatives": 2},
 }
 # There Triton's kernels are compiled and run on a card: none of its tests is too slow.
 ON_A_CARD = Path(__file__).parent / "gpu"

@@ -44,10 +44,10 @@ OPTIONS = {
     "weight": Option("a weight: weight_hr", r"\bweight_hr|\bWEIGHT_HR\b", 9),
     "cell": Option("a cell of two gates: MGU", r"(?i)(?<![a-z])mgu", 9),
     "peephole": Option(
-        "an option of the cell with a weight: peephole", r"(?i)peep(hole)?\b|weight_peephole|kPeephole", 12
+        "an option of the cell with a weight: peephole", r"(?i)peep(hole)?\b|weight_peephole|kPeephole", 14
     ),
-    "zoneout": Option("an option with masks of each step: zoneout", r"(?i)zoneout|kept_[hc]\b", 14),
-    "heads": Option("an option of W_hh: num_heads", r"\bnum_heads\b|\bheads_?\b", 11),
+    "zoneout": Option("an option with masks of each step: zoneout", r"(?i)zoneout|kept_[hc]\b", 17),
+    "heads": Option("an option of W_hh: num_heads", r"\bnum_heads\b|\bheads_?\b", 13),
     "backend": Option("a backend: triton", r"(?i)triton", 3, "rnnfast/triton"),
 }
 

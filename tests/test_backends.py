@@ -17,7 +17,7 @@ from torch import Tensor
 import rnnfast
 from cases import make_call, random_grads, reference
 from rnnfast import cli, functional, libraries, ops, registration
-from rnnfast.backends import BACKENDS, select
+from rnnfast.backends import BACKENDS, KernelsWithOptions, select, select_with_options
 from rnnfast.triton import availability
 from triton_interpreter import triton_problem
 
@@ -137,6 +137,7 @@ class OnCuda:
 
     is_cpu = False
     device = torch.device("cuda", 0)
+    dtype = torch.float32
 
 
 @dataclasses.dataclass
@@ -230,6 +231,52 @@ def test_cuda_tensors_go_to_triton_where_there_are_no_cuda_kernels(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert select(OnCuda()) == "reference"
+
+
+def test_layers_with_options_go_to_triton_first_then_to_the_cuda_kernels(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(BACKENDS[name], "with_options", KernelsWithOptions.of(name, "rnnfast"))
+    monkeypatch.setattr(availability, "problem", lambda: None)
+    assert (select(OnCuda()), select_with_options(OnCuda())) == ("cuda", ("triton", None))
+    with rnnfast.backend("cuda"):
+        assert select_with_options(OnCuda()) == ("cuda", None)
+    monkeypatch.setattr(availability, "problem", lambda: "Triton is not installed")
+    assert select_with_options(OnCuda()) == ("cuda", None)
+    monkeypatch.setattr(BACKENDS["cuda"], "with_options", None)
+    assert select_with_options(OnCuda()) == (
+        "reference",
+        "the backend 'cuda' has no kernels for these options yet; Triton kernels: Triton is not installed",
+    )
+    assert select_with_options(torch.zeros(1)) == ("cpu", None)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "in TF32 now"), (torch.float16, "add up in float16 now")])
+def test_products_that_a_recurrence_may_not_have_are_no_choice(
+    library: Library, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, words: str
+) -> None:
+    """Of layers with options: there each step has one of torch's."""
+    monkeypatch.setattr(BACKENDS["cuda"], "with_options", KernelsWithOptions.of("cuda", "rnnfast"))
+    monkeypatch.setattr(BACKENDS["triton"], "with_options", KernelsWithOptions.of("triton", "rnnfast"))
+    tensor = OnCuda()
+    tensor.dtype = dtype
+    assert select_with_options(tensor) == ("cuda", None)
+    flags = {("cuda", "matmul"): "tf32", ("cuda", "rnn"): "ieee"}
+    monkeypatch.setattr(libraries, "_precision", lambda backend, operation: flags[backend, operation])
+    monkeypatch.setattr(libraries, "_half_sums", lambda: True)
+    for asked in ("auto", "cuda"):
+        with rnnfast.backend(asked):
+            name, why = select_with_options(tensor)
+        assert (name, words in str(why)) == ("reference", True)
+    monkeypatch.setattr(availability, "problem", lambda: None)
+    assert select_with_options(tensor) == ("triton", None)
+    tensor.dtype = torch.bfloat16
+    monkeypatch.setattr(availability, "problem", lambda: "Triton is not installed")
+    assert select_with_options(tensor) == ("cuda", None)
+    # What recurrences may use, too, is no matter.
+    tensor.dtype, flags["cuda", "rnn"] = torch.float32, "tf32"
+    assert select_with_options(tensor) == ("cuda", None)
 
 
 def test_a_torch_without_cuda_cannot_use_the_library(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

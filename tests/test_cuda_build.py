@@ -374,10 +374,13 @@ def test_a_unit_for_every_family_and_arithmetic(tmp_path: Path, environment: pyt
     types = re.findall(r"^struct (\w+) \{", (build.CSRC / "cuda/arithmetic.cuh").read_text(), re.MULTILINE)
     assert types == build.CUDA_ARITHMETICS
     texts = {unit: unit.read_text() for unit in units if unit.parent == tmp_path}
-    # Of the persistent kernels none for float64; of the split ones TF32 is float32.
-    assert len(set(texts.values())) == len(texts) == len(build.CUDA_FAMILIES) * (3 * len(types) - 2)
+    # Of the persistent kernels none for float64; of the split ones TF32 is float32, and so of those of layers with
+    # options, which the MGU does not have.
+    of_layers, with_options = len(build.CUDA_FAMILIES) * (3 * len(types) - 2), (len(build.CUDA_FAMILIES) - 1) * 4
+    assert len(set(texts.values())) == len(texts) == of_layers + with_options
     assert not any("PersistentInstance" in text and "Float64" in text for text in texts.values())
     assert not any("SplitInstance" in text and "Tf32" in text for text in texts.values())
+    assert not any("VariantInstance" in text and ("mgu" in text or "Tf32" in text) for text in texts.values())
 
 
 def test_units_are_written_where_they_change(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:

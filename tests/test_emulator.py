@@ -27,7 +27,7 @@ ON_PURPOSE = {"overrun-": "asan", "race-": "tsan"}
 MUTATED = [pytest.param("test_exchange", case) for case in ["block", "cluster", "grid"]]
 MUTATED += [pytest.param("test_step", case, marks=pytest.mark.exhaustive) for case in ["lstm-float16", "lstm-float32"]]
 MUTATED += [pytest.param("test_persistent", case) for case in ["lstm-block-bfloat16", "lstm-grid-bfloat16"]]
-MUTATED += [pytest.param("test_split", "lstm-bfloat16")]
+MUTATED += [pytest.param("test_split", "lstm-bfloat16"), pytest.param("test_variant", "lstm-float32")]
 MUTATED += [
     pytest.param("test_persistent", case, marks=pytest.mark.exhaustive)
     for case in ["lstm-cluster-bfloat16", "gru-grid-barrier-float32"]
@@ -69,15 +69,17 @@ def programs() -> None:
 
 def sanitized_by_default(program: str, cases: list[str]) -> set[str]:
     """What `make test` runs of a program under a sanitizer: of test_step one cell of each family, in a type multiplied
-    by scalars and in one on tensor cores; of test_persistent one cell and type of each exchange; of test_split two. The
-    rest, and most of their mutations, belong to the exhaustive run. The plain programs run every case by default,
-    test_persistent and test_split one type of each cell and exchange.
+    by scalars and in one on tensor cores; of test_persistent one cell and type of each exchange; of test_split and
+    test_variant two. The rest, and most of their mutations, belong to the exhaustive run. The plain programs run every
+    case by default, those that are built one instance at a time one type of each cell and exchange.
     """
     if program == "test_persistent":
         # Of two instances, which have to be compiled.
         return {"gru-block-float32", "lstm-cluster-bfloat16", "lstm-grid-bfloat16", "gru-grid-barrier-float32"}
     if program == "test_split":
         return {"lstm-bfloat16", "gru-float64"}
+    if program == "test_variant":
+        return {"lstm-float32", "gru-bfloat16"}
     if program != "test_step" or cases == [""]:
         return set(cases)
     return {

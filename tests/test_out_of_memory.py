@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch.testing import assert_close
 import rnnfast
 from emulated_library import emulated_problem
 from rnnfast import libraries, ops
-from rnnfast.backends import BACKENDS
+from rnnfast.backends import BACKENDS, KernelsWithOptions
 from rnnfast.cell_types import CELLS
+from rnnfast.variants import ops as variant_ops
+from test_variants_refusals import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 H = 1024
@@ -220,6 +223,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "follow_tf32", lambda: True)
     libraries.follow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
     monkeypatch.setattr(BACKENDS["cpu"], "kernels", ops.on_cuda(BACKENDS["cpu"].kernels))
+    monkeypatch.setattr(BACKENDS["cpu"], "with_options", KernelsWithOptions.of("cuda", "rnnfast"))
 
 
 @pytest.mark.usefixtures("as_on_cuda")
@@ -230,6 +234,24 @@ def test_out_of_memory_is_torchs_own_error() -> None:
         rnnfast.GRU(1, H)(torch.zeros(1, 1, 1).expand(2**41, 64, 1))
 
 
+def test_so_it_is_of_layers_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("rnnfast::variant_forward: out of memory: output of shape")
+
+    monkeypatch.setattr(torch.ops, "rnnfast", types.SimpleNamespace(variant_forward=out_of_memory))
+    for name, kind in (("cuda", torch.OutOfMemoryError), ("cpu", RuntimeError)):
+        with pytest.raises(RuntimeError, match=r"^rnnfast::variant_forward: out of memory: output of shape$") as raised:
+            KernelsWithOptions.of(name, "rnnfast").forward(True)
+        assert raised.type is kind
+    # And of backward, where the op is that of a namespace.
+    given = arguments()
+    for is_cuda, kind in ((True, torch.OutOfMemoryError), (False, RuntimeError)):
+        on_device = given._replace(gates=types.SimpleNamespace(is_cuda=is_cuda))
+        with pytest.raises(RuntimeError, match="out of memory: output") as raised:
+            variant_ops._gradients(out_of_memory, on_device, [], [], [given.gates] * 5)
+        assert raised.type is kind
+
+
 @pytest.mark.usefixtures("as_on_cuda")
 def test_other_errors_stay_what_they_are() -> None:
     message_of(lambda: layer("layer", torch.zeros(2**50, 64, 0), "cpu"))
@@ -237,9 +259,10 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
-def test_it_compiles_whole() -> None:
+@pytest.mark.parametrize("options", [{}, {"layer_norm": "joint"}], ids=["plain", "options"])
+def test_it_compiles_whole(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    module = rnnfast.LSTM(3, 5)
+    module = rnnfast.LSTM(3, 5, **options)
     input = torch.randn(4, 2, 3)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):

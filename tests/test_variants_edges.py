@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import rnnfast
+from option_calls import check_that_masked_zoneout_is_a_choice
 from rnnfast.variants.draws import chosen, dropped_weights
 
 DRAWS: list[dict[str, Any]] = [
@@ -45,6 +46,11 @@ def test_the_op_refuses_tensors_of_two_devices() -> None:
     gates, weight_hh = torch.randn(5, 3, 24), torch.empty(24, 8, device="meta")
     with pytest.raises(RuntimeError, match="expected all tensors on cpu, got one on meta"):
         torch.ops.rnnfast.variant_forward(False, *settings, gates, *[None] * 6, False, weight_hh, *[None] * 11)
+    rows, sizes, weight_hh = torch.randn(5, 24), torch.tensor([3, 2], device="meta"), torch.randn(24, 8)
+    with pytest.raises(RuntimeError, match="batch_sizes: expected a tensor on the CPU, got one on meta"):
+        torch.ops.rnnfast.variant_forward(
+            False, *settings, rows, None, None, None, sizes, None, None, False, weight_hh, *[None] * 11
+        )
 
 
 @pytest.mark.parametrize("bound", [-2.5, 2.5])
@@ -166,3 +172,10 @@ def test_numbers_of_numpy() -> None:
     assert (module._options.num_heads, module._options.zoneout) == (2, (0.25, 0.25))
     with pytest.raises(ValueError, match="forget_bias: expected a finite number"):
         rnnfast.LSTM(4, 8, forget_bias=10**400)
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_zoneout_by_a_mask_is_a_choice(name: str, mode: str) -> None:
+    with rnnfast.backend(name):
+        check_that_masked_zoneout_is_a_choice(mode)

@@ -3,7 +3,8 @@
 // and the rules of allocation from NVIDIA's own calculator, cuda_occupancy.h of the CUDA toolkit.
 //
 //   occupancy launches      a line for each kernel: kind, family, arithmetic (numbers), the kernel's type, its exchange
-//                           ("": none), tiles of batch indices (of a row kernel units an access), threads a block,
+//                           ("": none), tiles of batch indices (of a row kernel units an access, 0: one, and the kernel
+//                           is not named for it), threads a block,
 //                           bytes of dynamic shared memory a block, passes and chunks whose weights are in registers
 //                           (persistent.h); between tabs. Threads and shared memory of the persistent kernels are
 //                           chosen when they are launched: of threads the most stands here, of shared memory -1
@@ -23,6 +24,7 @@
 #include "cuda/plan.h"
 #include "cuda/split/launch.cuh"
 #include "cuda/step/launch.cuh"
+#include "cuda/variants/launch.cuh"
 
 namespace {
 
@@ -92,6 +94,22 @@ template <Family kFamily, class Type> struct SplitLaunches {
 };
 // Those of float32.
 template <Family kFamily> struct SplitLaunches<kFamily, rnnfast::gpu::Tf32> {
+  static std::string kernels() { return ""; }
+};
+
+template <Family kFamily, class Type> struct VariantLaunches {
+  static std::string kernels() {
+    std::string lines;
+    if constexpr (rnnfast::gpu::has_options(kFamily))
+      rnnfast::gpu::for_each_variant_kernel<kFamily, Type>([&]<class Kernel>(Kernel) {
+        constexpr int kShared = static_cast<int>(rnnfast::gpu::block_sums_bytes(sizeof(typename Type::Compute)));
+        lines += line_of<Kernel>({"", 0, rnnfast::gpu::kRowThreads, kShared, {0, 0}});
+      });
+    return lines;
+  }
+};
+// Those of float32.
+template <Family kFamily> struct VariantLaunches<kFamily, rnnfast::gpu::Tf32> {
   static std::string kernels() { return ""; }
 };
 
@@ -185,6 +203,7 @@ int main(int count, char** arguments) {
     print_launches<StepLaunches>("step");
     print_launches<PersistentLaunches>("persistent");
     print_launches<SplitLaunches>("split");
+    print_launches<VariantLaunches>("variant");
     return 0;
   }
   if (task == "most") {

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "variants/params.h"
+#include "variants/kernels.h"
 
 namespace rnnfast::cpu {
 

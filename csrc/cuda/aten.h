@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 
 #include "../context.h"
 
@@ -21,6 +22,29 @@ Tensor product_into(const Tensor& result, const char* op, const char* name, cons
   } catch (const std::exception&) { fail_for_memory(op, name, -1, result, torch_error(), true); }
 }
 inline Tensor detached(const Tensor& tensor) { return call_aten("aten::detach", "", tensor); }
+
+// The product of a step: sums, of 16-bit types in 32 bits, for which the host has no product. The out variants:
+// autocast leaves them alone.
+inline void step_product_into(const Tensor& sums, const char* op, const char* name, const Tensor& from,
+                              const Tensor& weights) {
+  if (from.scalar_type() == sums.scalar_type())
+    product_into(sums, op, name, "out", from, weights);
+  else if (from.is_cpu())
+    product_into(sums, op, name, "out", torch::stable::to(from, sums.scalar_type()),
+                 torch::stable::to(weights, sums.scalar_type()));
+  else
+    product_into(sums, op, name, "dtype_out", from, weights, sums.scalar_type());
+}
+
+// Scratch of a call.
+inline Tensor workspace_of(const char* op, Sizes sizes, ScalarType type, const Tensor& like) {
+  Tensor workspace = rnnfast::empty({op, "workspace", sizes, type, like});
+#if defined(RNNFAST_EMULATED)
+  // Whatever a kernel reads before it is written shows.
+  torch::stable::fill_(workspace, std::numeric_limits<double>::quiet_NaN());
+#endif
+  return workspace;
+}
 
 // Along the first dimension.
 inline Tensor concatenated(const char* op, const char* name, const Tensors& tensors) {

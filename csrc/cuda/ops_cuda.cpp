@@ -14,6 +14,7 @@
 #include "planned.h"
 #include "split/split_tensors.h"
 #include "step/step_loop.h"
+#include "variants/variant_tensors.h"
 
 #if defined(RNNFAST_EMULATED)
 #include "../emulator/emulator.h"
@@ -138,6 +139,19 @@ struct CudaBackend {
       }
     }
     finish(op, run_steps_backward(p, workspace, allow_tf32, current.device));
+  }
+
+  static void variant_forward(const VariantForward& p, Context& context, const Tensor& weight_hh) {
+    const CurrentDevice current(context.like);
+    VariantTensors tensors(context, p, weight_hh, current.device.stream);
+    const VariantStepForward step = tensors.forward(p);
+    finish(context.op, run_variant_forward(step, tensors.products, current.device));
+  }
+  static void variant_backward(const VariantBackward& p, Context& context, const Tensor& weight_hh) {
+    const CurrentDevice current(context.like);
+    VariantTensors tensors(context, p, weight_hh, current.device.stream);
+    const VariantStepBackward step = tensors.backward(p);
+    finish(context.op, run_variant_backward(step, tensors.products, current.device));
   }
 
  private:
@@ -267,6 +281,7 @@ constexpr const char* kPlanHere =
 #if defined(RNNFAST_EMULATED)
 STABLE_TORCH_LIBRARY(rnnfast_emulated, library) {
   rnnfast::define_layer_ops(library);
+  rnnfast::define_variant_ops(library);
   library.def("allow_tf32(bool recurrences, bool products=False, bool half_sums=False) -> bool");
   library.def("products_by_torch(bool by_torch) -> bool");
   library.def("set_seed(int seed) -> ()");
@@ -276,6 +291,7 @@ STABLE_TORCH_LIBRARY(rnnfast_emulated, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CPU, library) {
   rnnfast::register_layer_ops<rnnfast::gpu::CudaBackend>(library);
+  rnnfast::register_variant_ops<rnnfast::gpu::CudaBackend>(library);
 }
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_emulated, CompositeExplicitAutograd, library) {
   library.impl("allow_tf32", TORCH_BOX(&rnnfast::gpu::allow_tf32));
@@ -294,7 +310,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, library) {
   library.def("cuda_problem() -> str");
   library.def("cuda_archs() -> str");
 }
-STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, library) { rnnfast::register_layer_ops<rnnfast::gpu::CudaBackend>(library); }
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, library) {
+  rnnfast::register_layer_ops<rnnfast::gpu::CudaBackend>(library);
+  rnnfast::register_variant_ops<rnnfast::gpu::CudaBackend>(library);
+}
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, library) {
   library.impl("cuda_allow_tf32", TORCH_BOX(&rnnfast::gpu::allow_tf32));
   library.impl("cuda_prefer_plan", TORCH_BOX(&rnnfast::gpu::prefer_plan));

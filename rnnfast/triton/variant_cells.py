@@ -1,5 +1,5 @@
 """The equations of layers with options and their derivatives, for whole rows: those of variants/reference.py, where
-sources are. csrc/cpu/variants has the same for the CPU.
+sources are. csrc/variants/cells.h has the same for the kernels in C++.
 
 Values are tiles of BLOCK_B rows and, where a norm looks on, all units of them; gates are tuples, as in cells.py. What
 is not used, because the options do not have it, may be anything.

@@ -35,7 +35,7 @@ from .layers import (
 )
 from .variant_cells import Variant
 
-# As csrc/cpu/variants/ops.cpp has it, and a launch's grid takes.
+# As csrc/variants/ops.h has it, and a launch's grid takes.
 _MOST_HEADS = 1 << 14
 _WORDS = ("hard_sigmoid", "exponential", "rms", "carried", "reset_first", "relu")
 

@@ -1,5 +1,5 @@
 """The kernels of layers with options, one direction of one layer: two launches a step, so that the second sees whole
-rows, as csrc/cpu/variants has it.
+rows, as the kernels in C++ have it.
 
     multiply     W_hh h of a step, or backward W_hh^T times the later step's gradients, into a workspace
     forward      norms, cell, zoneout of a step, or `backward` their derivatives
@@ -187,6 +187,15 @@ def _mixed(HOW: tl.constexpr, old, new, kept):
         return tl.where(kept > 0, old, new)
     else:
         return kept * old + (1 - kept) * new
+
+
+@triton.jit
+def _shares(HOW: tl.constexpr, grad, kept):
+    """Its derivative: the old value's share of a gradient, and the new one's."""
+    if HOW == vc.BY_MASK:
+        return tl.where(kept > 0, grad, 0.0), tl.where(kept > 0, 0.0, grad)
+    else:
+        return kept * grad, (1 - kept) * grad
 
 
 @triton.jit
@@ -422,8 +431,7 @@ def backward(
     carry_h = tl.zeros(dh.shape, COMPUTE)
     if ZONEOUT_H:
         kept = _kept(table, ZONEOUT_H, tb.KEPT_H, tb.ZONEOUT_H, row_at, runs, COMPUTE)
-        carry_h = dh * kept
-        dh = dh * (1 - kept)
+        carry_h, dh = _shares(ZONEOUT_H, dh, kept)
     reserve_at = (row * RESERVE * H)[:, None] + n[None, :]
     saved = tb.read_each(table, tb.RESERVE, reserve_at, H, RESERVE, runs, DTYPE, COMPUTE)
     candidate = _candidate_mask(table, VARIANT, at, runs, DTYPE, COMPUTE)
@@ -441,8 +449,7 @@ def backward(
             kept_c = tl.zeros(dc.shape, COMPUTE)
             if ZONEOUT_C:
                 kept = _kept(table, ZONEOUT_C, tb.KEPT_C, tb.ZONEOUT_C, row_at, runs, COMPUTE)
-                kept_c = dc * kept
-                dc = dc * (1 - kept)
+                kept_c, dc = _shares(ZONEOUT_C, dc, kept)
             peepholes, norm_c, norm_c_bias, eps = _of_lstm(table, GATES, n, H, DTYPE, COMPUTE)
             dgates, carry_c, of_peepholes, of_norm_c, of_norm_c_bias = vc.lstm_backward(
                 VARIANT, saved, c, dh, dc, peepholes, candidate, norm_c, norm_c_bias, unit, H, eps

@@ -161,6 +161,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The same by the kernels."""
     output, cell_states, reserve, normed, scale = results
+    if arguments.gates.is_cuda:
+        op = ops.with_torchs_memory_error(op)
     grad_gates, grad_sums, grad_hx, grad_cx, grad_lx, *of_vectors = op(
         *grads, output, cell_states, reserve, normed, scale, *flat(arguments)
     )
@@ -175,6 +177,9 @@ def _gradients(
 def _grad_weight_hh(arguments: Arguments, output: Tensor, reserve: Tensor, grad_sums: Tensor) -> Tensor:
     """Of W_hh (G*H, H): over all rows, the gradient of W_hh h times the h that entered the step."""
     sequences, mask = arguments.sequences, arguments.masks.recurrent
+    if not output.numel():
+        assert arguments.weights.weight_hh is not None
+        return torch.zeros_like(arguments.weights.weight_hh)
     state = entered(output, arguments.hx, arguments.reverse, sequences)
     if mask is not None:
         state = state * of_rows(mask, sequences, state)
@@ -221,9 +226,12 @@ def _check_devices(op: str, gates: Tensor, values: Sequence[Any]) -> None:
     torch takes what stands here for real tensors too, if a single one is on the meta device, and what is made of those
     would pass for results.
     """
-    for value in (*values[:_OWN], *values[_OWN + 1 :]):  # but batch_sizes
+    for value in (*values[:_OWN], *values[_OWN + 1 :]):
         if isinstance(value, Tensor) and value.device != gates.device:
             raise RuntimeError(f"rnnfast::{op}: expected all tensors on {gates.device}, got one on {value.device}")
+    batch_sizes = values[_OWN] if len(values) > _OWN else None
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"rnnfast::{op}: batch_sizes: expected a tensor on the CPU, got one on {batch_sizes.device}")
 
 
 def _fake_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
@@ -280,7 +288,7 @@ def _fake_backward(*values: Any) -> tuple[Tensor, ...]:
 
 
 def schemas() -> dict[str, str]:
-    """By op: its schema, as csrc/cpu/variants/arguments.h has it, for namespaces without C++."""
+    """By op: its schema, as csrc/variants/arguments.h has it, for namespaces without C++."""
     named_types = {str: "str", float: "float", bool: "bool", int: "int", Tensor: "Tensor"}
     types = {name: named_types.get(hint, "Tensor?") for name, hint in get_type_hints(Arguments).items()}
     named = [(types[name], name) for name in Arguments._fields[:_OWN]]
@@ -309,8 +317,6 @@ def of_backward(values: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequenc
 def register(namespace: str) -> None:
     """Tells torch of the shapes and the derivative of a namespace's ops, the first time that a process asks."""
     ops_of = getattr(torch.ops, namespace)
-    if not hasattr(ops_of, "variant_forward"):
-        return  # of the CUDA library alone
 
     def registered() -> torch.library.Library:
         library = torch.library.Library(namespace, "FRAGMENT")

@@ -1,7 +1,7 @@
 """The options of a layer beyond torch.nn's: their names, values, checks, and the parameters that they bring.
 
-A new option is a field of `Options`, a line in `_check`, and what reference.py (and the kernels, csrc/cpu/variants)
-make of it.
+A new option is a field of `Options`, a line in `_check`, and what reference.py (and the kernels) make of it;
+docs/design.md has the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recurrences with options, in plain PyTorch: what the kernels in csrc/cpu/variants are tested against.
+"""The recurrences with options, in plain PyTorch: what all kernels for them are tested against.
 
 One direction of one layer, composed of differentiable operations, so that it can be differentiated any number of times,
 in reverse and forward mode, and be mapped. The sources of the equations stand in options.py and more_layers.py.

@@ -7,6 +7,7 @@
 #include "cuda/persistent/persistent.h"
 #include "cuda/split/split.h"
 #include "cuda/step/step.h"
+#include "cuda/variants/variant.h"
 
 namespace rnnfast::gpu {
 
@@ -26,6 +27,15 @@ inline SplitKernels other_split_kernels() {
   kernels.forward = kernels.project_forward = [](const SplitForward&, const StepLaunch&) { return other_instance(); };
   kernels.backward =
       kernels.project_backward = [](const SplitBackward&, const StepLaunch&) { return other_instance(); };
+  return kernels;
+}
+
+inline VariantKernels other_variant_kernels() {
+  VariantKernels kernels{};
+  kernels.begin = kernels.reset =
+      kernels.forward = [](const VariantStepForward&, const StepLaunch&) { return other_instance(); };
+  kernels.backward = kernels.reset_backward =
+      kernels.sum_vectors = [](const VariantStepBackward&, const StepLaunch&) { return other_instance(); };
   return kernels;
 }
 

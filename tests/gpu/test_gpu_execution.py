@@ -18,6 +18,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM, projection": ("LSTM", {"proj_size": 4}),
     "GRU": ("GRU", {"bidirectional": True, "batch_first": True}),
     "RNN": ("RNN", {"num_layers": 2, "bias": False}),
+    "LSTM, norms": ("LSTM", {"bidirectional": True, "layer_norm": "separate", "cell_norm": "output", "peephole": True}),
+    "GRU, reset before": ("GRU", {"batch_first": True, "reset_after": False, "gate_activation": "hard_sigmoid"}),
 }
 LAYOUTS = ["dense", "hx", "lengths, resets", "packed"]
 over_cases = pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""Layers with options on the card, by Triton's kernels or the reference, against the CPU's kernels in float64."""
+"""Layers with options on the card, by the CUDA kernels and by Triton's, against the CPU's kernels in float64."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ namespace {
 template <class Storage> class VariantBackwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
-  using Math = VectorMath<Compute>;
+  using Math = VariantMath<Compute>;
   static constexpr int kL = kLanes<Compute>;
   using Product = StatesProduct<Storage>;
   // So many turns are summed by themselves: not all one after the other, which would lose digits.
@@ -34,7 +34,9 @@ template <class Storage> class VariantBackwardLoop {
             choose_row_groups(first_.params, threads, 1, sizeof(Compute), first_.tiles(), first_.packed_bytes(), 1, 1)),
         shares_(shares_of_group(threads, groups_count_, first_.tiles())),
         preparing_shares_(shares_for(threads)),
-        gate_{params.hard_sigmoid} {}
+        gate_{params.hard_sigmoid},
+        lstm_{params.coupled(), gate_},
+        gru_{params.relu, gate_} {}
 
   int64_t run(Team& team) {
     place();
@@ -255,9 +257,9 @@ template <class Storage> class VariantBackwardLoop {
     const Zoneout<Compute> zoneout(p_.kept_h, row.data_row, H_, p_.zoneout_h);
     Value kept{}, fresh = dh;
     if (zoneout.is_on()) {
-      const Value part = zoneout.part(u, left);
-      kept = dh * part;
-      fresh = dh * (1 - part);
+      const auto shares = zoneout.shares(dh, zoneout.part(u, left));
+      kept = shares.old;
+      fresh = shares.fresh;
     }
     store<Compute>(row.group.carry_h.row(row.r) + u, kept);
     return fresh;
@@ -292,15 +294,13 @@ template <class Storage> class VariantBackwardLoop {
     Compute *const raw_c = scratch(row, 0), *const of_normed = scratch(row, 1), *const beside = scratch(row, 2);
     const auto gates_before_o = [&](int64_t u, int64_t left) {
       const Value i = reserve(row, 0, u, left);
-      struct Gates {
-        Value i, f, g;
-      };
+      using Gates = typename VariantLstm<Math>::Gates;
       return Gates{i, coupled ? 1 - i : reserve(row, 1, u, left), reserve(row, of_g, u, left)};
     };
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
       const auto gates = gates_before_o(u, left);
       const Value c = entering(p_.cell_states, p_.cx, row, u, left);
-      store<Compute>(raw_c + u, gates.f * c + gates.i * gates.g * mask_of_candidate(row, u, left));
+      store<Compute>(raw_c + u, lstm_.cell_state(gates, mask_of_candidate(row, u, left), c));
     });
     NormOf<Compute> norm{0, 1};
     if (normalises) norm = norm_of(raw_c, H_, p_.rms, p_.eps);
@@ -315,25 +315,23 @@ template <class Storage> class VariantBackwardLoop {
         seen = normed * weight;
         if (p_.vectors[kNormCBias]) seen += vector_at(p_.vectors[kNormCBias], u, left);
       }
-      const Value o = reserve(row, of_o, u, left), tanh_c = Math::tanh(seen);
-      const Value dh = grad_of_fresh_h(row, u, left);
+      const auto grads = lstm_.output_backward(reserve(row, of_o, u, left), seen, grad_of_fresh_h(row, u, left));
       const Value later = row.started ? load<Compute>(row.group.carry_c.row(row.r) + u, left) : Value{};
       Value dc = total(row, later, p_.grad_cell_states, p_.grad_c_n, u, left), kept{};
       if (zoneout_c.is_on()) {
-        const Value part = zoneout_c.part(u, left);
-        kept = dc * part;
-        dc = dc * (1 - part);
+        const auto shares = zoneout_c.shares(dc, zoneout_c.part(u, left));
+        kept = shares.old;
+        dc = shares.fresh;
       }
       store<Compute>(row.group.carry_c.row(row.r) + u, kept);
-      const Value d_o = dh * tanh_c * gate_.slope(o);
-      put_gate(row, of_o, u, d_o, d_o, left);
+      put_gate(row, of_o, u, grads.o, grads.o, left);
       if (p_.vectors[kPeephole]) {
         const Value fresh = p_.cell_norm == CellNorm::carried ? seen : raw;
         const int64_t i = (of_o - 1) * H_ + u;
-        add(row, kPeephole, i, d_o * fresh, left);
-        dc += d_o * vector_at(p_.vectors[kPeephole], i, left);
+        add(row, kPeephole, i, grads.o * fresh, left);
+        dc += grads.o * vector_at(p_.vectors[kPeephole], i, left);
       }
-      Value d_seen = dh * o * (1 - tanh_c * tanh_c);
+      Value d_seen = grads.seen;
       if (p_.cell_norm != CellNorm::output) {
         // c_t itself is what the tanh sees.
         d_seen += dc;
@@ -351,28 +349,25 @@ template <class Storage> class VariantBackwardLoop {
       store<Compute>(of_normed + u, g);
       store<Compute>(beside + u, dc);
     });
-    const NormGradient<Compute> through_norm(sum_g, sum_g_normed, norm.scale, H_, p_.rms);
+    const NormGradient<Compute> through_norm = norm_gradient<Compute>(sum_g, sum_g_normed, norm.scale, H_, p_.rms);
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
       Value dc = load<Compute>(beside + u, left);
       if (normalises) dc += through_norm(load<Compute>(of_normed + u, left), norm(load<Compute>(raw_c + u, left)));
       const auto gates = gates_before_o(u, left);
-      const Value c = entering(p_.cell_states, p_.cx, row, u, left), mask = mask_of_candidate(row, u, left);
-      const Value g = gates.g * mask;
-      const Value d_i = dc * (coupled ? g - c : g) * gate_.slope(gates.i);
-      const Value d_g = dc * gates.i * mask * (1 - gates.g * gates.g);
-      Value to_earlier = load<Compute>(row.group.carry_c.row(row.r) + u, left) + dc * gates.f;
-      put_gate(row, 0, u, d_i, d_i, left);
-      put_gate(row, of_g, u, d_g, d_g, left);
+      const Value c = entering(p_.cell_states, p_.cx, row, u, left);
+      const auto grads = lstm_.gates_backward(gates, mask_of_candidate(row, u, left), c, dc);
+      Value to_earlier = load<Compute>(row.group.carry_c.row(row.r) + u, left) + grads.c;
+      put_gate(row, 0, u, grads.i, grads.i, left);
+      put_gate(row, of_g, u, grads.g, grads.g, left);
       const auto through_peephole = [&](int number, Value grad) {
         if (!p_.vectors[kPeephole]) return;
         add(row, kPeephole, number * H_ + u, grad * c, left);
         to_earlier += grad * vector_at(p_.vectors[kPeephole], number * H_ + u, left);
       };
-      through_peephole(0, d_i);
+      through_peephole(0, grads.i);
       if (!coupled) {
-        const Value d_f = dc * c * gate_.slope(gates.f);
-        put_gate(row, 1, u, d_f, d_f, left);
-        through_peephole(1, d_f);
+        put_gate(row, 1, u, grads.f, grads.f, left);
+        through_peephole(1, grads.f);
       }
       store<Compute>(row.group.carry_c.row(row.r) + u, to_earlier);
     });
@@ -380,24 +375,18 @@ template <class Storage> class VariantBackwardLoop {
 
   void slstm(const Row& row) const {
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
-      const Value alpha = reserve(row, 0, u, left), f = reserve(row, 1, u, left), z = reserve(row, 2, u, left),
-                  o = reserve(row, 3, u, left);
-      const Value earlier = entering(p_.cell_states, p_.cx, row, u, left), c = z + alpha * (earlier - z);
-      const Value dh = grad_of_fresh_h(row, u, left);
+      Value saved[4], dgates[4];
+      for (int g = 0; g < 4; ++g) saved[g] = reserve(row, g, u, left);
+      const Value earlier = entering(p_.cell_states, p_.cx, row, u, left), dh = grad_of_fresh_h(row, u, left);
       Compute *const carry_c = row.group.carry_c.row(row.r) + u, *const carry_l = row.group.carry_l.row(row.r) + u;
       const Value none{}, later_c = row.started ? load<Compute>(carry_c, left) : none,
                           later_l = row.started ? load<Compute>(carry_l, left) : none;
-      const Value dc = total(row, later_c, p_.grad_cell_states, p_.grad_c_n, u, left) + dh * o;
-      const Value dl = total(row, later_l, nullptr, p_.grad_l_n, u, left);
-      const Value of_mean = dc * (earlier - z) * alpha * (1 - alpha), d_a = of_mean + dl * alpha;
-      const Value d_i = dl * (1 - alpha) - of_mean, d_f = d_a * (1 - f);
-      const Value d_z = dc * (1 - alpha) * (1 - z * z), d_o = dh * c * o * (1 - o);
-      put_gate(row, 0, u, d_i, d_i, left);
-      put_gate(row, 1, u, d_f, d_f, left);
-      put_gate(row, 2, u, d_z, d_z, left);
-      put_gate(row, 3, u, d_o, d_o, left);
-      store<Compute>(carry_c, dc * alpha);
-      store<Compute>(carry_l, d_a);
+      Value dc = total(row, later_c, p_.grad_cell_states, p_.grad_c_n, u, left);
+      Value dl = total(row, later_l, nullptr, p_.grad_l_n, u, left);
+      ExponentialLstm<Math>::backward(saved, earlier, dh, dc, dl, dgates);
+      for (int g = 0; g < 4; ++g) put_gate(row, g, u, dgates[g], dgates[g], left);
+      store<Compute>(carry_c, dc);
+      store<Compute>(carry_l, dl);
     });
   }
 
@@ -405,28 +394,26 @@ template <class Storage> class VariantBackwardLoop {
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
       const Value dh = grad_of_fresh_h(row, u, left);
       if (p_.mode != Mode::gru) {
-        const Value da = nonlinearity_gradient<Compute>(p_.mode, reserve(row, 0, u, left), dh);
+        const Value da = VariantRnn<Math>::backward(p_.mode, reserve(row, 0, u, left), dh);
         return put_gate(row, 0, u, da, da, left);
       }
       const bool has_reset = p_.has_reset();
       const int of_z = has_reset ? 1 : 0, of_n = of_z + 1;
       const Value z = reserve(row, of_z, u, left), n = reserve(row, of_n, u, left);
-      const Value h = entering(p_.output, p_.hx, row, u, left), mask = mask_of_candidate(row, u, left);
-      const Value of_candidate = dh * (1 - z) * mask;
-      const Value d_n = p_.relu ? Math::where_positive(n, of_candidate) : of_candidate * (1 - n * n);
-      const Value d_z = dh * (h - n * mask) * gate_.slope(z);
-      put_gate(row, of_z, u, d_z, d_z, left);
-      Value by_r = d_n;  // of what r multiplies, where there is such a thing
+      const Value h = entering(p_.output, p_.hx, row, u, left);
+      const auto grads = gru_.backward(z, n, mask_of_candidate(row, u, left), h, dh);
+      put_gate(row, of_z, u, grads.z, grads.z, left);
+      Value by_r = grads.n;  // of what r multiplies, where there is such a thing
       if (has_reset && !p_.reset_first) {
-        const Value r = reserve(row, 0, u, left), d_r = d_n * reserve(row, 3, u, left) * gate_.slope(r);
+        const Value r = reserve(row, 0, u, left), d_r = grads.n * reserve(row, 3, u, left) * gate_.slope(r);
         put_gate(row, 0, u, d_r, d_r, left);
-        by_r = d_n * r;
+        by_r = grads.n * r;
       }
       // A joint norm made the input's part one with the other: all of n's is multiplied by r.
-      put_gate(row, of_n, u, p_.gate_norm == GateNorm::joint ? by_r : d_n, by_r, left);
+      put_gate(row, of_n, u, p_.gate_norm == GateNorm::joint ? by_r : grads.n, by_r, left);
       add(row, kBiasHn, u, by_r, left);
       Compute* const carry = row.group.carry_h.row(row.r) + u;
-      store<Compute>(carry, load<Compute>(carry, left) + dh * z);
+      store<Compute>(carry, load<Compute>(carry, left) + grads.h);
     });
   }
 
@@ -459,7 +446,7 @@ template <class Storage> class VariantBackwardLoop {
         sum_g_normed += g * normed;
       });
       const Compute scale = static_cast<const Compute*>(p_.scale)[row.data_row];
-      const NormGradient<Compute> through(sum_g, sum_g_normed, scale, N_, p_.rms);
+      const NormGradient<Compute> through = norm_gradient<Compute>(sum_g, sum_g_normed, scale, N_, p_.rms);
       for_vectors<Compute>(N_, [&](int64_t i, int64_t left) {
         const Value g = load<Compute>(row.dsums + i, left) * vector_at(p_.vectors[kNorm], i, left);
         const Value grad = through(g, normed_at(i, left));
@@ -500,7 +487,9 @@ template <class Storage> class VariantBackwardLoop {
   Product first_, second_;
   const int threads_;
   const int64_t groups_count_, shares_, preparing_shares_;
-  const GateActivation<Compute> gate_;
+  const GateActivation<Math> gate_;
+  const VariantLstm<Math> lstm_;
+  const VariantGru<Math> gru_;
   Workspace workspace_;
   Schedule schedule_;
   Group* groups_ = nullptr;

@@ -16,7 +16,7 @@ namespace {
 template <class Storage> class VariantForwardLoop {
   using Compute = typename ComputeOf<Storage>::type;
   using Value = Vector<Compute>;
-  using Math = VectorMath<Compute>;
+  using Math = VariantMath<Compute>;
   static constexpr int kL = kLanes<Compute>;
   using Product = SumsProduct<Storage>;
 
@@ -32,7 +32,9 @@ template <class Storage> class VariantForwardLoop {
             choose_row_groups(first_.params, threads, 1, sizeof(Compute), first_.tiles(), first_.packed_bytes(), 1, 1)),
         shares_(shares_of_group(threads, groups_count_, first_.tiles())),
         preparing_shares_(shares_for(threads)),
-        gate_{params.hard_sigmoid} {}
+        gate_{params.hard_sigmoid},
+        lstm_{params.coupled(), gate_},
+        gru_{params.relu, gate_} {}
 
   int64_t run(Team& team) {
     place();
@@ -222,9 +224,9 @@ template <class Storage> class VariantForwardLoop {
     if (!p_.vectors[kPeephole]) return Value{};
     return load<Compute>(at<Storage>(p_.vectors[kPeephole], number * H_ + u), left) * c;
   }
-  Value dropped(const Row& row, Value candidate, int64_t u, int64_t left) const {
-    if (!p_.candidate_mask) return candidate;
-    return candidate * load<Compute>(at<Storage>(p_.candidate_mask, row.b * H_ + u), left);
+  Value mask_of_candidate(const Row& row, int64_t u, int64_t left) const {
+    if (!p_.candidate_mask) return broadcast<Compute>(1);
+    return load<Compute>(at<Storage>(p_.candidate_mask, row.b * H_ + u), left);
   }
   void reserve(const Row& row, int q, int64_t u, Value value, int64_t left) const {
     if (p_.reserve_out)
@@ -237,13 +239,13 @@ template <class Storage> class VariantForwardLoop {
     Compute* const fresh_c = row.scratch;
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
       const Value c = load<Compute>(row.group.c.row(row.r) + u, left);
-      const Value i = gate_(gate(row, 0, u, left) + peep(0, c, u, left));
-      const Value f = coupled ? 1 - i : gate_(gate(row, 1, u, left) + peep(1, c, u, left));
-      const Value g = Math::tanh(gate(row, of_g, u, left));
-      reserve(row, 0, u, i, left);
-      if (!coupled) reserve(row, 1, u, f, left);
-      reserve(row, of_g, u, g, left);
-      store<Compute>(fresh_c + u, f * c + i * dropped(row, g, u, left), left);
+      const Value sum_i = gate(row, 0, u, left) + peep(0, c, u, left);
+      const Value sum_f = coupled ? Value{} : gate(row, 1, u, left) + peep(1, c, u, left);
+      const auto gates = lstm_.gates(sum_i, sum_f, gate(row, of_g, u, left));
+      reserve(row, 0, u, gates.i, left);
+      if (!coupled) reserve(row, 1, u, gates.f, left);
+      reserve(row, of_g, u, gates.g, left);
+      store<Compute>(fresh_c + u, lstm_.cell_state(gates, mask_of_candidate(row, u, left), c), left);
     });
     NormOf<Compute> norm{0, 1};
     if (p_.cell_norm != CellNorm::none) norm = norm_of(fresh_c, H_, p_.rms, p_.eps);
@@ -267,27 +269,22 @@ template <class Storage> class VariantForwardLoop {
     });
   }
 
-  // c_t / n_t as the mean of c_{t-1} / n_{t-1} and z with weights alpha and 1 - alpha: what the stabiliser is for drops
-  // out. l is log n_t, as if it had never been divided by exp(m_t).
   void slstm(const Row& row) const {
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
-      const Value i = gate(row, 0, u, left), f = gate(row, 1, u, left), z = Math::tanh(gate(row, 2, u, left)),
-                  o = Math::sigmoid(gate(row, 3, u, left));
       Compute *const l_at = row.group.l.row(row.r) + u, *const c_at = row.group.c.row(row.r) + u;
-      const Value a = log_sigmoid<Compute>(f) + load<Compute>(l_at, left) - i, alpha = Math::sigmoid(a);
-      const Value c = z + alpha * (load<Compute>(c_at, left) - z), l = i - log_sigmoid<Compute>(-a);
-      reserve(row, 0, u, alpha, left);
-      reserve(row, 1, u, Math::sigmoid(f), left);
-      reserve(row, 2, u, z, left);
-      reserve(row, 3, u, o, left);
-      store<Compute>(at<Storage>(p_.cell_states, row.data_row * H_ + u), c, left);
+      Value sums[4], saved[4];
+      for (int g = 0; g < 4; ++g) sums[g] = gate(row, g, u, left);
+      const auto now =
+          ExponentialLstm<Math>::forward(sums, load<Compute>(c_at, left), load<Compute>(l_at, left), saved);
+      for (int g = 0; g < 4; ++g) reserve(row, g, u, saved[g], left);
+      store<Compute>(at<Storage>(p_.cell_states, row.data_row * H_ + u), now.c, left);
       if (row.last) {
-        store<Compute>(at<Storage>(p_.c_n, row.b * H_ + u), c, left);
-        store<Compute>(at<Storage>(p_.l_n, row.b * H_ + u), l, left);
+        store<Compute>(at<Storage>(p_.c_n, row.b * H_ + u), now.c, left);
+        store<Compute>(at<Storage>(p_.l_n, row.b * H_ + u), now.l, left);
       }
-      store<Compute>(c_at, unless<Compute>(row.cut, c));
-      store<Compute>(l_at, row.cut ? nothing() : l);
-      write_h(row, u, left, o * c);
+      store<Compute>(c_at, unless<Compute>(row.cut, now.c));
+      store<Compute>(l_at, row.cut ? nothing() : now.l);
+      write_h(row, u, left, now.h);
     });
   }
 
@@ -304,7 +301,7 @@ template <class Storage> class VariantForwardLoop {
   void other_cell(const Row& row) const {
     for_vectors<Compute>(H_, [&](int64_t u, int64_t left) {
       if (p_.mode != Mode::gru) {
-        const Value h = nonlinearity<Compute>(p_.mode, gate(row, 0, u, left));
+        const Value h = VariantRnn<Math>::forward(p_.mode, gate(row, 0, u, left));
         reserve(row, 0, u, h, left);
         return write_h(row, u, left, h);
       }
@@ -317,12 +314,12 @@ template <class Storage> class VariantForwardLoop {
       }
       GateParts parts = gate_parts(row, of_n, u, left);
       if (p_.vectors[kBiasHn]) parts.recurrent += load<Compute>(at<Storage>(p_.vectors[kBiasHn], u), left);
-      const Value before = parts.x + r * parts.recurrent, n = p_.relu ? Math::relu(before) : Math::tanh(before);
+      const Value n = gru_.candidate(parts.x, r, parts.recurrent);
       reserve(row, of_z, u, z, left);
       reserve(row, of_n, u, n, left);
       if (p_.has_reset()) reserve(row, 3, u, parts.recurrent, left);
-      const Value kept = dropped(row, n, u, left);
-      write_h(row, u, left, kept + z * (load<Compute>(row.group.h.row(row.r) + u, left) - kept));
+      const Value h = load<Compute>(row.group.h.row(row.r) + u, left);
+      write_h(row, u, left, gru_.state(z, n, mask_of_candidate(row, u, left), h));
     });
   }
 
@@ -339,7 +336,9 @@ template <class Storage> class VariantForwardLoop {
   Product first_, second_;
   const int threads_;
   const int64_t groups_count_, shares_, preparing_shares_;
-  const GateActivation<Compute> gate_;
+  const GateActivation<Math> gate_;
+  const VariantLstm<Math> lstm_;
+  const VariantGru<Math> gru_;
   Workspace workspace_;
   Schedule schedule_;
   Group* groups_ = nullptr;

@@ -1,4 +1,6 @@
 // The kernels of layers with options, of one ISA and type: compiled for each pair, as kernels.cpp.
+#include "kernels.h"
+
 #include "backward.h"
 #include "forward.h"
 

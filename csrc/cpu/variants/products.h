@@ -2,9 +2,9 @@
 // With several heads W_hh is a matrix of blocks, of which those beside the diagonal are not there: (G*H, H / heads).
 #pragma once
 
+#include "../../variants/params.h"
 #include "../call_weights.h"
 #include "../column_weights.h"
-#include "params.h"
 
 namespace rnnfast::cpu {
 namespace {

@@ -1,10 +1,10 @@
-// What a row of a layer with options is made of: sums over its units, normalisation and its derivative, gates.
+// What a row of a layer with options is made of: sums over its units for the norms, zoneout; and the functions that the
+// equations (csrc/variants/cells.h) call.
 #pragma once
 
-#include <limits>
-
+#include "../../variants/cells.h"
+#include "../../variants/params.h"
 #include "../tile.h"
-#include "params.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -27,13 +27,6 @@ template <class Compute, class Use> RNNFAST_INLINE void for_vectors(int64_t coun
   for (int64_t unit = 0; unit < count; unit += kLanes<Compute>) use(unit, count - unit);
 }
 
-// N(x) = (x - mean) * scale, before weight and bias; with `rms` the mean is taken for 0.
-template <class Compute> struct NormOf {
-  Compute mean, scale;
-
-  RNNFAST_INLINE Vector<Compute> operator()(Vector<Compute> x) const { return (x - mean) * scale; }
-};
-
 // Of a row: in two passes, so that a mean far from 0 costs no digits.
 template <class Compute> inline NormOf<Compute> norm_of(const Compute* x, int64_t count, bool rms, double eps) {
   Vector<Compute> sum{}, squares{};
@@ -44,41 +37,16 @@ template <class Compute> inline NormOf<Compute> norm_of(const Compute* x, int64_
     squares += off * off;
   });
   const Compute mean_square = sum_of_lanes<Compute>(squares) / static_cast<Compute>(count);
-  // What overflowed has no norm: 1 / infinity would make zeros of it, and hide that.
-  if (!(mean_square <= std::numeric_limits<Compute>::max())) return {mean, std::numeric_limits<Compute>::quiet_NaN()};
-  return {mean, static_cast<Compute>(1 / __builtin_sqrt(mean_square + eps))};
+  return {mean, NormOf<Compute>::scale_of(mean_square, eps)};
 }
 
 // Of y = normed * weight + bias, from what was summed over a row: of g = dy * weight, and of g * normed.
-template <class Compute> struct NormGradient {
-  Compute mean_g, mean_g_normed, scale;
-
-  NormGradient(Vector<Compute> sum_g, Vector<Compute> sum_g_normed, Compute scale_, int64_t count, bool rms)
-      : mean_g(rms ? Compute(0) : sum_of_lanes<Compute>(sum_g) / static_cast<Compute>(count)),
-        mean_g_normed(sum_of_lanes<Compute>(sum_g_normed) / static_cast<Compute>(count)),
-        scale(scale_) {}
-
-  // The gradient of the row's values before N.
-  RNNFAST_INLINE Vector<Compute> operator()(Vector<Compute> g, Vector<Compute> normed) const {
-    return (g - mean_g - normed * mean_g_normed) * scale;
-  }
-};
-
-// The gates' activation, and its derivative from its value.
-template <class Compute> struct GateActivation {
-  using Value = Vector<Compute>;
-  bool hard;
-
-  RNNFAST_INLINE Value operator()(Value x) const {
-    if (!hard) return VectorMath<Compute>::sigmoid(x);
-    return at_most(at_least(x * Compute(0.2) + Compute(0.5), Compute(0)), Compute(1));
-  }
-  RNNFAST_INLINE Value slope(Value value) const {
-    if (!hard) return value * (1 - value);
-    const Value inside = value > 0 ? broadcast<Compute>(Compute(0.2)) : Value{};
-    return value < 1 ? inside : Value{};
-  }
-};
+template <class Compute>
+inline NormGradient<Compute> norm_gradient(Vector<Compute> sum_g, Vector<Compute> sum_g_normed, Compute scale,
+                                           int64_t count, bool rms) {
+  return {rms ? Compute(0) : sum_of_lanes<Compute>(sum_g) / static_cast<Compute>(count),
+          sum_of_lanes<Compute>(sum_g_normed) / static_cast<Compute>(count), scale};
+}
 
 // Zoneout: which part of the old value a step keeps.
 template <class Compute> struct Zoneout {
@@ -106,6 +74,14 @@ template <class Compute> struct Zoneout {
     if (!kept) return old * part + fresh * (1 - part);
     return part > 0 ? old : fresh;
   }
+  // Its derivative: the old value's share of a gradient, and the new one's.
+  struct Shares {
+    Value old, fresh;
+  };
+  RNNFAST_INLINE Shares shares(Value grad, Value part) const {
+    if (!kept) return {grad * part, grad * (1 - part)};
+    return {part > 0 ? grad : Value{}, part > 0 ? Value{} : grad};
+  }
 };
 
 // log(1 + u) for u from 0 to 1: 2 atanh(s) with s = u / (2 + u), at most 1 / 3, whose series ends where it no longer
@@ -128,27 +104,11 @@ template <class Compute> RNNFAST_INLINE Vector<Compute> log_sigmoid(Vector<Compu
   return least - log1p_of_part<Compute>(e.scale * e.minus_one + e.scale);
 }
 
-// phi of the RNNs, and its derivative from its value.
-template <class Compute> RNNFAST_INLINE Vector<Compute> nonlinearity(Mode mode, Vector<Compute> x) {
-  using Math = VectorMath<Compute>;
-  if (mode == Mode::rnn_tanh) return Math::tanh(x);
-  if (mode == Mode::rnn_relu) return Math::relu(x);
-  if (mode == Mode::rnn_sigmoid) return Math::sigmoid(x);
-  return x;
-}
-template <class Compute>
-RNNFAST_INLINE Vector<Compute> nonlinearity_gradient(Mode mode, Vector<Compute> value, Vector<Compute> grad) {
-  if (mode == Mode::rnn_tanh) return grad * (1 - value * value);
-  if (mode == Mode::rnn_relu) return VectorMath<Compute>::where_positive(value, grad);
-  if (mode == Mode::rnn_sigmoid) return grad * value * (1 - value);
-  return grad;
-}
-
-// How many values a vector has, 0 where there is none.
-inline int64_t vector_size(const VariantParams& p, int vector) {
-  const int64_t H = p.hidden_size, sizes[kVariantVectors] = {H, (p.gates - 1) * H, p.width(), p.width(), H, H};
-  return p.vectors[vector] ? sizes[vector] : 0;
-}
+// What variants/cells.h calls.
+template <class Compute> struct VariantMath : VectorMath<Compute> {
+  using Scalar = Compute;
+  RNNFAST_INLINE static Vector<Compute> log_sigmoid(Vector<Compute> x) { return cpu::log_sigmoid<Compute>(x); }
+};
 
 }  // namespace
 }  // namespace rnnfast::cpu

@@ -74,8 +74,7 @@ template <class Type, class Params, int kWidth_> struct Row : Elements<Type, Par
   }
 };
 
-// The sums of a row as the product left them. A cell that normalises W_hh h takes another type of this form, which
-// finds the row's mean and variance when it is made: all threads of the block make one, at the same time.
+// The sums of a row as the product left them.
 template <class Row> class PlainSums {
  public:
   // `first`: of the row's sums.

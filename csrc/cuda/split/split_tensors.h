@@ -2,7 +2,6 @@
 #pragma once
 
 #include <array>
-#include <limits>
 
 #include "../../allocation.h"
 #include "../../places.h"
@@ -52,11 +51,7 @@ class SplitTensors {
   // (D, B, size).
   Tensor make(ScalarType type, Size size) {
     const int64_t sizes[3] = {r_.directions, r_.rows.batch, elements_of(size, r_)};
-    keep_.push_back(rnnfast::empty({op_, "workspace", Sizes(sizes, 3), type, like_}));
-#if defined(RNNFAST_EMULATED)
-    // Whatever a kernel reads before it is written shows.
-    torch::stable::fill_(keep_.back(), std::numeric_limits<double>::quiet_NaN());
-#endif
+    keep_.push_back(workspace_of(op_, Sizes(sizes, 3), type, like_));
     return keep_.back();
   }
 
@@ -78,12 +73,7 @@ class SplitTensors {
       // The host is to read what kernels have written.
       if (std::string error = synchronize(stream_); !error.empty()) return error;
 #endif
-      const char* const name = batched ? "aten::bmm" : "aten::mm";
-      // Sums of 16-bit products in 32 bits. The out variants: autocast leaves them alone.
-      if (from.scalar_type() == sums.scalar_type())
-        product_into(sums, op_, name, "out", from, weights);
-      else
-        product_into(sums, op_, name, "dtype_out", from, weights, sums.scalar_type());
+      step_product_into(sums, op_, batched ? "aten::bmm" : "aten::mm", from, weights);
       return std::string();
     };
   }

@@ -89,13 +89,13 @@ std::string run_turns(int64_t count, std::vector<StepPhases<Params>>& step, cons
 
 // How many turns a pass has, and what direction d does at one.
 // Forward, without any step one turn all the same: hx and cx are handed through.
-inline int64_t forward_turns(const ForwardParams& p) { return p.rows.steps ? p.rows.steps : 1; }
-inline auto forward_turn(const ForwardParams& p, const Turns& turns) {
+template <class Call> int64_t forward_turns(const Call& p) { return p.rows.steps ? p.rows.steps : 1; }
+template <class Call> auto forward_turn(const Call& p, const Turns& turns) {
   return [&p, &turns](int64_t turn, int64_t d) { return turns.turn(d == 1 ? p.rows.steps - 1 - turn : turn, d == 1); };
 }
 // Backward, one turn more than there are steps: rows whose first step is done hand their gradients on to hx and cx.
 inline int64_t backward_turns(const BackwardParams& p) { return p.rows.steps + (p.grad_hx || p.grad_cx ? 1 : 0); }
-inline auto backward_turn(const BackwardParams& p, const Turns& turns) {
+template <class Call> auto backward_turn(const Call& p, const Turns& turns) {
   return [&p, &turns](int64_t turn, int64_t d) { return turns.turn(d == 1 ? turn : p.rows.steps - 1 - turn, d == 1); };
 }
 
@@ -110,7 +110,7 @@ inline std::string run_steps_forward(const ForwardParams& p, const StepWorkspace
 
   std::vector<StepPhases<StepForward>> step;
   // A phase between product and cell that needs all units of a row, as layer normalisation of W_hh h does, does not fit
-  // in here: the split kernels' cell reads the sums of whole rows (split/row.cuh).
+  // in here: the kernels of layers with options see whole rows (variants/row.cuh).
   step.push_back({kernels.forward, shared});
   StepForward& cell = step.back().params;
   set_weight(cell, p.parameters[Kind::weight_hh], p.output, p.state_size, p.dtype);

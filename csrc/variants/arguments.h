@@ -2,10 +2,10 @@
 // ops' schemas. rnnfast/variants/reference.py has those of forward for Python.
 #pragma once
 
-#include "../../boxing.h"
-#include "../../sequences.h"
+#include "../boxing.h"
+#include "../sequences.h"
 
-namespace rnnfast::cpu {
+namespace rnnfast {
 
 struct VariantSettings {
   std::string mode, words;
@@ -91,4 +91,4 @@ template <class Library> void define_variant_ops(Library& library) {
   library.def(("variant_backward(" + given.substr(2) + results(12)).c_str());
 }
 
-}  // namespace rnnfast::cpu
+}  // namespace rnnfast

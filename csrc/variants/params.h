@@ -2,10 +2,9 @@
 // rnnfast/variants/reference.py has the equations, rnnfast/variants/options.py says what the options are.
 #pragma once
 
-#include "../../recurrence.h"
-#include "../team.h"
+#include "../recurrence.h"
 
-namespace rnnfast::cpu {
+namespace rnnfast {
 
 enum class GateNorm { none, separate, joint };
 enum class CellNorm { none, output, carried };
@@ -35,27 +34,27 @@ struct VariantParams {
   const void* hx{};                     // (B, H) or null: zeros
   const void* cx{};
   const void* lx{};   // of the sLSTM: (B, H) or null: minus infinity
-  Operand weight_hh;  // (G*H, H / heads)
+  Operand weight_hh;  // on the CPU: (G*H, H / heads)
   const void* vectors[kVariantVectors]{};
   const void* recurrent_mask{};  // (B, H) or null: what h is multiplied by before W_hh
   const void* candidate_mask{};  // (B, H) or null: what g, or n, is multiplied by
   const uint8_t* kept_h{};       // (rows, H) or null: where the old h is kept
   const uint8_t* kept_c{};
 
-  bool has_cell() const { return mode == Mode::lstm; }
-  bool coupled() const { return has_cell() && gates == 3; }
-  int64_t width() const { return gates * hidden_size; }      // G*H
-  int64_t head_size() const { return hidden_size / heads; }  // H / heads
-  bool has_reset() const { return mode == Mode::gru && gates == 3; }
+  RNNFAST_HOST_DEVICE bool has_cell() const { return mode == Mode::lstm; }
+  RNNFAST_HOST_DEVICE bool coupled() const { return has_cell() && gates == 3; }
+  RNNFAST_HOST_DEVICE int64_t width() const { return gates * hidden_size; }      // G*H
+  RNNFAST_HOST_DEVICE int64_t head_size() const { return hidden_size / heads; }  // H / heads
+  RNNFAST_HOST_DEVICE bool has_reset() const { return mode == Mode::gru && gates == 3; }
   // What a step saves: every gate, where there is r the recurrent part of n too, of the RNNs their new h.
-  int64_t reserve() const { return has_reset() ? 4 : gates; }
+  RNNFAST_HOST_DEVICE int64_t reserve() const { return has_reset() ? 4 : gates; }
   // Whether the gradient of W_hh h is another than that of gates_in.
-  bool splits_gradient() const {
+  RNNFAST_HOST_DEVICE bool splits_gradient() const {
     return gate_norm == GateNorm::separate || (has_reset() && gate_norm == GateNorm::none && !reset_first);
   }
   // The rows of W_hh that a step's first product has, and the second.
-  int64_t first_width() const { return reset_first ? 2 * hidden_size : width(); }
-  int64_t second_width() const { return width() - first_width(); }
+  RNNFAST_HOST_DEVICE int64_t first_width() const { return reset_first ? 2 * hidden_size : width(); }
+  RNNFAST_HOST_DEVICE int64_t second_width() const { return width() - first_width(); }
 };
 
 struct VariantForward : VariantParams {
@@ -88,23 +87,10 @@ struct VariantBackward : VariantParams {
   void* grad_vectors[kVariantVectors]{};  // of the vectors that are there, of their shapes
 };
 
-// What they return is 0, or the bytes of a workspace that there was no memory for: then nothing was computed.
-struct VariantKernels {
-  int64_t (*forward)(const VariantForward&, Team&);
-  int64_t (*backward)(const VariantBackward&, Team&);
-};
+// How many values a vector has, 0 where there is none.
+RNNFAST_HOST_DEVICE inline int64_t vector_size(const VariantParams& p, int vector) {
+  const int64_t H = p.hidden_size, sizes[kVariantVectors] = {H, (p.gates - 1) * H, p.width(), p.width(), H, H};
+  return p.vectors[vector] ? sizes[vector] : 0;
+}
 
-// Each is what variants/kernels.cpp makes of one compilation. In the order of DType; setup.py has the same lists.
-#define RNNFAST_DECLARE_VARIANTS(isa)                                                           \
-  extern const VariantKernels variant_kernels_##isa##_float32, variant_kernels_##isa##_float64, \
-      variant_kernels_##isa##_bfloat16, variant_kernels_##isa##_float16;
-#define RNNFAST_VARIANTS_OF(isa)                                                                          \
-  {&variant_kernels_##isa##_float32, &variant_kernels_##isa##_float64, &variant_kernels_##isa##_bfloat16, \
-   &variant_kernels_##isa##_float16}
-RNNFAST_DECLARE_VARIANTS(portable)
-#if defined(__x86_64__)
-RNNFAST_DECLARE_VARIANTS(avx2)
-RNNFAST_DECLARE_VARIANTS(avx512)
-#endif
-
-}  // namespace rnnfast::cpu
+}  // namespace rnnfast
