@@ -60,6 +60,9 @@ inline void check_like(const char* op, const char* argument, const Tensor& tenso
                 ": expected the device of the first tensor, got another");
 }
 
+// What a type is computed with.
+inline ScalarType compute_type(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
+
 inline DType dtype_of(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;

@@ -9,6 +9,7 @@ is each one's own.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from option_calls import (
 )
 from rnnfast.variants import ops as variant_ops
 from rnnfast.variants.reference import Weights
+from setup import CSRC
 from test_variants_refusals import OF_CALLS, OF_OPS, WRONG_CALLS, arguments, as_leaf, changed, raised
 from tolerances import error
 from triton_interpreter import triton_problem
@@ -117,9 +119,14 @@ def test_explain_and_ops_say_what_runs(name_of_backend: str, name: str) -> None:
 # --- of the kernels -----------------------------------------------------------------------------------------------
 
 
-def test_gradients_of_vectors_over_many_turns() -> None:
-    """They are summed in pieces of 64 turns: here in two."""
-    steps = 70
+def test_gradients_of_vectors_over_many_turns(name_of_backend: str) -> None:
+    """They are summed in pieces of so many turns: here in two."""
+    (turns,) = re.findall(r"constexpr int64_t kTurnsSummed = (\d+);", (CSRC / "variants/params.h").read_text())
+    if name_of_backend == "triton":
+        from rnnfast.triton import variant_step
+
+        assert variant_step.TURNS_SUMMED.value == int(turns)
+    steps = int(turns) + 6
     call = random_call(random.Random(1), "RNN_TANH", 3, 2, steps)
     same(with_gradients(call), by_reference(lambda: with_gradients(call)), rtol=1e-9, atol=1e-9)
 

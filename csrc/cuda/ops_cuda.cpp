@@ -215,9 +215,8 @@ struct CudaBackend {
   // The workspace for what goes from step to step in the compute type.
   static Tensor carried(bool wanted, const Recurrence& r, const Context& context, StepWorkspace& workspace) {
     if (!wanted) return Ops::none(context);
-    const ScalarType type = r.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
     const int64_t sizes[3] = {r.directions, r.rows.batch, r.hidden_size};
-    const Tensor carry = empty({context.op, "workspace", Sizes(sizes, 3), type, context.like});
+    const Tensor carry = empty({context.op, "workspace", Sizes(sizes, 3), compute_type(r.dtype), context.like});
     workspace.carry = mutable_data_of(carry);
     return carry;
   }

@@ -193,8 +193,6 @@ template <class Backend> struct VariantResults {
   }
 };
 
-inline ScalarType compute_type(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
-
 template <class Backend> struct VariantOps {
   using Forwards = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -87,6 +87,10 @@ struct VariantBackward : VariantParams {
   void* grad_vectors[kVariantVectors]{};  // of the vectors that are there, of their shapes
 };
 
+// What vectors of the layer get is summed over so many turns by itself: not over all one after the other, which would
+// lose digits. Legal: from 1 on. rnnfast/triton/variant_step.py has the same for Triton.
+constexpr int64_t kTurnsSummed = 64;
+
 // How many values a vector has, 0 where there is none.
 RNNFAST_HOST_DEVICE inline int64_t vector_size(const VariantParams& p, int vector) {
   const int64_t H = p.hidden_size, sizes[kVariantVectors] = {H, (p.gates - 1) * H, p.width(), p.width(), H, H};

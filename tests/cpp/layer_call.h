@@ -40,6 +40,9 @@ inline DType dtype_of(Arithmetic arithmetic) {
   }
 }
 
+// What a type is computed with.
+inline DType compute_type(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+
 // A tensor in a storage type. Memory that nothing has written yet is NaN.
 class Buffer {
  public:

@@ -13,8 +13,6 @@
 namespace rnnfast::test {
 namespace {
 
-DType compute_type(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
-
 // A product begins when ours have ended, and ours may begin before it has.
 gpu::StepDevice stream_of(bool dependent) { return {nullptr, dependent && gpu::has_dependent_launch()}; }
 

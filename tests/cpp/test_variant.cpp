@@ -30,8 +30,6 @@ struct VariantShape {
   bool reverse = false, lengths = false, resets = false, initial = true;
 };
 
-DType compute_type(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
-
 // One call, whose tensors live as long as it does.
 class VariantCall {
  public:
@@ -194,10 +192,7 @@ class VariantCall {
     for (void** workspace : {&b.carry_h, &b.carry_c, &b.carry_l, &b.raw_c, &b.of_normed, &b.beside})
       *workspace = make(states(), compute_);
     b.of_gates = make(p.rows.batch * p.width(), compute_);
-    for (int i = 0; i < kVariantVectors; ++i) {
-      b.vector_begin[i] = b.vectors;
-      b.vectors += vector_size(p, i);
-    }
+    gpu::place_vectors(b);
     b.turns_summed = 2;
     for (void** sums : {&b.vectors_now, &b.vectors_before}) *sums = make(p.rows.batch * b.vectors, compute_);
     return finish(gpu::run_variant_backward(b, products, {nullptr, true}));

@@ -19,8 +19,6 @@ template <class Storage> class VariantBackwardLoop {
   using Math = VariantMath<Compute>;
   static constexpr int kL = kLanes<Compute>;
   using Product = StatesProduct<Storage>;
-  // So many turns are summed by themselves: not all one after the other, which would lose digits.
-  static constexpr int64_t kTurnsSummed = 64;
 
  public:
   VariantBackwardLoop(const VariantBackward& params, int threads)

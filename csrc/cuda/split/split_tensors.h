@@ -46,7 +46,7 @@ class SplitTensors {
 
  private:
   ScalarType storage() const { return like_.scalar_type(); }
-  ScalarType compute() const { return storage() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+  ScalarType compute() const { return compute_type(r_.dtype); }
 
   // (D, B, size).
   Tensor make(ScalarType type, Size size) {

@@ -279,7 +279,7 @@ template <Family kFamily, class Type> class VariantBackwardRow : VariantRow<Type
   RNNFAST_DEVICE void settle() const {
     const int64_t time = p.rows.turn[d].time, done = call.reverse ? time + 1 : call.rows.steps - time;
     if (!p.vectors || done % p.turns_summed != 0) return;
-    // What the other threads have added.
+    // What the other threads have added is there.
     sync_threads();
     for_units(p.vectors, [&](int64_t i) {
       Compute& now = *at<Compute>(p.vectors_now, b * p.vectors + i);

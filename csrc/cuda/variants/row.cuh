@@ -38,6 +38,7 @@ template <class T, int kCount> RNNFAST_DEVICE void block_sums(T (&values)[kCount
     RNNFAST_UNROLL
     for (int i = 0; i < kCount; ++i) shared[warp() * kCount + i] = values[i];
   }
+  // Those of every warp are there.
   sync_threads();
   RNNFAST_UNROLL
   for (int i = 0; i < kCount; ++i) {

@@ -36,9 +36,17 @@ struct VariantStepBackward {
   void *vectors_now{}, *vectors_before{};
   int64_t vector_begin[kVariantVectors]{};
   int64_t vectors = 0;  // V
-  // So many turns are summed by themselves: not all one after the other, which would lose digits. Legal: from 1 on.
-  int64_t turns_summed = 64;
+  int64_t turns_summed = kTurnsSummed;
 };
+
+// Where each vector's gradient lies among all.
+inline void place_vectors(VariantStepBackward& step) {
+  step.vectors = 0;
+  for (int i = 0; i < kVariantVectors; ++i) {
+    step.vector_begin[i] = step.vectors;
+    step.vectors += vector_size(step.call, i);
+  }
+}
 
 struct VariantKernels {
   StepKernel<VariantStepForward> begin;  // hx into `entering`

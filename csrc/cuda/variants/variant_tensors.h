@@ -49,10 +49,7 @@ class VariantTensors {
     if (call.gate_norm != GateNorm::none) make(compute(), {B, call.width()}, step.of_gates);
     if (call.cell_norm != CellNorm::none)
       for (void** to : {&step.raw_c, &step.of_normed, &step.beside}) make(compute(), {B, H}, *to);
-    for (int i = 0; i < kVariantVectors; ++i) {
-      step.vector_begin[i] = step.vectors;
-      step.vectors += vector_size(call, i);
-    }
+    place_vectors(step);
     for (void** to : {&step.vectors_now, &step.vectors_before}) make(compute(), {B, step.vectors}, *to);
     return step;
   }
