@@ -24,6 +24,7 @@ import plan_cliffs
 import plan_map
 import plan_table
 import quantization
+import recompute
 import sixteen_bit
 import stack_model
 import step_model
@@ -476,6 +477,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "sixteen-bit speeds": lambda: "\n\n".join(part for part in (speeds(narrow), figures(narrow)) if part),
         "sixteen-bit memory": lambda: memory(narrow),
         "sixteen-bit types": lambda: sixteen_bit.table(results),
+        "recompute": lambda: recompute.table(results),
         "quantized errors": lambda: quantization.errors_table(results),
         "cpu figures": lambda: figures(cpu),
         "character model": lambda: demo(results, "charlm-lstm"),

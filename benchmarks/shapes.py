@@ -268,6 +268,15 @@ def with_options() -> list[Case]:
     ]
 
 
+# Of `benchmarks/recompute.py`, which times rnnfast's layers against themselves: the longest is one that does not fit
+# without, in many a machine; the others are usual lengths.
+RECOMPUTE = [
+    Case("LSTM", 8, 256, steps=100_000, input_size=16),
+    *[Case(cell, 8, 256, steps=4000) for cell in ("LSTM", "GRU", "RNN")],
+    Case("LSTM", 32, 128, steps=2000, input_size=16),
+    Case("GRU", 64, 512, steps=500),
+]
+
 SUITES: dict[str, list[Case]] = {
     "sizes": [
         Case(cell, batch, hidden, source=OWN) for cell, batch, hidden in product(CELLS, (1, 8, 64), (64, 256, 512))

@@ -171,7 +171,7 @@ class Layer(torch.autograd.Function):
         saved = values[len(LAYER) :]
         arguments = (backend, input, mode, grad_output, grad_h_n, grad_c_n, grad_cell_states, *saved, *others)
         with without_autocast(input.device.type):
-            return tuple(_layer_backward(arguments, ctx.needs_input_grad))
+            return tuple(layer_backward(arguments, ctx.needs_input_grad))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -203,7 +203,7 @@ def mark_layer_in_graph() -> bool:
 mark_layer_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor | None]:
+def layer_backward(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `Layer`'s arguments.
 
     Args:
@@ -225,7 +225,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _at_once(arguments: tuple[Any, ...], needs: Sequence[bool], by_aten: bool) -> list[Tensor | None]:
-    """`_layer_backward` by the op of that name, which never has the gradients of gates of all steps."""
+    """`layer_backward` by the op of that name, which never has the gradients of gates of all steps."""
     _, input, mode, *others = arguments
     wanted = sum(1 << i for i, place in enumerate(DIFFERENTIABLE) if needs[place])
     results = ops.layer_backward(mode, by_aten, wanted, input, *others)
@@ -236,7 +236,7 @@ def _at_once(arguments: tuple[Any, ...], needs: Sequence[bool], by_aten: bool) -
 
 
 def layer_backward_in_parts(arguments: tuple[Any, ...], needs: Sequence[bool]) -> list[Tensor | None]:
-    """`_layer_backward` by the backend's `recurrence_backward` and products; differentiable where anybody asks."""
+    """`layer_backward` by the backend's `recurrence_backward` and products; differentiable where anybody asks."""
     backend, input, *others = arguments
     step = nested(BackwardArguments, others)
     # The Function is only worth its overhead where somebody may differentiate this backward pass.

@@ -32,21 +32,24 @@ class KernelsWithOptions(NamedTuple):
 
     Attributes:
         forward: the op `variant_forward`, with its derivative.
+        backward: the op `variant_backward`.
         kernel: (whether r multiplies h itself): what runs, in words.
         refuses: why they cannot take a tensor now, None where they can; None: they always can.
     """
 
     forward: Callable[..., Any]
+    backward: Callable[..., Any]
     kernel: Callable[[bool], str]
     refuses: Callable[[Tensor], str | None] | None = None
 
     @classmethod
     def of(cls, name: str, namespace: str) -> KernelsWithOptions:
         """The ops of a namespace, those of the backend of that name."""
-        forward = getattr(torch.ops, namespace).variant_forward
+        of_namespace = getattr(torch.ops, namespace)
+        forward, backward = of_namespace.variant_forward, of_namespace.variant_backward
         if name == "cuda":
-            return cls(ops.with_torchs_memory_error(forward), _WITH_OPTIONS[name], _other_products)
-        return cls(forward, _WITH_OPTIONS[name])
+            return cls(ops.with_torchs_memory_error(forward), backward, _WITH_OPTIONS[name], _other_products)
+        return cls(forward, backward, _WITH_OPTIONS[name])
 
 
 def _other_products(tensor: Tensor) -> str | None:

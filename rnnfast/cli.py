@@ -1,5 +1,5 @@
 """`python -m rnnfast`: `info` says what is installed here, which backends run, and why the others do not; `bench` times
-a layer against torch.nn's; `explain` predicts what a layer takes on a GPU."""
+a layer against torch.nn's; `explain` predicts what a layer takes on a GPU; `memory` says what training takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, explain_command, libraries, ops
+from . import __version__, explain_command, libraries, memory_command, ops
 from .backends import backends
 from .benchmark import command
 from .benchmark.timing import processor
@@ -67,10 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "explain", help="which CUDA kernels, and what a step should take: predicted, no GPU needed"
     )
     explain_command.add_options(plans)
+    memory = commands.add_parser("memory", help="what training a layer takes of memory, with and without recompute=")
+    memory_command.add_options(memory)
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return command.run(options)
     if options.command == "explain":
         return explain_command.run(options, plans)
+    if options.command == "memory":
+        return memory_command.run(options, memory)
     print(info())
     return 0

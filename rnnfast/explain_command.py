@@ -9,7 +9,7 @@ from .benchmark.command import number
 from .cell_types import CELLS
 from .cuda_plan import ARCHITECTURES, NAMES, Illegal, Plan, plan
 
-_MODES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH", **{name.lower(): name for name in CELLS}}
+MODES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH", **{name.lower(): name for name in CELLS}}
 _TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "tf32": "tf32"}
 _TYPES |= {name: name for name in _TYPES.values()}
 # What csrc/cuda/plan/plan_json.h and csrc/cpu/ops_plan.cpp take.
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Says which CUDA kernels a layer should run on, in which layout, and what a step should take.\n"
         "The times are predicted by a cost model, not measured; no GPU is needed.\n\n" + EXAMPLE
     )
-    parser.add_argument("--cell", type=str.lower, choices=list(_MODES), default="lstm", help="default lstm")
+    parser.add_argument("--cell", type=str.lower, choices=list(MODES), default="lstm", help="default lstm")
     parser.add_argument("--hidden", type=number(int, 1, most=_MOST), required=True, help="hidden size H")
     parser.add_argument("--batch", type=number(int, 1, most=_MOST), default=16, help="batch B (default 16)")
     parser.add_argument(
@@ -57,7 +57,7 @@ def report(options: argparse.Namespace) -> str:
     Raises:
         Illegal: there is no plan of the name asked for.
     """
-    mode, arithmetic = _MODES[options.cell], _TYPES[options.dtype]
+    mode, arithmetic = MODES[options.cell], _TYPES[options.dtype]
     passes: dict[str, Plan] = {}
     for name in ["backward"] if options.backward else ["forward"] if options.inference else ["forward", "backward"]:
         passes[name] = plan(
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Prints the report; the exit status."""
     if ops.library_error is not None:
         parser.error(f"a plan needs the C++ library: {ops.library_error}")
-    if options.projection and not CELLS[_MODES[options.cell]].may_project:
+    if options.projection and not CELLS[MODES[options.cell]].may_project:
         parser.error(f"--projection: {options.cell} has none")
     try:
         print(report(options))

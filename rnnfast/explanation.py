@@ -22,6 +22,9 @@ from .backends import (
 )
 from .cells import Cell
 from .modules import Recurrent
+from .recompute.calls import trains
+from .recompute.memory import in_words, memory_of
+from .recompute.settings import Recompute, training_of
 from .sequences import Sequences
 
 
@@ -39,6 +42,7 @@ class Explanation:
         why: why that plan.
         predicted_us: microseconds a step of that plan. A prediction, not measured; so the rest.
         limited_by: what decides there: "launch", "exchange", "mma", "issue", "shared memory", "L2", "HBM" or "latency".
+        recompute: of a layer told to save memory in training: what it does, and what that takes.
         backward_plan, backward_why, predicted_backward_us: the same of the backward pass, where there is one.
     """
 
@@ -52,6 +56,7 @@ class Explanation:
     predicted_backward_us: float | None = None
     why: str | None = None
     backward_why: str | None = None
+    recompute: str | None = None
 
     def __str__(self) -> str:
         text = f"backend {self.backend}: {self.kernel}; {self.reason}"
@@ -60,7 +65,7 @@ class Explanation:
             if self.predicted_backward_us is not None:
                 text += f", {self.predicted_backward_us:.2f} us backward"
             text += f", limited by {self.limited_by}; this plan: {self.why}"
-        return text
+        return text if self.recompute is None else f"{text}; {self.recompute}"
 
 
 def explain(module: Any, input: Any) -> Explanation:
@@ -93,7 +98,8 @@ def explain(module: Any, input: Any) -> Explanation:
     if not isinstance(module, (Cell, Recurrent)):
         return Explanation("torch.nn", "torch.nn's own", "a module of torch.nn; rnnfast.accelerate(model) swaps it")
     if module._options is not None and module._options.changes_recurrence:
-        return _with_options(module, data)
+        found = _with_options(module, data)
+        return replace(found, recompute=_recompute(module, input))
     mode, weights = module._mode(), module._weights()
     quantized: str | None = getattr(module, "weights_type", None)
     # With quantized weights there is no training.
@@ -129,7 +135,28 @@ def explain(module: Any, input: Any) -> Explanation:
         about.append(f"{2 if module.bidirectional else 1} direction(s) a call, {module.num_layers} call(s)")
     if packed:
         about.append("packed rows as they are")
-    return replace(found, kernel=", ".join([found.kernel, *about]))
+    return replace(found, kernel=", ".join([found.kernel, *about]), recompute=_recompute(module, input))
+
+
+def _recompute(module: Any, input: Any) -> str | None:
+    """How a call of a layer saves memory in training, in words; None where it was not told to, or nobody trains."""
+    told: Recompute | None = getattr(module, "_recompute", None)
+    packed = isinstance(input, torch.nn.utils.rnn.PackedSequence)
+    data = input.data if packed else input
+    weights = None if told is None else module._weights()
+    if told is None or weights is None or not trains(data, weights):
+        return None
+    if not packed and data.dim() == 2:
+        data = data.unsqueeze(0 if module.batch_first else 1)
+    sequences = Sequences(input.batch_sizes if packed else None, batch_first=bool(module.batch_first) and not packed)
+    options = module._options if module._options is not None and module._options.changes_recurrence else None
+    call = (module._mode(), data, weights, sequences, module.num_layers, bool(module.bidirectional), options)
+    way = told.way(*call)
+    memory = memory_of(training_of(*call), *(way or (None,)))
+    what = f"recompute={module.recompute!r}"
+    if told.how == "auto":
+        what += f" within {in_words(told.budget)} takes {None if way is None else way.how!r}"
+    return f"{what}: keeps {in_words(memory.kept)} for backward, takes {in_words(memory.peak)} at most"
 
 
 def _with_options(module: Any, data: Tensor) -> Explanation:

@@ -1,4 +1,4 @@
-"""Layers, directions, dropout between layers, packed rows and autocast: what torch.nn's modules do, without the module.
+"""Layers, directions, dropout between layers and packed rows: what torch.nn's modules do, without the module.
 
 `lstm`, `gru`, `rnn` and `mgu` are the public functions; the modules call `run_layers` after their own checks.
 """
@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
+from .autocasting import autocasts, by_autocast, to_float32, with_autocast
 from .autograd import Layer, apply_layer, layer_in_graph, mark_layer_in_graph
 from .backends import BACKENDS, select, torch_runs_layers, wants_gradient
 from .cell_types import CELLS, NONLINEARITIES
+from .recompute.calls import recomputed_layer, trains
+from .recompute.settings import Recompute, recompute_of
 from .sequences import RowOptions, Sequences, dense_sequences, packed_sequences
 from .signatures import LayerArguments, kinds_of, nested, place_weights, shapes_of
 from .steps import has_one_step, run_step
@@ -44,6 +47,7 @@ def run_layers(
     training: bool = False,
     return_cell_states: bool = False,
     kernel: Callable[..., Any] | None = None,
+    recompute: Recompute | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs stacked layers. The caller has checked the arguments.
 
@@ -57,6 +61,7 @@ def run_layers(
         return_cell_states: whether every c_t of the last layer is wanted.
         kernel: what runs each layer, where it is not for the input to say: it takes the arguments of the op `layer` in
             float32, with weights as only it knows them, and returns that op's results.
+        recompute: how training saves memory; None: not at all.
 
     Returns:
         output (rows, D*P or D*H); h_n (L*D, B, P or H); c_n (L*D, B, H), None without a cell state; cell_states
@@ -65,16 +70,16 @@ def run_layers(
     Raises:
         RuntimeError: return_cell_states with a kernel of the caller's, which returns no c_t.
     """
-    if _autocast_active() and _autocasts(input):
+    if _autocast_active() and autocasts(input):
 
         def run_cast(input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors) -> Any:
             return run_layers(
                 mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers,
                 bidirectional=bidirectional, dropout=dropout, training=training,
-                return_cell_states=return_cell_states, kernel=kernel,
+                return_cell_states=return_cell_states, kernel=kernel, recompute=recompute,
             )  # fmt: skip
 
-        cast = _autocast if kernel is None else _to_float32
+        cast = by_autocast if kernel is None else to_float32
         results: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = with_autocast(
             mode, input, hx, cx, weights, run_cast, cast
         )
@@ -82,6 +87,10 @@ def run_layers(
 
     if kernel is None:
         run = _choose(mode, input, hx, cx, weights, sequences, return_cell_states)
+        if recompute is not None and trains(input, (hx, cx, *weights)):
+            way = recompute.way(mode, input, weights, sequences, num_layers, bidirectional)
+            if way is not None:
+                run = functools.partial(recomputed_layer, way, return_cell_states)
     elif return_cell_states:
         raise RuntimeError("return_cell_states: quantized layers do not return every c_t, only the last one")
     else:
@@ -208,76 +217,6 @@ def _captures() -> bool:
     return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
-def _autocast_available(device: str) -> bool:
-    """Whether autocast knows this type of device. About the others, meta among them, it must not be asked."""
-    return torch.amp.is_autocast_available(device)
-
-
-# The effect of torch.compiler.assume_constant_result, which would import Dynamo: 2.11's cannot trace the question.
-_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _autocast(
-    mode: str, device: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensors]:
-    """Casts to the types that torch.nn's modules compute in under autocast; float64 is left alone, as autocast does.
-
-    LSTM and RNN take the autocast type everywhere, the GRU on accelerators only: on the CPU the type of its results is
-    promoted from autocast's and its state's, which has the input's type where none is given. (One thing is not copied:
-    on CUDA PyTorch casts to float16 for cuDNN also where autocast says bfloat16.)
-    """
-    dtype = torch.get_autocast_dtype(device)
-    # The MGU, which torch.nn lacks, does as the RNN.
-    if mode == "GRU" and device == "cpu":
-        dtype = torch.promote_types(dtype, (input if hx is None else hx).dtype)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return (
-        cast(input),
-        None if hx is None else cast(hx),
-        None if cx is None else cast(cx),
-        [cast(weight) for weight in weights],
-    )
-
-
-def _autocasts(input: Tensor) -> bool:
-    """Whether autocast, which is on for some device, is for this tensor's."""
-    device = input.device.type
-    return _autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def with_autocast(
-    mode: str,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: Tensors,
-    run: Callable[[Tensor, Tensor | None, Tensor | None, Tensors], Any],
-    cast: Callable[..., tuple[Any, ...]] = _autocast,
-) -> Any:
-    """`run` of these in the types that autocast, where it is on, wants."""
-    if not _autocast_active() or not _autocasts(input):
-        return run(input, hx, cx, weights)
-    device = input.device.type
-    now = cast(mode, device, input, hx, cx, weights)
-    # From here on the types are what they should be; autocast must not touch the products inside.
-    with torch.autocast(device, enabled=False):
-        return run(*now)
-
-
-def _to_float32(
-    mode: str, device: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Tensors
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensors]:
-    """`_autocast` for a kernel that computes in float32 alone, whose weights are no matter of autocast."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-    return cast(input), None if hx is None else cast(hx), None if cx is None else cast(cx), weights
-
-
 # What there are kernels for. Autocast would make any other type one of these without a word, token ids among them.
 COMPUTED_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -298,6 +237,8 @@ def lstm(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
+    recompute: str | int | None = None,
+    memory_budget: float | str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Stacked LSTM layers.
 
@@ -321,6 +262,7 @@ def lstm(
         resets: bool (T, B), with batch_first (B, T): True at t starts a new segment, no state crosses its boundary.
             lengths and resets are moved to the input's device.
         return_cell_states: whether every c_t of the last layer is returned too.
+        recompute, memory_budget: how training saves memory, as of `rnnfast.LSTM`.
 
     Returns:
         output (rows, D*(P or H)), (h_n (L*D, B, P or H), c_n (L*D, B, H)), and with return_cell_states the cell_states
@@ -333,8 +275,7 @@ def lstm(
     h_0, c_0 = (None, None) if hx is None else hx
     output, h_n, c_n, cell_states = _run(
         "lstm", "LSTM", input, weights, h_0, c_0, num_layers, bidirectional, batch_first, dropout, training,
-        batch_sizes,
-        RowOptions(lengths, resets), return_cell_states,
+        batch_sizes, RowOptions(lengths, resets), return_cell_states, recompute, memory_budget,
     )  # fmt: skip
     assert c_n is not None
     if return_cell_states:
@@ -356,6 +297,8 @@ def gru(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: str | int | None = None,
+    memory_budget: float | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stacked GRU layers, the reset gate after the product: `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`.
 
@@ -376,7 +319,7 @@ def gru(
     """
     output, h_n, _, _ = _run(
         "gru", "GRU", input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
-        RowOptions(lengths, resets),
+        RowOptions(lengths, resets), recompute=recompute, memory_budget=memory_budget,
     )  # fmt: skip
     return output, h_n
 
@@ -395,6 +338,8 @@ def rnn(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: str | int | None = None,
+    memory_budget: float | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stacked Elman RNN layers: `h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)`.
 
@@ -419,7 +364,7 @@ def rnn(
         raise ValueError(f"rnn: nonlinearity should be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
     output, h_n, _, _ = _run(
         "rnn", mode, input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
-        RowOptions(lengths, resets),
+        RowOptions(lengths, resets), recompute=recompute, memory_budget=memory_budget,
     )  # fmt: skip
     return output, h_n
 
@@ -437,6 +382,8 @@ def mgu(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: str | int | None = None,
+    memory_budget: float | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stacked layers of minimal gated units: see `rnnfast.MGU`, for the equations and their source too.
 
@@ -455,7 +402,7 @@ def mgu(
     """
     output, h_n, _, _ = _run(
         "mgu", "MGU", input, weights, hx, None, num_layers, bidirectional, batch_first, dropout, training, batch_sizes,
-        RowOptions(lengths, resets),
+        RowOptions(lengths, resets), recompute=recompute, memory_budget=memory_budget,
     )  # fmt: skip
     return output, h_n
 
@@ -475,6 +422,8 @@ def _run(
     batch_sizes: Tensor | None,
     options: RowOptions,
     return_cell_states: bool = False,
+    recompute: Any = None,
+    memory_budget: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Checks the arguments of a public function, and runs the layers."""
     _check_input(name, input, weights, dropout, batch_sizes)
@@ -499,6 +448,7 @@ def _run(
     return run_layers(
         mode, input, hx, cx, weights, sequences, bias=bias, num_layers=num_layers, bidirectional=bidirectional,
         dropout=dropout, training=training, return_cell_states=return_cell_states,
+        recompute=recompute_of(name, recompute, memory_budget),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cell_types import CELLS, NONLINEARITIES, CellType
 from .functional import COMPUTED_TYPES, run_layers
+from .recompute.modules import SavesMemory
 from .sequences import EVERY_ROW_COUNTS, RowOptions, Sequences, dense_sequences
 from .signatures import kinds_of, suffixes_of
 from .tools import as_torch_nn, result_for_tool, tool_watches
@@ -72,7 +73,7 @@ def check_weights(input: Tensor, weights: list[Tensor]) -> None:
             check_alike(input, weight, "parameter")
 
 
-class Recurrent(WithOptions, nn.RNNBase):
+class Recurrent(SavesMemory, WithOptions, nn.RNNBase):
     """What the layers share: weights, checks, and the call of the layers."""
 
     # How _dynamo_hook.py knows our layers.
@@ -254,7 +255,7 @@ class Recurrent(WithOptions, nn.RNNBase):
         return run(
             mode, input, h, c, weights, sequences, bias=self.bias,
             num_layers=self.num_layers, bidirectional=bool(self.bidirectional), dropout=self.dropout,
-            training=self.training, return_cell_states=cell_states, kernel=self._kernel,
+            training=self.training, return_cell_states=cell_states, kernel=self._kernel, recompute=self._recompute,
         )  # fmt: skip
 
     def _run_unbatched(
@@ -315,7 +316,7 @@ class Recurrent(WithOptions, nn.RNNBase):
         output, h_n, c_n, every_c = run(
             mode, input, h, c, weights, Sequences(batch_sizes), bias=self.bias, num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional), dropout=self.dropout, training=self.training,
-            return_cell_states=cell_states, kernel=self._kernel,
+            return_cell_states=cell_states, kernel=self._kernel, recompute=self._recompute,
         )  # fmt: skip
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
@@ -356,6 +357,7 @@ class LSTM(Recurrent, nn.LSTM):
         proj_size: P > 0 projects h to P features. Default: 0
         device, dtype: of the parameters.
         layer_norm, cell_norm, peephole and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
+        recompute, memory_budget: by keyword, how training saves memory: see their properties.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM does, in its words.
@@ -480,6 +482,7 @@ class GRU(_OneState, nn.GRU):
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         device, dtype: of the parameters.
         layer_norm, zoneout, reset_after and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
+        recompute, memory_budget: by keyword, how training saves memory: see their properties.
 
     Raises:
         ValueError, TypeError: as torch.nn.GRU does, in its words.
@@ -509,6 +512,7 @@ class MGU(_OneState):
         dropout: probability of an element being zeroed between layers, in training. Default: 0
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         device, dtype: of the parameters.
+        recompute, memory_budget: by keyword, how training saves memory: see their properties.
 
     Raises:
         ValueError, TypeError: as torch.nn.GRU does.
@@ -527,11 +531,15 @@ class MGU(_OneState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: str | int | None = None,
+        memory_budget: float | str | None = None,
     ) -> None:
         # torch.nn knows the widths of its own cells only: those of one gate, without memory, are put right here.
         super().__init__(
-            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
-        )
+            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta",
+            recompute=recompute, memory_budget=memory_budget,
+        )  # fmt: skip
         self.mode = self._own_mode
         for name, parameter in list(self._parameters.items()):
             assert parameter is not None
@@ -562,6 +570,7 @@ class RNN(_OneState, nn.RNN):
         bidirectional: D = 2 directions, the second reversed in time. Default: False
         device, dtype: of the parameters.
         layer_norm, zoneout, num_heads and so on: by keyword, what torch.nn lacks: :class:`rnnfast.variants.Options`.
+        recompute, memory_budget: by keyword, how training saves memory: see their properties.
 
     Raises:
         ValueError, TypeError: as torch.nn.RNN does, in its words.

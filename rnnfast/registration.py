@@ -20,6 +20,7 @@ from .backends import BACKENDS, KernelsWithOptions
 from .cell_types import CELLS
 from .quantized_op import NAMESPACE as REFERENCE_NAMESPACE
 from .quantized_op import QuantizedLayer, by_reference, no_derivative, without_tangents
+from .recompute import op as recompute_op
 from .sequences import Role, Sequences
 from .signatures import (
     KINDS,
@@ -374,4 +375,5 @@ def register_all() -> None:
         BACKENDS["triton"].use("rnnfast_triton")
         variant_ops.register("rnnfast_triton")
         BACKENDS["triton"].with_options = KernelsWithOptions.of("triton", "rnnfast_triton")
+    recompute_op.register()
     BACKENDS["emulated"].load = load_emulated

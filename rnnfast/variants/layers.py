@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..autocasting import with_autocast
 from ..cell_types import CELLS
+from ..recompute.calls import recomputed_direction, trains
+from ..recompute.settings import Recompute, Way
 from ..sequences import Sequences, zero_beyond
 from ..signatures import kinds_of
 from . import ops, reference
@@ -82,6 +85,29 @@ def run_direction(
     Returns:
         output (rows, H), h_n, c_n (B, H), cell_states (rows, H), of the sLSTM l_n (B, H); (0,) for what does not apply.
     """
+    arguments, batch_norm, bias = recurrence_of(
+        options, mode, input, hx, cx, lx, weights, sequences, reverse, masks, training
+    )
+    if batch_norm is not None and batch_norm.of_each_step:
+        ops.warn_of_reference(arguments.gates, options.why_no_kernel)
+        return reference.forward(arguments, batch_norm, bias)
+    return ops.recurrence(arguments)
+
+
+def recurrence_of(
+    options: Options,
+    mode: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    lx: Tensor | None,
+    weights: DirectionWeights,
+    sequences: Sequences,
+    reverse: bool,
+    masks: Masks,
+    training: bool,
+) -> tuple[Arguments, BatchNorm | None, Tensor | None]:
+    """What `run_direction` runs: the arguments of the recurrence, and of `reference.forward` beside them."""
     _check_shapes(options, mode, input, weights)
     others = weights.others
     batch_norm = None
@@ -103,10 +129,7 @@ def run_direction(
         mode, options.words, options.norm_eps, *options.zoneout, reverse, options.num_heads, gates, hx, cx, lx,
         sequences, of_loop, masks,
     )  # fmt: skip
-    if batch_norm is not None and batch_norm.of_each_step:
-        ops.warn_of_reference(gates, options.why_no_kernel)
-        return reference.forward(arguments, batch_norm, bias)
-    return ops.recurrence(arguments)
+    return arguments, batch_norm, bias
 
 
 def _check_shapes(options: Options, mode: str, input: Tensor, weights: DirectionWeights) -> None:
@@ -146,6 +169,7 @@ def run_layers(
     training: bool,
     plain_layer: PlainLayer,
     return_cell_states: bool = False,
+    way: Way | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Stacked layers. The caller has checked the arguments; types are those to compute in.
 
@@ -156,6 +180,7 @@ def run_layers(
         weights: by layer and direction.
         cx: (L*D, B, H), of the sLSTM (L*D, B, 2H), with `Arguments.lx` behind it; so c_n.
         plain_layer: what runs a layer whose recurrence is the plain one.
+        way: how training saves memory, of layers whose recurrence is another; None: not at all.
         others: as `functional.run_layers`.
     """
     has_cell_state = CELLS[mode].has_cell_state
@@ -184,14 +209,16 @@ def run_layers(
             if not options.changes_recurrence:
                 continue
             number = layer * directions + d
-            hidden_size = weight_hh.shape[1] * options.num_heads
+            hidden_size = options.hidden_size(weight_hh)
             masks = draw_masks(options, training, batch, hidden_size, x, has_cell_state)
-            parts.append(
-                run_direction(
-                    options, mode, x, None if hx is None else hx[number], None if cx is None else cx[number],
-                    None if lx is None else lx[number], of_layer_now[-1], sequences, d == 1, masks, training,
-                )
+            call = (
+                options, mode, x, None if hx is None else hx[number], None if cx is None else cx[number],
+                None if lx is None else lx[number], of_layer_now[-1], sequences, d == 1, masks,
             )  # fmt: skip
+            if way is None:
+                parts.append(run_direction(*call, training))
+            else:
+                parts.append(recomputed_direction(way, return_cell_states and layer + 1 == len(weights), *call))
         if parts:
             outputs, h_n, c_n, every_c, l_n = zip(*parts, strict=True)
             output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -292,10 +319,12 @@ def run_module_layers(module: Any, options: Options) -> Callable[..., Any]:
         sequences: Sequences,
         *,
         bias: bool,
+        num_layers: int,
         bidirectional: bool,
         dropout: float,
         training: bool,
         return_cell_states: bool,
+        recompute: Recompute | None = None,
         **_: Any,
     ) -> Any:
         others = [parameter for each in _of_options(module, options, input) for parameter in each]
@@ -307,16 +336,19 @@ def run_module_layers(module: Any, options: Options) -> Callable[..., Any]:
             ) -> Any:
                 return functional.run_layers(
                     mode, x, h, c, flat, sequences, bias=bias, bidirectional=bidirectional,
-                    return_cell_states=cell_states,
+                    return_cell_states=cell_states, recompute=recompute,
                 )  # fmt: skip
 
+            way = None
+            if recompute is not None and options.changes_recurrence and trains(input, (hx, cx, *every)):
+                way = recompute.way(mode, input, every, sequences, num_layers, bidirectional, options)
             grouped = _grouped(options, module, every[:count], every[count:], 2 if bidirectional else 1)
             return run_layers(
                 options, mode, input, hx, cx, grouped, sequences, dropout=dropout, training=training,
-                plain_layer=plain_layer, return_cell_states=return_cell_states,
+                plain_layer=plain_layer, return_cell_states=return_cell_states, way=way,
             )  # fmt: skip
 
-        return functional.with_autocast(mode, input, hx, cx, [*weights, *others], run_cast)
+        return with_autocast(mode, input, hx, cx, [*weights, *others], run_cast)
 
     return run
 
@@ -349,12 +381,12 @@ def run_module_step(
             output, _, c_n, _ = functional.run_layers(mode, input, h, c, every[:count], Sequences(), bias=module.bias)
             return output, c_n
         row = input.unsqueeze(0)
-        hidden_size = one.weight_hh.shape[1] * options.num_heads
+        hidden_size = options.hidden_size(one.weight_hh)
         masks = draw_masks(options, module.training, row.shape[1], hidden_size, row, has_cell_state)
         _, h_n, c_n, _, _ = run_direction(
             options, mode, row, h, c, None, one, Sequences(), False, masks, module.training
         )
         return h_n, c_n if has_cell_state else None
 
-    result: tuple[Tensor, Tensor | None] = functional.with_autocast(mode, input, h, c, [*weights, *others], run_cast)
+    result: tuple[Tensor, Tensor | None] = with_autocast(mode, input, h, c, [*weights, *others], run_cast)
     return result

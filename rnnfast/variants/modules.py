@@ -23,6 +23,8 @@ class WithOptions(nn.Module):
     _options: Options | None = None
     # Options that its calls have no use for, and why.
     _refused: ClassVar[dict[str, str]] = {}
+    # Arguments by keyword that change no result: see `_set`.
+    _settings: ClassVar[tuple[str, ...]] = ()
     # Those that make it what it is.
     _fixed: ClassVar[dict[str, Any]] = {}
 
@@ -34,9 +36,16 @@ class WithOptions(nn.Module):
         options = taken_from(name, kwargs, cell.has_cell_state, cell.gates, self._refused)
         if self._fixed:
             options = dataclasses.replace(options or Options(), **self._fixed)
+        settings = {name: kwargs.pop(name) for name in self._settings if name in kwargs}
         super().__init__(*args, **kwargs)
         if options is not None:
             self._take(options)
+        if settings:
+            self._set(**settings)
+
+    def _set(self, **settings: Any) -> None:
+        """Gives a module that was just made its settings, which `_settings` names."""
+        raise NotImplementedError
 
     def _mode(self) -> str:
         raise NotImplementedError
@@ -106,5 +115,8 @@ class WithOptions(nn.Module):
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Options(), name))
                 for name in NAMES
                 if name not in cls._refused
+            ]
+            parameters += [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in cls._settings
             ]
             cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

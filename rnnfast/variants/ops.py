@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import libraries, ops
+from ..autograd import as_matrix
 from ..backends import asked_for, kernels_for_options, select, select_with_options
 from ..sequences import Sequences, entered, zero_beyond
 from ..signatures import compute_dtype
@@ -29,7 +30,7 @@ _OWN = len(Arguments._fields) - 3
 _AT_WEIGHTS = _OWN + _SEQUENCES
 _AT_MASKS = _AT_WEIGHTS + _WEIGHTS
 _GATES, _HX, _CX, _LX = (Arguments._fields.index(name) for name in ("gates", "hx", "cx", "lx"))
-_DIFFERENTIABLE = (_GATES, _HX, _CX, _LX, *range(_AT_WEIGHTS, _AT_MASKS))
+DIFFERENTIABLE = (_GATES, _HX, _CX, _LX, *range(_AT_WEIGHTS, _AT_MASKS))
 
 
 # Of forward's results the first are those that a gradient may come to.
@@ -118,14 +119,14 @@ def _backward(op: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[
     for i, tensor in zip(ctx.places, every, strict=False):
         values[i] = tensor
     results = every[len(ctx.places) :]
-    wanted = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i + 1]]
+    wanted = [i for i in DIFFERENTIABLE if ctx.needs_input_grad[i + 1]]
     found: list[Tensor | None] = [None] * (1 + len(values))
     if all(grad is None for grad in of_results):
         return tuple(found)
     if torch.is_grad_enabled():
         found_now = _differentiable_gradients(values, wanted, of_results)
     else:
-        found_now = _gradients(op, nested(values), wanted, of_results, results)
+        found_now = gradients(op, nested(values), wanted, of_results, results)
     for i, grad in zip(wanted, found_now, strict=True):
         found[i + 1] = grad
     return tuple(found)
@@ -152,14 +153,22 @@ def _differentiable_gradients(
     )
 
 
-def _gradients(
+def gradients(
     op: Callable[..., Any],
     arguments: Arguments,
     wanted: Sequence[int],
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The same by the kernels."""
+    """The gradients of the wanted arguments by the kernels.
+
+    Args:
+        op: `variant_backward` of a namespace.
+        arguments: what forward was given.
+        wanted: the places among `DIFFERENTIABLE`.
+        grads: of forward's results, those that a gradient may come to.
+        results: what forward saved: output, cell_states, reserve, normed, scale.
+    """
     output, cell_states, reserve, normed, scale = results
     if arguments.gates.is_cuda:
         op = ops.with_torchs_memory_error(op)
@@ -183,12 +192,13 @@ def _grad_weight_hh(arguments: Arguments, output: Tensor, reserve: Tensor, grad_
     state = entered(output, arguments.hx, arguments.reverse, sequences)
     if mask is not None:
         state = state * of_rows(mask, sequences, state)
-    grad, state = grad_sums.flatten(0, -2), state.flatten(0, -2)
+    # Reshaped, because autograd's own batched gradients do not know flatten and unflatten.
+    grad, state = as_matrix(grad_sums), as_matrix(state)
     if "reset_first" not in arguments.words.split():
         return _outer(grad, state, arguments.num_heads)
     # Of n it met r h. What stands beyond a row's length in the reserve nobody wrote.
     hidden_size = state.size(-1)
-    reset = zero_beyond(reserve[..., :hidden_size], sequences).flatten(0, -2) * state
+    reset = as_matrix(zero_beyond(reserve[..., :hidden_size], sequences)) * state
     of_gates, of_n = grad.split([2 * hidden_size, hidden_size], dim=-1)
     return torch.cat([_outer(of_gates, state, arguments.num_heads), _outer(of_n, reset, arguments.num_heads)])
 
@@ -197,10 +207,10 @@ def _outer(grad: Tensor, state: Tensor, num_heads: int) -> Tensor:
     """The gradient (N, H / num_heads) of what multiplied state (rows, H) and gave what has the gradient (rows, N)."""
     if num_heads == 1:
         return ops.matmul(grad.t(), state)
-    size = state.size(-1) // num_heads
-    of_heads = grad.unflatten(-1, (-1, num_heads, size)).permute(2, 1, 3, 0).flatten(1, 2)
-    product = of_heads @ state.unflatten(-1, (num_heads, size)).transpose(0, 1)
-    return product.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 2)
+    rows, size = state.size(0), state.size(-1) // num_heads
+    of_heads = grad.reshape(rows, -1, num_heads, size).permute(2, 1, 3, 0).reshape(num_heads, -1, rows)
+    product = of_heads @ state.reshape(rows, num_heads, size).transpose(0, 1)
+    return product.reshape(num_heads, -1, size, size).transpose(0, 1).reshape(-1, size)
 
 
 def of_rows(values: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ def of_rows(values: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
 # --- shapes, for tracing ------------------------------------------------------------------------------------------
 
 
-def _reserve(mode: str, width: Any, hidden_size: Any) -> Any:
+def reserve_width(mode: str, width: Any, hidden_size: Any) -> Any:
     """How many values a step saves: every gate, where there is r also the recurrent part of n, of the RNN its h."""
     return width + hidden_size if mode == "GRU" and width == 3 * hidden_size else width
 
@@ -259,7 +269,7 @@ def _fake_forward(saves: bool, *values: Any) -> tuple[Tensor, ...]:
         nothing(batch, hidden_size) if has_cell else nothing(0),
         nothing(*rows, hidden_size) if has_cell else nothing(0),
         nothing(batch, hidden_size) if "exponential" in arguments.words.split() else nothing(0),
-        nothing(*rows, _reserve(arguments.mode, width, hidden_size)) if saves else nothing(0),
+        nothing(*rows, reserve_width(arguments.mode, width, hidden_size)) if saves else nothing(0),
         nothing(*rows, width) if saves and normalises else nothing(0),
         nothing(*rows, 1, dtype=compute_dtype(gates.dtype)) if saves and normalises else nothing(0),
     )

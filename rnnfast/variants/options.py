@@ -167,6 +167,15 @@ class Options:
         }
         return " ".join(word for word, is_so in given.items() if is_so)
 
+    def hidden_size(self, weight_hh: Tensor) -> int:
+        """H, by W_hh (G*H, H / num_heads)."""
+        return weight_hh.shape[1] * self.num_heads
+
+    @property
+    def masks_of_steps(self) -> int:
+        """How many bool masks of (rows, H) a direction draws in training."""
+        return sum(p > 0 for p in self.zoneout)
+
     def gates(self, of_cell: int) -> int:
         """G, of a cell that has so many."""
         return of_cell - 1 if self.coupled or not self.reset_gate else of_cell

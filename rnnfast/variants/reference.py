@@ -52,6 +52,10 @@ class Masks(NamedTuple):
     zoneout_c: Tensor | None = None
 
 
+# Of these each step has its own, the others are one for each sequence.
+MASKS_OF_STEPS = ("zoneout_h", "zoneout_c")
+
+
 class Arguments(NamedTuple):
     """What one direction of one layer takes, in the order in which the op `variant_forward` has it.
 

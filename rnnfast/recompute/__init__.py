@@ -1,0 +1,1 @@
+"""Training that keeps little between forward and backward: see `settings.Recompute`."""

@@ -1,0 +1,146 @@
+"""The ops of layers that save little and make the rest again, as torch knows them: shapes, and the derivative.
+
+They are ops, in Python, for programs: torch.compile puts one node into its graph, however many pieces there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import libraries
+from ..autograd import Layer
+from ..signatures import PLACES
+from ..vmap import is_any_batched
+from .call import Call
+from .loops import RESULTS, backward, directions_of, empty_results, forward, in_order, sequences_of
+from .pieces import count_of_pieces, steps_of_a_piece
+
+NAMESPACE = "rnnfast_recompute"
+
+
+def _fake_forward(text: str, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    call = Call.of(text)
+    named = dict(zip(call.names, tensors, strict=True))
+    input, directions = named["input"], directions_of(call, named)
+    steps, batch = _sizes(call, named)
+    if isinstance(steps, int) and isinstance(batch, int):
+        length = steps_of_a_piece(count, steps, math.prod(input.shape[:-1]))
+        pieces: Any = count_of_pieces(steps, length)
+    else:
+        # The root of a symbol.
+        pieces = torch.library.get_ctx().new_dynamic_size()
+    return in_order(empty_results(call, directions[0], len(directions), input, batch, pieces), input)
+
+
+def _sizes(call: Call, named: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """T and B, as far as shapes say."""
+    input, batch_sizes = named["input"], named.get("batch_sizes")
+    if batch_sizes is None:
+        return (input.shape[1], input.shape[0]) if call.batch_first else (input.shape[0], input.shape[1])
+    state = named.get("hx", named.get("cx"))
+    batch = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[1]
+    return batch_sizes.shape[0], batch
+
+
+def _fake_backward(
+    text: str,
+    count: int,
+    wanted: Sequence[str],
+    tensors: Sequence[Tensor],
+    results: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor]:
+    named = dict(zip(Call.of(text).names, tensors, strict=True))
+    return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in wanted]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.text, ctx.count, tensors = inputs
+    out, _, _, _, cell_states, *borders = output
+    # What "chunks" makes again is not kept.
+    kept = [out, cell_states] if Call.of(ctx.text).how == "gates" else []
+    ctx.given = len(tensors)
+    ctx.save_for_backward(*tensors, *kept, *borders)
+    ctx.mark_non_differentiable(*borders)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    call, of_results = Call.of(ctx.text), grads[: len(RESULTS)]
+    tensors, kept = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+    needs = ctx.needs_input_grad[2]
+    wanted = [name for name, need in zip(call.names, needs, strict=True) if need]
+    found: dict[str, Tensor | None] = {}
+    if any(grad is not None for grad in of_results):
+        if torch.is_grad_enabled() or is_any_batched(*of_results):
+            found = _differentiable_gradients(call, wanted, tensors, of_results)
+        else:
+            if call.how == "chunks":
+                nothing = kept[0].new_empty(0)
+                kept = (nothing, nothing, *kept)
+            results = torch.ops.rnnfast_recompute.backward(
+                ctx.text, ctx.count, wanted, list(tensors), list(kept), list(of_results)
+            )
+            found = dict(zip(wanted, results, strict=True))
+    return None, None, [found.get(name) for name in call.names]
+
+
+def _differentiable_gradients(
+    call: Call, wanted: Sequence[str], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """The gradients with a graph of their own, or several at once: of the layer run again in one piece, as any."""
+    with torch.enable_grad():
+        # Tensors of their own, through which no path leads from one argument to another.
+        own = {
+            name: value.view_as(value) if name in wanted else value
+            for name, value in zip(call.names, tensors, strict=True)
+        }
+        results = zip(_whole(call, own), grads, strict=True)
+        pairs = [(result, grad) for result, grad in results if result is not None and grad is not None]
+    found = torch.autograd.grad(
+        [result for result, _ in pairs],
+        [own[name] for name in wanted],
+        [grad for _, grad in pairs],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    return dict(zip(wanted, found, strict=True))
+
+
+def _whole(call: Call, named: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """What `forward` returns before the states between pieces, without pieces."""
+    sequences = sequences_of(call, named)
+    if call.options:
+        # As in `directions_of`.
+        from ..variants.recomputed import whole
+
+        return whole(call, named, sequences)
+    output, h_n, c_n, cell_states, _ = Layer.apply(
+        call.backend, call.mode, named["input"], named.get("hx"), named.get("cx"), *sequences, *map(named.get, PLACES)
+    )
+    return output, h_n, c_n, None, cell_states
+
+
+def register() -> None:
+    """Defines the ops, the first time that a process asks."""
+
+    def registered() -> torch.library.Library:
+        library = torch.library.Library(NAMESPACE, "DEF")
+        library.define(f"forward(str call, int count, Tensor[] tensors) -> ({', '.join(['Tensor'] * 8)})")
+        library.define(
+            "backward(str call, int count, str[] wanted, Tensor[] tensors, Tensor[] results, Tensor?[] grads)"
+            " -> Tensor[]"
+        )
+        library.impl("forward", forward, "CompositeExplicitAutograd")
+        library.impl("backward", backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::backward", _fake_backward, lib=library)
+        torch.library.register_autograd(f"{NAMESPACE}::forward", _backward, setup_context=_setup, lib=library)
+        return library
+
+    libraries.registered_once(NAMESPACE, registered)
