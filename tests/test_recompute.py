@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
 from module_cases import leaves
@@ -242,7 +244,8 @@ def test_one_node_in_a_compiled_program(case: tuple[str, dict[str, Any]], way: s
     compiled: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        nodes.append([node for node in graph.graph.nodes if "rnnfast_recompute" in str(node.target)])
+        op = torch.ops.rnnfast_recompute.forward
+        nodes.append([node for node in graph.graph.nodes if node.target in (op, op.default)])
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     program = torch.compile(lambda x: module(x)[0], fullgraph=True, dynamic=dynamic, backend=backend)
@@ -258,6 +261,15 @@ def test_one_node_in_a_compiled_program(case: tuple[str, dict[str, Any]], way: s
         compiled.append(len(nodes))
     assert {len(of_graph) for of_graph in nodes} == {1}
     assert (compiled[0] == compiled[1]) == dynamic
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_saved_programs_recompute_nothing(strict: bool) -> None:
+    module, x = made("LSTM", {}, recompute="gates"), torch.randn(T, B, I, **DOUBLE)
+    program = torch.export.export(module, (x,), strict=strict)
+    assert "recompute" not in str(program.graph)
+    assert_close(program.module()(x), module(x))
+    assert_close(torch.jit.trace(module, (x,))(x), module(x))
 
 
 def test_autocast_transforms_and_no_gradients() -> None:
@@ -298,6 +310,42 @@ def test_results_may_be_written_into_as_without(way: str) -> None:
             output.sum().backward()
 
 
+@pytest.mark.parametrize("way", ["gates", "chunks"])
+@pytest.mark.parametrize("case", [PLAIN[0], ("GRU", {"zoneout": 0.2, "recurrent_dropout": 0.2})], ids=name_of)
+def test_an_empty_batch_and_torchs_checkpoints(case: tuple[str, dict[str, Any]], way: str) -> None:
+    module = made(*case, recompute=way)
+    module(torch.randn(T, 0, I, **DOUBLE))[0].sum().backward()
+    assert not module.weight_hh_l0.grad.any()
+    x = torch.randn(T, B, I, **DOUBLE, requires_grad=True)
+    for reentrant in (False, True):
+        torch.manual_seed(1)
+        expected = torch.autograd.grad(module(x)[0].square().sum(), x)
+        torch.manual_seed(1)
+        output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=reentrant)
+        x.grad = None
+        output.square().sum().backward()
+        assert_close(x.grad, expected[0])
+
+
+@pytest.mark.parametrize("way", ["gates", 2])
+def test_complex_numbers_pass_to_the_reference_as_without(way: Any) -> None:
+    kind = {"dtype": torch.complex128}
+    module, x = rnnfast.GRU(I, H, zoneout=0.2, **kind).eval(), torch.randn(5, 2, I, **kind)
+    grads = []
+    for each in (None, way):
+        module.recompute = each
+        module.zero_grad()
+        with rnnfast.backend("reference"):
+            module(x)[0].abs().sum().backward()
+        grads.append([parameter.grad for parameter in module.parameters()])
+        module.zero_grad()
+        module(x)[0].abs().sum().backward()
+        grads.append([parameter.grad for parameter in module.parameters()])
+    for other in grads[1:]:
+        for one, another in zip(grads[0], other, strict=True):
+            assert_close(one, another, rtol=1e-10, atol=1e-10)
+
+
 def test_a_pass_may_be_repeated_and_needs_no_more_than_asked() -> None:
     module = made("GRU", {}, recompute="chunks")
     x = torch.randn(T, B, I, **DOUBLE, requires_grad=True)
@@ -307,6 +355,25 @@ def test_a_pass_may_be_repeated_and_needs_no_more_than_asked() -> None:
     assert all(map(torch.equal, first, again))
     (grad,) = torch.autograd.grad(output.sum(), [x])
     assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.1}], ids=str)
+def test_tools_that_look_at_operations_see_what_runs(options: dict[str, Any]) -> None:
+    """Of forward what it is without; in backward forward once more."""
+    counts = []
+    for way in (None, "gates", "chunks"):
+        module = rnnfast.LSTM(I, H, bidirectional=True, recompute=way, **options)
+        with FlopCounterMode(display=False) as counter:
+            output = module(torch.randn(T, B, I))[0]
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        counts.append((forward, counter.get_total_flops()))
+    (forward, plain), *others = counts
+    assert forward > 0
+    for of_forward, total in others:
+        # A state that is not given is one of zeros, which the first step multiplies.
+        assert forward <= of_forward < 1.1 * forward
+        assert plain + forward <= total < 1.1 * (plain + forward)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
@@ -409,9 +476,9 @@ def test_auto_takes_the_first_that_fits() -> None:
     assert best_way(training, 1) == "chunks"
     module = rnnfast.LSTM(16, 32, recompute="auto", memory_budget="1 GB")
     x = torch.randn(512, 2, 16)
-    assert "rnnfast_recompute" not in str(module(x)[0].grad_fn)
+    assert "Recomputed" not in str(module(x)[0].grad_fn)
     module.memory_budget = 600_000
-    assert "rnnfast_recompute" in str(module(x)[0].grad_fn)
+    assert "Recomputed" in str(module(x)[0].grad_fn)
     assert "takes 'chunks'" in str(rnnfast.explain(module, x))
     with torch.no_grad():
         assert "recompute" not in str(rnnfast.explain(module, x))
@@ -499,7 +566,7 @@ def test_functional() -> None:
     grads = []
     for way in ({}, {"recompute": "gates"}, {"recompute": "auto", "memory_budget": 1}):
         output, _ = rnnfast.functional.lstm(x, weights, **way)
-        assert ("rnnfast_recompute" in str(output.grad_fn)) == bool(way)
+        assert ("Recomputed" in str(output.grad_fn)) == bool(way)
         grads.append(torch.autograd.grad(output.square().sum(), weights))
     for one, other in itertools.product(grads[0], grads[1:]):
         index = next(i for i, grad in enumerate(grads[0]) if grad is one)

@@ -16,7 +16,7 @@ class Call(NamedTuple):
         mode: a key of `CELLS`.
         batch_first: as in `Sequences`.
         keeps_cell_states: whether every c_t is a result.
-        options: of a layer whose options change its recurrence the fields of `Options`, as JSON; else "".
+        options: `Options.text` of a layer whose options change its recurrence; else "".
         reverse: of such a layer, which has one direction a call: whether it is the reversed one.
         names: of the tensors, in their order.
     """

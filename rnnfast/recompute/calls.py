@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..backends import asked_for, select, wants_gradient
 from ..sequences import Sequences
 from ..signatures import PLACES
 from .call import Call
+from .op import recomputed
 from .settings import Way
 
 
@@ -29,7 +28,8 @@ def trains(input: Tensor, others: Sequence[Tensor | None]) -> bool:
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and not torch.compiler.is_exporting()
+        # Up to torch 2.11 Dynamo takes torch.compiler.is_exporting() for true whenever it traces.
+        and not torch.compiler._is_exporting_flag
     )
 
 
@@ -53,7 +53,7 @@ def recomputed_layer(
     given = {"input": input, "hx": hx, "cx": cx, **sequences._asdict(), **dict(zip(PLACES, places, strict=True))}
     tensors = _tensors(given)
     text = _text(way.how, select(input), mode, sequences.batch_first, keeps_cell_states, "", False, tuple(tensors))
-    results = torch.ops.rnnfast_recompute.forward(text, way.pieces, list(tensors.values()))
+    results = recomputed(text, way.pieces, list(tensors.values()))
     output, h_n, c_n, _, cell_states = results[:5]
     return output, h_n, c_n, cell_states
 
@@ -83,20 +83,10 @@ def recomputed_direction(
     given |= sequences._asdict() | weights._asdict() | weights.others
     given |= {f"mask_{name}": mask for name, mask in masks._asdict().items()}
     tensors = _tensors(given)
-    text = _text_of_options(
-        options, way.how, asked_for(), mode, sequences.batch_first, keeps_cell_states, reverse, tuple(tensors)
+    text = _text(
+        way.how, asked_for(), mode, sequences.batch_first, keeps_cell_states, options.text, reverse, tuple(tensors)
     )
-    results = torch.ops.rnnfast_recompute.forward(text, way.pieces, list(tensors.values()))
+    results = recomputed(text, way.pieces, list(tensors.values()))
     output, h_n, c_n, l_n, cell_states = results[:5]
     h_n, c_n, l_n = (state.squeeze(0) for state in (h_n, c_n, l_n))
     return output, h_n, c_n, cell_states, l_n
-
-
-def _text_of_options(
-    options: Any, how: str, asked: str, mode: str, batch_first: bool, keeps: bool, reverse: bool, names: tuple[str, ...]
-) -> str:
-    fields = json.dumps(dataclasses.asdict(options))
-    return Call(how, asked, mode, batch_first, keeps, fields, reverse, names).text()
-
-
-_text_of_options._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -156,7 +156,8 @@ class PlainDirection(Direction):
         step: list[Any] = [of.flatten(0, -2) for of in (x, *states.values())]
         step += [None] * (3 - len(step))
         results = self._kernels.layer_forward(self._mode, *step, *Sequences(), *self._places)
-        return results[-1].view(*rows, -1)
+        reserve: Tensor = results[-1]
+        return reserve.view(*rows, reserve.shape[-1])
 
 
 def entering(given: Given, made: Made) -> States:

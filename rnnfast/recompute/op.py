@@ -1,12 +1,10 @@
-"""The ops of layers that save little and make the rest again, as torch knows them: shapes, and the derivative.
-
-They are ops, in Python, for programs: torch.compile puts one node into its graph, however many pieces there are.
-"""
+"""Layers that save little and make the rest again, as torch knows them: the derivative; and ops, in Python, for
+programs: torch.compile puts one node into its graph, however many pieces there are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +19,9 @@ from .loops import RESULTS, backward, directions_of, empty_results, forward, in_
 from .pieces import count_of_pieces, steps_of_a_piece
 
 NAMESPACE = "rnnfast_recompute"
+
+
+# --- shapes, for tracing ------------------------------------------------------------------------------------------
 
 
 def _fake_forward(text: str, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -59,35 +60,79 @@ def _fake_backward(
     return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in wanted]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.text, ctx.count, tensors = inputs
-    out, _, _, _, cell_states, *borders = output
+# --- the derivative -----------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, text: str, count: int, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """What backward needs."""
+    output, _, _, _, cell_states, *borders = results
     # What "chunks" makes again is not kept.
-    kept = [out, cell_states] if Call.of(ctx.text).how == "gates" else []
-    ctx.given = len(tensors)
+    kept = [output, cell_states] if Call.of(text).how == "gates" else []
+    ctx.text, ctx.count, ctx.given = text, count, len(tensors)
     ctx.save_for_backward(*tensors, *kept, *borders)
     ctx.mark_non_differentiable(*borders)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+def _gradients(
+    run: Callable[..., Sequence[Tensor]], ctx: Any, needs: Sequence[bool], grads: Sequence[Any]
+) -> list[Tensor | None]:
+    """The gradients of the call's tensors.
+
+    Args:
+        run: `backward`, or the op.
+        needs: which tensors want one.
+        grads: of forward's results.
+    """
     call, of_results = Call.of(ctx.text), grads[: len(RESULTS)]
-    tensors, kept = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
-    needs = ctx.needs_input_grad[2]
+    saved = ctx.saved_tensors
+    tensors, kept = saved[: ctx.given], saved[ctx.given :]
     wanted = [name for name, need in zip(call.names, needs, strict=True) if need]
     found: dict[str, Tensor | None] = {}
-    if any(grad is not None for grad in of_results):
-        if torch.is_grad_enabled() or is_any_batched(*of_results):
-            found = _differentiable_gradients(call, wanted, tensors, of_results)
-        else:
-            if call.how == "chunks":
-                nothing = kept[0].new_empty(0)
-                kept = (nothing, nothing, *kept)
-            results = torch.ops.rnnfast_recompute.backward(
-                ctx.text, ctx.count, wanted, list(tensors), list(kept), list(of_results)
-            )
-            found = dict(zip(wanted, results, strict=True))
-    return None, None, [found.get(name) for name in call.names]
+    if all(grad is None for grad in of_results):
+        return [None] * len(tensors)
+    if torch.is_grad_enabled() or is_any_batched(*of_results):
+        found = _differentiable_gradients(call, wanted, tensors, of_results)
+    else:
+        if call.how == "chunks":
+            nothing = kept[0].new_empty(0)
+            kept = (nothing, nothing, *kept)
+        results = run(ctx.text, ctx.count, wanted, list(tensors), list(kept), list(of_results))
+        found = dict(zip(wanted, results, strict=True))
+    return [found.get(name) for name in call.names]
+
+
+class Recomputed(torch.autograd.Function):
+    """The op `forward` with its derivative, for who calls it in Python: tools that look at every operation (profilers,
+    counters) see what runs inside."""
+
+    @staticmethod
+    def forward(ctx: Any, text: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = forward(text, count, tensors)
+        _keep(ctx, text, count, tensors, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return None, None, *_gradients(backward, ctx, ctx.needs_input_grad[2:], grads)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    text, count, tensors = inputs
+    _keep(ctx, text, count, tensors, output)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    op = torch.ops.rnnfast_recompute.backward
+    return None, None, _gradients(op, ctx, ctx.needs_input_grad[2], grads)
+
+
+def recomputed(text: str, count: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`loops.forward`, with its derivative: in a program one node, else an autograd Function."""
+    if torch.compiler.is_compiling():
+        results: Sequence[Tensor] = torch.ops.rnnfast_recompute.forward(text, count, list(tensors))
+        return results
+    return Recomputed.apply(text, count, *tensors)
 
 
 def _differentiable_gradients(
@@ -124,6 +169,9 @@ def _whole(call: Call, named: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]
         call.backend, call.mode, named["input"], named.get("hx"), named.get("cx"), *sequences, *map(named.get, PLACES)
     )
     return output, h_n, c_n, None, cell_states
+
+
+# --- telling torch ------------------------------------------------------------------------------------------------
 
 
 def register() -> None:

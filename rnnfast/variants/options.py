@@ -7,9 +7,10 @@ docs/design.md has the files.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import numbers
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -118,6 +119,21 @@ class Options:
     gate_activation: str = "sigmoid"
     preset: str | None = None
     forget_bias: float | None = None
+
+    # The fields as JSON, for what travels as a text (`of_text` is the way back). No field, and made at once, because
+    # Dynamo cannot make it while it traces.
+    text: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def of_text(text: str) -> Options:
+        """What has this `text`."""
+        # JSON has no tuples.
+        given = json.loads(text).items()
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+        return Options(**fields)
 
     @property
     def changes_recurrence(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,8 @@ from .reference import MASKS_OF_STEPS, Arguments, Masks
 
 # Of torch.nn's; what the options bring has names of its own.
 _OWN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# Many calls have the same.
+_options_of = functools.lru_cache(maxsize=256)(Options.of_text)
 _MASKS = tuple(f"mask_{name}" for name in Masks._fields)
 
 
@@ -29,7 +30,7 @@ def whole(call: Call, named: Mapping[str, Tensor], sequences: Sequences) -> tupl
     """A direction in one piece: output (rows, H), h_n, c_n, l_n (1, B, H), cell_states (rows, H)."""
     hx, cx, lx = (named[name][0] if name in named else None for name in ("hx", "cx", "lx"))
     output, h_n, c_n, cell_states, l_n = run_direction(
-        options_of(call.options), call.mode, named["input"], hx, cx, lx, _placed(_parameters(named)), sequences,
+        _options_of(call.options), call.mode, named["input"], hx, cx, lx, _placed(_parameters(named)), sequences,
         call.reverse, Masks(*map(named.get, _MASKS)), True,
     )  # fmt: skip
     return output, h_n.unsqueeze(0), c_n.unsqueeze(0), l_n.unsqueeze(0), cell_states
@@ -46,21 +47,12 @@ def _placed(weights: Mapping[str, Tensor]) -> DirectionWeights:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def options_of(text: str) -> Options:
-    """Of `Call.options`."""
-    # JSON has no tuples.
-    given = json.loads(text).items()
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    return Options(**fields)
-
-
 class DirectionWithOptions(Direction):
     """By a backend's ops for layers with options, or by the reference where that runs them."""
 
     def __init__(self, call: Call, tensors: Mapping[str, Tensor]) -> None:
         self.reverse = call.reverse
-        self._mode, self._options = call.mode, options_of(call.options)
+        self._mode, self._options = call.mode, _options_of(call.options)
         self._tensors = _parameters(tensors)
         self.parameters = tuple(self._tensors)
         self._masks = Masks(*map(tensors.get, _MASKS))
@@ -143,7 +135,8 @@ class DirectionWithOptions(Direction):
             differentiated: of what.
         """
         name, why_not = select_with_options(given.input)
-        if made is None or self._options.is_exponential or why_not is not None:
+        # As `ops.recurrence`, which complex numbers pass by the kernels too.
+        if made is None or self._options.is_exponential or why_not is not None or given.input.dtype.is_complex:
             return None
         arguments = recurrence_of(*call)[0]
         variables = (arguments.gates, arguments.hx, arguments.cx, arguments.lx, *arguments.weights)
@@ -183,7 +176,11 @@ class DirectionWithOptions(Direction):
         )
         *_, reserve, normed, scale = forward(True, *ops.flat(one_step))
         cells = made.output.new_empty(0) if made.cell_states is None else made.cell_states
-        each = (value.view(*rows.shape[:-1], -1) if value.numel() else value for value in (reserve, normed, scale))
+        # (0,) where there is none.
+        each = (
+            value if value.dim() == 1 else value.view(*rows.shape[:-1], value.shape[-1])
+            for value in (reserve, normed, scale)
+        )
         return (made.output, cells, *each)
 
 
