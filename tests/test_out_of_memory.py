@@ -238,7 +238,8 @@ def test_so_it_is_of_layers_with_options(monkeypatch: pytest.MonkeyPatch) -> Non
     def out_of_memory(*_: Any) -> Any:
         raise RuntimeError("rnnfast::variant_forward: out of memory: output of shape")
 
-    monkeypatch.setattr(torch.ops, "rnnfast", types.SimpleNamespace(variant_forward=out_of_memory))
+    namespace = types.SimpleNamespace(variant_forward=out_of_memory, variant_backward=out_of_memory)
+    monkeypatch.setattr(torch.ops, "rnnfast", namespace)
     for name, kind in (("cuda", torch.OutOfMemoryError), ("cpu", RuntimeError)):
         with pytest.raises(RuntimeError, match=r"^rnnfast::variant_forward: out of memory: output of shape$") as raised:
             KernelsWithOptions.of(name, "rnnfast").forward(True)
@@ -248,7 +249,7 @@ def test_so_it_is_of_layers_with_options(monkeypatch: pytest.MonkeyPatch) -> Non
     for is_cuda, kind in ((True, torch.OutOfMemoryError), (False, RuntimeError)):
         on_device = given._replace(gates=types.SimpleNamespace(is_cuda=is_cuda))
         with pytest.raises(RuntimeError, match="out of memory: output") as raised:
-            variant_ops._gradients(out_of_memory, on_device, [], [], [given.gates] * 5)
+            variant_ops.gradients(out_of_memory, on_device, [], [], [given.gates] * 5)
         assert raised.type is kind
 
 

@@ -64,12 +64,10 @@ class Direction(ABC):
     Attributes:
         reverse: whether it is the reversed one.
         widths: by kind of state: how many features it has.
-        parameters: the names, among the op's tensors, of what it may have gradients for.
     """
 
     reverse: bool
     widths: dict[str, int]
-    parameters: tuple[str, ...]
 
     @abstractmethod
     def forward(self, given: Given, keeps_cell_states: bool) -> Made:
@@ -103,7 +101,6 @@ class PlainDirection(Direction):
         of_first = PLACES[::2]
         self._places = [value for name in of_first for value in (tensors.get(name + suffix), None)]
         self._names = {name: name + suffix for name in of_first if name + suffix in tensors}
-        self.parameters = tuple(self._names.values())
         rows, state_size = tensors[f"weight_hh{suffix}"].shape
         self.widths = {"h": state_size}
         if cell.has_cell_state:
@@ -132,7 +129,9 @@ class PlainDirection(Direction):
         needs = [False] * len(LAYER)
         for place in DIFFERENTIABLE:
             name = LAYER[place]
-            needs[place] = name in ("hx", "cx") or name in wanted or self._names.get(name) in wanted
+            # Of the parameters, which stand in the first direction's places, by their own names.
+            own = "input" if name == "input" else self._names.get(name)
+            needs[place] = name in ("hx", "cx") or own in wanted
         saved = (output, cell_states, reserve)
         found = layer_backward(
             (self._backend, given.input, mode, of_output, of_h, of_c, of_cells, *saved, *arguments), needs

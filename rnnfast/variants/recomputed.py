@@ -54,7 +54,6 @@ class DirectionWithOptions(Direction):
         self.reverse = call.reverse
         self._mode, self._options = call.mode, _options_of(call.options)
         self._tensors = _parameters(tensors)
-        self.parameters = tuple(self._tensors)
         self._masks = Masks(*map(tensors.get, _MASKS))
         hidden_size = self._options.hidden_size(tensors["weight_hh"])
         self.widths = {"h": hidden_size}
