@@ -156,6 +156,8 @@ def _recompute(module: Any, input: Any) -> str | None:
     what = f"recompute={module.recompute!r}"
     if told.how == "auto":
         what += f" within {in_words(told.budget)} takes {None if way is None else way.how!r}"
+    elif way is None:
+        what += " has nothing to make again in one step"
     return f"{what}: keeps {in_words(memory.kept)} for backward, takes {in_words(memory.peak)} at most"
 
 

@@ -32,6 +32,20 @@ def are_one_step(rows: Tensor, batch_sizes: Tensor | None) -> bool:
     return rows.dim() == 2 and batch_sizes is None
 
 
+def check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
+    """Checks that what an op is given as `name` is of this shape, and of the type and on the device of `like`.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise RuntimeError(f"{op}: {name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise RuntimeError(
+            f"{op}: {name}: expected {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+        )
+
+
 class Sequences(NamedTuple):
     """The arguments that say how rows lie, in the order in which every op has them.
 
@@ -261,8 +275,10 @@ class DenseRows:
         if batch_sizes is not None:
             sizes = batch_sizes.tolist()
             steps, batch = len(sizes), max(sizes, default=0)
-            taken = torch.arange(batch) < batch_sizes.unsqueeze(1)
-            row = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + torch.arange(batch)
+            # On the sizes' device, whatever torch's default one is.
+            column = torch.arange(batch, device=batch_sizes.device)
+            taken = column < batch_sizes.unsqueeze(1)
+            row = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1) + column
             # a place without a row reads row 0, and read() masks it
             sources = torch.where(taken, row, 0).flatten().to(like.device)
             positions = taken.flatten().nonzero().squeeze(1).to(like.device)
@@ -383,10 +399,10 @@ def _entered_dense(output: Tensor, state: Tensor | None, reverse: bool, sequence
 def _entered_packed(output: Tensor, state: Tensor | None, batch_sizes: Tensor, reverse: bool) -> Tensor:
     """The state that entered each packed row of one direction: (rows, P)."""
     rows, batch = output.size(0), None if state is None else state.size(0)
-    steps = torch.arange(batch_sizes.size(0))
+    steps = torch.arange(batch_sizes.size(0), device=batch_sizes.device)
     starts = batch_sizes.cumsum(0) - batch_sizes
     step = torch.repeat_interleave(steps, batch_sizes, output_size=rows)
-    column = torch.arange(rows) - starts[step]
+    column = torch.arange(rows, device=batch_sizes.device) - starts[step]
     # Where each row's predecessor stands in `output`; -1 for the rows that hx enters.
     if not reverse:
         before = (step - 1).clamp_min(0)

@@ -14,117 +14,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from module_cases import leaves
+from emulated_library import emulated_problem
+from recompute_cases import DOUBLE, PLAIN, ROWS, WITH_OPTIONS, B, H, I, T, held, input_of, made, name_of
 from rnnfast.cli import main
 from rnnfast.recompute.memory import WAYS, Memory, Training, best_way, in_words, memory_of
 from rnnfast.recompute.pieces import Pieces, count_of_pieces, steps_of_a_piece
 from rnnfast.recompute.settings import bytes_of, training_of
 from rnnfast.sequences import Sequences
-from variant_cases import randomise
-
-T, B, I, H = 13, 4, 3, 4  # noqa: E741
-LENGTHS = [13, 5, 8, 0]
-DOUBLE = {"dtype": torch.float64}
-EVERY_WAY = ("gates", "chunks", 1, 3, T)
-PLAIN: list[tuple[str, dict[str, Any]]] = [
-    ("LSTM", {}),
-    ("LSTM", {"bidirectional": True, "num_layers": 2, "bias": False}),
-    ("LSTM", {"proj_size": 2, "bidirectional": True}),
-    ("GRU", {"bidirectional": True, "num_layers": 2, "dropout": 0.3}),
-    ("MGU", {"bidirectional": True}),
-    ("RNN", {"bidirectional": True, "nonlinearity": "relu"}),
-]
-WITH_OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("LSTM", {"layer_norm": "separate", "cell_norm": "output", "bidirectional": True, "num_layers": 2}),
-    ("LSTM", {"layer_norm": "joint", "cell_norm": "carried", "norm": "rms", "peephole": True}),
-    ("LSTM", {"zoneout": 0.3, "recurrent_dropout": 0.3, "bidirectional": True}),
-    ("LSTM", {"coupled": True, "recurrent_dropout": 0.3, "dropout_mode": "candidate", "input_dropout": 0.2}),
-    ("LSTM", {"weight_dropout": 0.3, "bidirectional": True}),
-    ("GRU", {"reset_after": False, "num_heads": 2, "bidirectional": True, "recurrent_dropout": 0.3}),
-    ("GRU", {"layer_norm": "separate", "zoneout": 0.3, "bidirectional": True}),
-    ("GRU", {"preset": "dreamer_v3", "bias": False}),
-    ("GRU", {"reset_gate": False, "candidate_activation": "relu", "gate_activation": "hard_sigmoid"}),
-    ("RNN", {"layer_norm": "joint", "num_heads": 2, "bidirectional": True}),
-    ("SLSTM", {"num_heads": 2}),
-]
-# How rows lie, and which count.
-ROWS = ("dense", "batch_first", "unbatched", "lengths", "resets", "both", "both, batch_first", "packed")
+from triton_interpreter import triton_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def name_of(case: Any) -> str:
-    return str(case) if isinstance(case, (str, int)) else f"{case[0]} {' '.join(map(str, case[1].values()))}"
-
-
-def made(kind: str, options: dict[str, Any], **more: Any) -> Any:
-    module = getattr(rnnfast, kind)(I, H, **{**DOUBLE, **options, **more})
-    randomise(module)
-    return module
-
-
-def input_of(rows: str, **kind: Any) -> tuple[Any, dict[str, Any]]:
-    """x of a call, (T, B, I) or as `rows` has it, and what goes with it."""
-    x = torch.randn(T, B, I, **{**DOUBLE, **kind})
-    given: dict[str, Any] = {}
-    if rows == "unbatched":
-        return x[:, 0], given
-    if "lengths" in rows or "both" in rows:
-        given["lengths"] = torch.tensor(LENGTHS)
-    if "resets" in rows or "both" in rows:
-        given["resets"] = torch.rand(T, B) < 0.25
-    if "batch_first" in rows:
-        x = x.transpose(0, 1).contiguous()
-        given = {name: value.t().contiguous() if name == "resets" else value for name, value in given.items()}
-    return x, given
-
-
-def run(module: Any, rows: str, x: Any, given: dict[str, Any], states: Any) -> list[Tensor]:
-    """Every result and gradient of one call, from draws that are the same each time."""
-    torch.manual_seed(5)
-    module.zero_grad()
-    x = x.clone().requires_grad_()
-    entering = [state.clone().requires_grad_() for state in states]
-    data = pack_padded_sequence(x, [7, 13, 9, 1], enforce_sorted=False) if rows == "packed" else x
-    hx: Any = tuple(entering) if len(entering) == 2 else entering[0] if entering else None
-    results = leaves(module(data, hx, **given))
-    results = [result for result in results if result.requires_grad]
-    grads = [torch.randn(result.shape, **DOUBLE).to(result.dtype) for result in results]
-    torch.autograd.backward(results, grads)
-    found = [x, *entering, *module.parameters()]
-    assert all(tensor.grad is not None for tensor in found)
-    return [*results, *(tensor.grad for tensor in found)]
-
-
-def states_of(module: Any, rows: str) -> list[Tensor]:
-    count = module.num_layers * (2 if module.bidirectional else 1)
-    batch = () if rows == "unbatched" else (B,)
-    lstm = isinstance(module, rnnfast.LSTM)
-    h = torch.randn(count, *batch, module.proj_size or H, **DOUBLE)
-    return [h, torch.randn(count, *batch, H, **DOUBLE)] if lstm else [h]
-
-
-def held(module: Any, rows: str, ways: Any = EVERY_WAY, with_states: bool = True, steps: int = T) -> None:
-    """Against the same module without recompute; steps: of rows that are (T, B, I)."""
-    x, given = input_of(rows)
-    if steps < T:
-        x, given = x[:steps], {name: value.clamp(max=steps) for name, value in given.items()}
-    states = states_of(module, rows) if with_states else []
-    module.recompute = None
-    expected = run(module, rows, x, given, states)
-    for way in ways:
-        module.recompute = way
-        for one, other in zip(run(module, rows, x, given, states), expected, strict=True):
-            assert_close(one, other, rtol=1e-10, atol=1e-10, msg=lambda text: f"{way}: {text}")  # noqa: B023
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -152,9 +61,6 @@ def test_layers_with_options_too(case: tuple[str, dict[str, Any]], rows: str) ->
 )
 @pytest.mark.parametrize("name", ["reference", "emulated", "triton"])
 def test_other_backends(name: str, case: tuple[str, dict[str, Any]]) -> None:
-    from emulated_library import emulated_problem
-    from triton_interpreter import triton_problem
-
     problem = {"emulated": emulated_problem, "triton": triton_problem}.get(name, lambda: None)()
     if problem is not None:
         pytest.skip(problem)
@@ -234,44 +140,6 @@ def test_the_other_types_are_as_near_to_float64(dtype: torch.dtype, way: Any) ->
     assert errors[1] < 1.5 * errors[0] + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("case", [("LSTM", {"bidirectional": True}), ("GRU", {"zoneout": 0.2})], ids=name_of)
-@pytest.mark.parametrize("way", ["gates", "chunks"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_one_node_in_a_compiled_program(case: tuple[str, dict[str, Any]], way: str, dynamic: bool) -> None:
-    torch._dynamo.reset()
-    module = made(*case, recompute=way).eval()
-    nodes: list[Any] = []
-    compiled: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        op = torch.ops.rnnfast_recompute.forward
-        nodes.append([node for node in graph.graph.nodes if node.target in (op, op.default)])
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    program = torch.compile(lambda x: module(x)[0], fullgraph=True, dynamic=dynamic, backend=backend)
-    for steps in (T, 29):
-        grads = []
-        x = torch.randn(steps, B, I, **DOUBLE)
-        for call in (program, lambda x: module(x)[0]):
-            module.zero_grad()
-            call(x).square().sum().backward()
-            grads.append([parameter.grad for parameter in module.parameters()])
-        for one, other in zip(*grads, strict=True):
-            assert_close(one, other, rtol=1e-10, atol=1e-10)
-        compiled.append(len(nodes))
-    assert {len(of_graph) for of_graph in nodes} == {1}
-    assert (compiled[0] == compiled[1]) == dynamic
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_saved_programs_recompute_nothing(strict: bool) -> None:
-    module, x = made("LSTM", {}, recompute="gates"), torch.randn(T, B, I, **DOUBLE)
-    program = torch.export.export(module, (x,), strict=strict)
-    assert "recompute" not in str(program.graph)
-    assert_close(program.module()(x), module(x))
-    assert_close(torch.jit.trace(module, (x,))(x), module(x))
-
-
 def test_autocast_transforms_and_no_gradients() -> None:
     module = rnnfast.LSTM(I, H, recompute="chunks")
     plain = copy.deepcopy(module)
@@ -293,6 +161,91 @@ def test_autocast_transforms_and_no_gradients() -> None:
     several, of_each = torch.randn(3, T, B, I), torch.vmap(torch.func.grad(loss), (None, 0, None))
     for one, other in zip(*(of_each(parameters, several, of).values() for of in (module, plain)), strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("way", [None, "gates", "chunks"])
+@pytest.mark.parametrize("steps", [2, T])
+@pytest.mark.parametrize(
+    "case",
+    [("LSTM", {}), ("LSTM", {"peephole": True}), ("GRU", {"reset_after": False, "num_heads": 2}), ("SLSTM", {})],
+    ids=name_of,
+)
+def test_backward_inside_autocast_is_in_the_types_of_forward(case: Any, steps: int, way: str | None) -> None:
+    """The first and the second derivative, and several at once."""
+    module, x = made(*case, dtype=torch.float32, recompute=way), torch.randn(steps, B, I)
+    weights = [module.weight_hh_l0]
+
+    def derivatives(enabled: bool) -> list[Tensor]:
+        output = module(x)[0]
+        several = torch.eye(output.numel())[:3].reshape(3, *output.shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            first = torch.autograd.grad(output.square().sum(), weights, create_graph=True)
+            at_once = torch.autograd.grad(output, weights, several, is_grads_batched=True, retain_graph=True)
+        # What is differentiated twice are torch's products, which inside autocast follow that.
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and module._options is None):
+            second = torch.autograd.grad(first[0].square().sum(), weights)
+        return [*first, *second, *at_once]
+
+    for one, other in zip(derivatives(True), derivatives(False), strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("way", [None, "gates", 2])
+@pytest.mark.parametrize("rows", ["both", "packed"])
+@pytest.mark.parametrize("name", ["auto", "reference", "triton"])
+def test_no_default_device_is_counted_on(name: str, rows: str, way: Any) -> None:
+    problem = triton_problem() if name == "triton" else None
+    if problem is not None:
+        pytest.skip(problem)
+    for case in (("LSTM", {"bidirectional": True}), ("GRU", {"bidirectional": True, "recurrent_dropout": 0.2})):
+        module = made(*case, recompute=way)
+        x, given = input_of(rows)
+        x, given = (
+            x[:4],
+            {name: value.clamp(max=4) if name == "lengths" else value[:4] for name, value in given.items()},
+        )
+        data = pack_padded_sequence(x, [4, 3, 3, 1]) if rows == "packed" else x
+        grads = []
+        for device in ("cpu", "meta"):
+            torch.manual_seed(0)
+            module.zero_grad()
+            with rnnfast.backend(name), torch.device(device):
+                output = module(data, **given)[0]
+                (output.data if rows == "packed" else output).square().sum().backward()
+            grads.append([parameter.grad for parameter in module.parameters()])
+        for one, other in zip(*grads, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", [None, "gates", "chunks"])
+@pytest.mark.parametrize(
+    "case", [("LSTM", {}), ("LSTM", {"zoneout": 0.2}), ("GRU", {"bidirectional": True})], ids=name_of
+)
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ([20, 5, 1], "batch_sizes: expected a sum of 27, got 26"),
+        ([20, 5, 3], "batch_sizes: expected a sum of 27, got"),
+        ([10, 12, 5], "batch_sizes: expected positive sizes that do not increase"),
+        ([10, 10, 7, 0], "batch_sizes: expected positive sizes that do not increase"),
+    ],
+)
+def test_packed_rows_that_do_not_fit_are_refused_as_without(case: Any, sizes: list[int], text: str, way: Any) -> None:
+    module = made(*case, recompute=way)
+    with pytest.raises(RuntimeError, match=text):
+        module(PackedSequence(torch.randn(27, I, **DOUBLE), torch.tensor(sizes)))
+
+
+@pytest.mark.parametrize("way", [None, "gates", "chunks"])
+def test_states_that_do_not_fit_are_refused_as_without(way: Any) -> None:
+    weights = list(made("LSTM", {}).parameters())
+    h, c, wrong = (torch.zeros(1, batch, H, **DOUBLE) for batch in (B, B, B + 1))
+    for states, name in (((wrong, c), "hx"), ((h, wrong), "cx")):
+        with pytest.raises(RuntimeError, match=rf"rnnfast::layer.*: {name}: expected shape \(?\[?1, 4, 4"):
+            rnnfast.functional.lstm(
+                torch.randn(10, I, **DOUBLE), weights, states, batch_sizes=torch.tensor([4, 3, 3]), recompute=way
+            )
 
 
 @pytest.mark.parametrize("way", ["gates", "chunks"])
@@ -517,7 +470,9 @@ def test_what_is_read_of_a_piece_is_written_where_it_was(rows: str, reverse: boo
     ("arguments", "error", "text"),
     [
         ({"recompute": "gate"}, ValueError, "LSTM: recompute: expected None, 'gates', 'chunks', a number of chunks or"),
-        ({"recompute": 0}, ValueError, "LSTM: recompute: expected at least 1 chunk, got 0"),
+        ({"recompute": 0}, ValueError, "LSTM: recompute: expected from 1 to 2\\*\\*63 - 1 chunks, got 0"),
+        ({"recompute": 2**63}, ValueError, "LSTM: recompute: expected from 1 to .* chunks, got 9223372036854775808"),
+        ({"recompute": np.array([1, 2])}, TypeError, r"LSTM: recompute: expected None, 'gates'.*got array\(\[1, 2\]\)"),
         ({"recompute": True}, TypeError, "LSTM: recompute: expected None, 'gates'.*got True"),
         ({"recompute": 2.5}, TypeError, "LSTM: recompute: expected None, 'gates'.*got 2.5"),
         ({"recompute": "auto"}, ValueError, "LSTM: memory_budget: expected bytes with recompute='auto', got None"),
@@ -525,6 +480,12 @@ def test_what_is_read_of_a_piece_is_written_where_it_was(rows: str, reverse: boo
         ({"memory_budget": 5}, ValueError, "LSTM: memory_budget: goes with recompute='auto', got recompute=None"),
         ({"recompute": "auto", "memory_budget": "much"}, ValueError, "expected bytes, as 2_000_000_000 or '2 GB'"),
         ({"recompute": "auto", "memory_budget": -1}, ValueError, "memory_budget: expected bytes.*got -1"),
+        ({"recompute": "auto", "memory_budget": 10**400}, ValueError, "memory_budget: expected bytes.*got 1000"),
+        (
+            {"recompute": "auto", "memory_budget": "\uff12 GB"},
+            ValueError,
+            "memory_budget: expected bytes.*got '\uff12 GB'",
+        ),
         ({"recompute": "auto", "memory_budget": [1]}, TypeError, r"memory_budget: expected bytes.*got \[1\]"),
         (
             {"recompute": "gates", "batch_norm": "sequence"},
@@ -536,6 +497,9 @@ def test_what_is_read_of_a_piece_is_written_where_it_was(rows: str, reverse: boo
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         rnnfast.LSTM(I, H, **arguments)
+    if len(arguments) == 1 and "recompute" in arguments:
+        with pytest.raises(error, match=text):
+            rnnfast.LSTM(I, H).recompute = arguments["recompute"]
 
 
 def test_attributes_may_be_changed_and_travel() -> None:
@@ -571,7 +535,7 @@ def test_functional() -> None:
     for one, other in itertools.product(grads[0], grads[1:]):
         index = next(i for i, grad in enumerate(grads[0]) if grad is one)
         assert_close(other[index], one, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match="gru: recompute: expected at least 1 chunk, got -2"):
+    with pytest.raises(ValueError, match=r"gru: recompute: expected from 1 to .* chunks, got -2"):
         rnnfast.functional.gru(x, list(made("GRU", {}).parameters()), recompute=-2)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autograd import without_autocast
 from ..backends import backend
-from ..sequences import Sequences
+from ..sequences import Sequences, check_tensor
 from ..signatures import compute_dtype
 from .call import Call
 from .directions import Direction, Given, GradientsOfMade, Made, PlainDirection, States
@@ -112,6 +112,7 @@ def forward(text: str, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, .
     results: dict[str, Tensor] = {}
     with torch.no_grad(), backend(call.backend):
         directions = directions_of(call, named)
+        _check(call, named, directions)
         for d, direction in enumerate(directions):
             pieces = _pieces(call, count, named, direction)
             if d == 0:
@@ -132,6 +133,20 @@ def forward(text: str, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, .
             for kind, state in states.items():
                 results[kind][d].copy_(state)
     return in_order(results, input)
+
+
+def _check(call: Call, named: Mapping[str, Tensor], directions: Sequence[Direction]) -> None:
+    """Checks of the whole call what a piece shows nothing of: that rows, and the states that enter, fit it.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    op, input = f"rnnfast::{'variant_forward' if call.options else 'layer'}", named["input"]
+    _, batch = sequences_of(call, named).check(op, input)
+    for kind, width in directions[0].widths.items():
+        state = named.get(KINDS[kind])
+        if state is not None:
+            check_tensor(op, KINDS[kind], state, input, (len(directions), batch, width))
 
 
 class _Sums:

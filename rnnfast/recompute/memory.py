@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from ..cell_types import CELLS
 from .pieces import count_of_pieces, steps_of_a_piece
 
@@ -76,7 +78,7 @@ def memory_of(training: Training, how: str | None, pieces: int = 0) -> Memory:
     """
     of_direction, directions, item = _per_row(training), training.directions, training.item
     # Of one layer.
-    kept_of_row, beside_of_row = of_direction.output + of_direction.masks, 0
+    kept_of_row, beside_of_row = of_direction.output, 0
     of_borders, rows_of_piece = 0, 0
     if how is None:
         kept_of_row += of_direction.cell_states + of_direction.saved
@@ -84,10 +86,11 @@ def memory_of(training: Training, how: str | None, pieces: int = 0) -> Memory:
     else:
         kept_of_row += of_direction.cell_states if how == "gates" else 0
         length = steps_of_a_piece(pieces, training.steps, training.rows)
-        batch = -(-training.rows // max(training.steps, 1))
+        batch = -(-training.rows // torch.sym_max(training.steps, 1))
         of_borders = count_of_pieces(training.steps, length) * batch * (of_direction.output + of_direction.carried)
-        rows_of_piece = min(training.rows, length * batch)
-    kept = training.num_layers * directions * int(training.rows * kept_of_row + of_borders) * item
+        rows_of_piece = torch.sym_min(training.rows, length * batch)
+    of_rows = training.rows * (kept_of_row * item + of_direction.mask_bytes)
+    kept = training.num_layers * directions * (of_rows + of_borders * item)
     has_layers = training.num_layers > 1
     of_input = max(training.input_size, has_layers * directions * of_direction.output)
     beside_of_row = directions * (beside_of_row + of_direction.output * training.output_gradient)
@@ -98,13 +101,13 @@ def memory_of(training: Training, how: str | None, pieces: int = 0) -> Memory:
 
 
 class _PerRow(NamedTuple):
-    """Numbers that a row of one direction of a layer has."""
+    """Numbers that a row of one direction of a layer has, and bytes of masks."""
 
     output: int
     cell_states: int
     carried: int  # beside h
     saved: int  # beside output and cell_states
-    masks: float
+    mask_bytes: int
     grad_gates: int
 
     @property
@@ -127,9 +130,8 @@ def _per_row(training: Training) -> _PerRow:
     # The gates' input part, and with a norm of its own what that took; what the time loop saves.
     saved = width + reserve_width(training.mode, width, hidden_size)
     saved += width * (options.layer_norm == "separate") + width * (options.layer_norm is not None)
-    masks = options.masks_of_steps * hidden_size / training.item
     carried = cells * (2 if options.is_exponential else 1)
-    return _PerRow(hidden_size, cells, carried, saved, masks, 2 * width)
+    return _PerRow(hidden_size, cells, carried, saved, options.masks_of_steps * hidden_size, 2 * width)
 
 
 def best_way(training: Training, budget: int) -> str | None:

@@ -43,7 +43,9 @@ class SavesMemory:
 
     @recompute.setter
     def recompute(self, value: Any) -> None:
-        self._recompute = self._checked(value, self._memory_budget if value == "auto" else None)
+        self._recompute = self._checked(
+            value, self._memory_budget if isinstance(value, str) and value == "auto" else None
+        )
 
     @property
     def memory_budget(self) -> int | None:

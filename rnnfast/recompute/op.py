@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import libraries
-from ..autograd import Layer
+from .._after_import import after_import
+from ..autograd import Layer, without_autocast
+from ..backends import backend as backend_of
 from ..signatures import PLACES
 from ..vmap import is_any_batched
 from .call import Call
@@ -29,12 +31,7 @@ def _fake_forward(text: str, count: int, tensors: Sequence[Tensor]) -> tuple[Ten
     named = dict(zip(call.names, tensors, strict=True))
     input, directions = named["input"], directions_of(call, named)
     steps, batch = _sizes(call, named)
-    if isinstance(steps, int) and isinstance(batch, int):
-        length = steps_of_a_piece(count, steps, math.prod(input.shape[:-1]))
-        pieces: Any = count_of_pieces(steps, length)
-    else:
-        # The root of a symbol.
-        pieces = torch.library.get_ctx().new_dynamic_size()
+    pieces = count_of_pieces(steps, steps_of_a_piece(count, steps, math.prod(input.shape[:-1])))
     return in_order(empty_results(call, directions[0], len(directions), input, batch, pieces), input)
 
 
@@ -60,7 +57,7 @@ def _fake_backward(
     return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in wanted]
 
 
-# --- the derivative -----------------------------------------------------------------------------------------------
+# --- closed to Dynamo ---------------------------------------------------------------------------------------------
 
 
 def _keep(ctx: Any, text: str, count: int, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -72,6 +69,27 @@ def _keep(ctx: Any, text: str, count: int, tensors: Sequence[Tensor], results: S
     ctx.save_for_backward(*tensors, *kept, *borders)
     ctx.mark_non_differentiable(*borders)
     ctx.set_materialize_grads(False)
+
+
+# Where a program of torch.compile breaks before the op, Dynamo looks into all that Python runs from there on: it would
+# compile loops over pieces, which differ from each other.
+_closed: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "keep": _keep}
+
+
+def _close(dynamo: Any) -> None:
+    for name, function in _closed.items():
+        _closed[name] = dynamo.disable(function)
+
+
+def _run_forward(text: str, count: int, tensors: Sequence[Tensor]) -> Any:
+    return _closed["forward"](text, count, tensors)
+
+
+def _run_backward(text: str, count: int, *others: Any) -> Any:
+    return _closed["backward"](text, count, *others)
+
+
+# --- the derivative -----------------------------------------------------------------------------------------------
 
 
 def _gradients(
@@ -108,18 +126,18 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, text: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = forward(text, count, tensors)
-        _keep(ctx, text, count, tensors, results)
+        results: tuple[Tensor, ...] = _run_forward(text, count, tensors)
+        _closed["keep"](ctx, text, count, tensors, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return None, None, *_gradients(backward, ctx, ctx.needs_input_grad[2:], grads)
+        return None, None, *_gradients(_run_backward, ctx, ctx.needs_input_grad[2:], grads)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     text, count, tensors = inputs
-    _keep(ctx, text, count, tensors, output)
+    _closed["keep"](ctx, text, count, tensors, output)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -139,7 +157,8 @@ def _differentiable_gradients(
     call: Call, wanted: Sequence[str], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> dict[str, Tensor | None]:
     """The gradients with a graph of their own, or several at once: of the layer run again in one piece, as any."""
-    with torch.enable_grad():
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), backend_of(call.backend), without_autocast(tensors[0].device.type):
         # Tensors of their own, through which no path leads from one argument to another.
         own = {
             name: value.view_as(value) if name in wanted else value
@@ -147,13 +166,13 @@ def _differentiable_gradients(
         }
         results = zip(_whole(call, own), grads, strict=True)
         pairs = [(result, grad) for result, grad in results if result is not None and grad is not None]
-    found = torch.autograd.grad(
-        [result for result, _ in pairs],
-        [own[name] for name in wanted],
-        [grad for _, grad in pairs],
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
+        found = torch.autograd.grad(
+            [result for result, _ in pairs],
+            [own[name] for name in wanted],
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
     return dict(zip(wanted, found, strict=True))
 
 
@@ -184,11 +203,12 @@ def register() -> None:
             "backward(str call, int count, str[] wanted, Tensor[] tensors, Tensor[] results, Tensor?[] grads)"
             " -> Tensor[]"
         )
-        library.impl("forward", forward, "CompositeExplicitAutograd")
-        library.impl("backward", backward, "CompositeExplicitAutograd")
+        library.impl("forward", _run_forward, "CompositeExplicitAutograd")
+        library.impl("backward", _run_backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::forward", _fake_forward, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::backward", _fake_backward, lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::forward", _backward, setup_context=_setup, lib=library)
         return library
 
     libraries.registered_once(NAMESPACE, registered)
+    after_import("torch._dynamo", _close)

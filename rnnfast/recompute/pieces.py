@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ _PIECES = 8
 
 
 def steps_of_a_piece(count: int, steps: int, rows: int) -> int:
-    """How many steps a piece has.
+    """How many steps a piece has. Sizes may be symbols of a program that is being traced.
 
     Args:
         count: how many pieces were asked for; 0: as fits.
@@ -26,12 +25,16 @@ def steps_of_a_piece(count: int, steps: int, rows: int) -> int:
         rows: of all steps together.
     """
     if count:
-        return max(1, -(-steps // count))
+        return _larger(1, -(-steps // count))
     # What is kept, a state for each piece, and what a piece takes, about five for each step, are least together where
     # there are as many.
-    least = math.isqrt(steps // 5)
-    fast = min(-(-_ROWS * steps // max(rows, 1)), -(-steps // _PIECES))
-    return max(1, least, fast)
+    least = torch.sym_int(torch.sym_sqrt(steps // 5))
+    fast = torch.sym_min(-(-_ROWS * steps // _larger(rows, 1)), -(-steps // _PIECES))
+    return _larger(_larger(1, least), fast)
+
+
+# Python's would ask a symbol which it is, and bind the program to the answer.
+_larger: Callable[[int, int], int] = torch.sym_max
 
 
 def count_of_pieces(steps: int, length: int) -> int:
@@ -155,11 +158,14 @@ class Pieces:
         """Which row stands where, of rows in a line: each one's steps turned around. What is no step stays."""
         begin, end = self._ends(piece)
         if self._sizes is not None:
-            sizes, steps = torch.tensor(self._sizes[begin:end]), torch.arange(end - begin)
+            # Where the sizes are, whatever torch's default device is.
+            own, device = self._sequences.batch_sizes, torch.device("cpu")
+            assert own is not None
+            sizes, steps = own[begin:end], torch.arange(end - begin, device=device)
             starts = sizes.cumsum(0) - sizes
             step = torch.repeat_interleave(steps, sizes)
-            column = torch.arange(step.numel()) - starts[step]
-            lengths = (sizes.unsqueeze(1) > torch.arange(self.batch_of(piece))).sum(0)
+            column = torch.arange(step.numel(), device=device) - starts[step]
+            lengths = (sizes.unsqueeze(1) > torch.arange(self.batch_of(piece), device=device)).sum(0)
             return (starts[lengths[column] - 1 - step] + column).to(self._device)
         lengths_in = self._lengths_in(piece)
         assert lengths_in is not None

@@ -121,8 +121,8 @@ def recompute_of(cls: str, recompute: Any, memory_budget: Any, batch_norm: bool 
         raise TypeError(
             f"{cls}: recompute: expected None, 'gates', 'chunks', a number of chunks or 'auto', got {recompute!r}"
         )
-    elif recompute < 1:
-        raise ValueError(f"{cls}: recompute: expected at least 1 chunk, got {recompute!r}")
+    elif not 1 <= int(recompute) < 2**63:
+        raise ValueError(f"{cls}: recompute: expected from 1 to 2**63 - 1 chunks, got {recompute!r}")
     if memory_budget is not None and recompute != "auto":
         raise ValueError(f"{cls}: memory_budget: goes with recompute='auto', got recompute={recompute!r}")
     if recompute is None:
@@ -145,15 +145,15 @@ def bytes_of(cls: str, amount: Any) -> int:
         TypeError, ValueError: it is neither, or not positive.
     """
     what = f"{cls}: memory_budget: expected bytes, as 2_000_000_000 or '2 GB', got {amount!r}"
+    # A whole number may be more than a float can have.
+    number: Any = amount
     if isinstance(amount, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)?\s*", amount, re.IGNORECASE)
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)?\s*", amount, re.IGNORECASE | re.ASCII)
         if found is None:
             raise ValueError(what)
         number = float(found[1]) * _UNITS[(found[2] or "").upper()]
     elif isinstance(amount, bool) or not isinstance(amount, numbers.Real):
         raise TypeError(what)
-    else:
-        number = float(amount)
     if not 1 <= number < 2**63:
         raise ValueError(what)
     return int(number)

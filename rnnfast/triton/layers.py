@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import libraries
 from ..cell_types import CELLS, CellType
+from ..sequences import check_tensor as fits
 from ..signatures import (
     KINDS,
     OF_RECURRENCE,
@@ -70,19 +71,16 @@ def check(condition: bool, op: str, message: str) -> None:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
-    check(tuple(tensor.shape) == tuple(shape), op, f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    same = tensor.dtype == like.dtype and tensor.device == like.device
-    check(
-        same, op, f"{name}: expected {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}",
-    )  # fmt: skip
+    fits(f"rnnfast_triton::{op}", name, tensor, like, shape)
 
 
 def upload(offsets: list[int], device: torch.device) -> Tensor:
     """Numbers of the host, on the device, without waiting for it."""
     if device.type == "cpu":
-        return torch.tensor(offsets, dtype=torch.int64)
+        return torch.tensor(offsets, dtype=torch.int64, device="cpu")
     if not torch.cuda.is_current_stream_capturing():
-        return torch.tensor(offsets, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        host = torch.tensor(offsets, dtype=torch.int64, device="cpu", pin_memory=True)
+        return host.to(device, non_blocking=True)
     # A captured copy would read host memory that is somebody else's when the graph is replayed.
     table = graphs.new_table(device, len(offsets))
     graphs.fill(table, offsets)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import libraries, ops
-from ..autograd import as_matrix
+from ..autograd import as_matrix, without_autocast
 from ..backends import asked_for, kernels_for_options, select, select_with_options
 from ..sequences import Sequences, entered, zero_beyond
 from ..signatures import compute_dtype
@@ -123,10 +123,11 @@ def _backward(op: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[
     found: list[Tensor | None] = [None] * (1 + len(values))
     if all(grad is None for grad in of_results):
         return tuple(found)
-    if torch.is_grad_enabled():
-        found_now = _differentiable_gradients(values, wanted, of_results)
-    else:
-        found_now = gradients(op, nested(values), wanted, of_results, results)
+    with without_autocast(values[_GATES].device.type):
+        if torch.is_grad_enabled():
+            found_now = _differentiable_gradients(values, wanted, of_results)
+        else:
+            found_now = gradients(op, nested(values), wanted, of_results, results)
     for i, grad in zip(wanted, found_now, strict=True):
         found[i + 1] = grad
     return tuple(found)
