@@ -312,6 +312,20 @@ def demo(results: Path, name: str) -> str:
     return f"{paragraph(text)}\n\n![losses and {unit} a second](../benchmarks/results/{name}-cpu.png)"
 
 
+def online(results: Path) -> str:
+    """The errors of the online example's run, and its chart."""
+    data = read(results, "online-series-cpu.json")
+    lines = [
+        "| | the thousand steps before the change | after it | the last thousand |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, errors in data["error"].items():
+        lines.append("| " + " | ".join([name, *(f"{error:.2f}" for error in errors)]) + " |")
+    text = f"In the run that is kept, the error in standard deviations, with k1 = {data['k1']}:"
+    chart = "![the error over the stream](../benchmarks/results/online-series-cpu.png)"
+    return "\n\n".join([text, "\n".join(lines), chart])
+
+
 def textbook(results: Path) -> str:
     data = read(results, "cpu-textbook.json")
     sizes = ", ".join(f"{size} = {data[size]}" for size in "TBH")
@@ -482,6 +496,7 @@ def blocks(results: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "cpu figures": lambda: figures(cpu),
         "character model": lambda: demo(results, "charlm-lstm"),
         "digits": lambda: demo(results, "digits-gru"),
+        "online series": lambda: online(results),
         "textbook": lambda: textbook(results),
         "gpu": lambda: gpu(records),
         "gpu figures": lambda: figures(cards) or "There are no figures yet.",

@@ -6,6 +6,7 @@ state carried from chunk to chunk. The same seed and data for both; Ctrl-C ends 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import sysconfig
@@ -71,34 +72,30 @@ def streams(numbers: torch.Tensor, batch: int) -> torch.Tensor:
     return numbers[: steps * batch].view(batch, steps).t().contiguous()
 
 
-def detach(state: State) -> State:
-    return (
-        tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach() if state is not None else None
-    )
+def inputs_and_targets(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every character but the last, and of each the one that follows: a stream for `rnnfast.tbptt`."""
+    return text[:-1], text[1:]
 
 
 def trainer(model: CharacterModel, text: torch.Tensor, chunk: int, steps: int, rate: float) -> Step:
-    """A training step for `side_by_side.Side`: chunk number i of all streams, the state carried on."""
+    """A training step for `side_by_side.Side`: the next chunk of all streams, the state carried on."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     # Warm up over 20 steps, then go down in a line to a tenth.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - 0.9 * i / steps))
-    chunks = (len(text) - 1) // chunk
-    state: State = None
+    # At the text's end the streams start again, from a fresh state.
+    chunks = itertools.chain.from_iterable(
+        rnnfast.tbptt(model, inputs_and_targets(text), chunk) for _ in itertools.count()
+    )
 
-    def step(number: int) -> tuple[torch.Tensor, int]:
-        nonlocal state
-        at = number % chunks
-        # At the text's end the streams start again, from a fresh state.
-        state = detach(state) if at else None
-        tokens = text[at * chunk : at * chunk + chunk + 1]
-        logits, state = model(tokens[:-1], state)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[1:].flatten())
+    def step(_: int) -> tuple[torch.Tensor, int]:
+        part = next(chunks)
+        loss = F.cross_entropy(part.output.flatten(0, 1), part.target.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        return loss, tokens[1:].numel()
+        return loss, part.target.numel()
 
     return step
 
@@ -107,12 +104,10 @@ def trainer(model: CharacterModel, text: torch.Tensor, chunk: int, steps: int, r
 def bits_per_character(model: CharacterModel, text: torch.Tensor, chunk: int) -> float:
     """On text that was not trained on, the state carried through."""
     model.eval()
-    state, total, count = None, 0.0, 0
-    for at in range(0, min(len(text) - 1, 10 * chunk), chunk):
-        tokens = text[at : at + chunk + 1]
-        logits, state = model(tokens[:-1], state)
-        total += F.cross_entropy(logits.flatten(0, 1), tokens[1:].flatten(), reduction="sum").item()
-        count += tokens[1:].numel()
+    total, count = 0.0, 0
+    for part in rnnfast.tbptt(model, inputs_and_targets(text[: 10 * chunk + 1]), chunk):
+        total += F.cross_entropy(part.output.flatten(0, 1), part.target.flatten(), reduction="sum").item()
+        count += part.target.numel()
     return total / count / math.log(2)
 
 

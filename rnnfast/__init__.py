@@ -14,6 +14,7 @@ from .modules import GRU, LSTM, MGU, RNN
 from .more_layers import SLSTM, LiGRU
 from .patch import accelerate, exporting, restore
 from .quantized_modules import quantize_weights
+from .truncated import tbptt
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "init",
     "quantize_weights",
     "restore",
+    "tbptt",
 ]
 
 registration.register_all()

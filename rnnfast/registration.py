@@ -275,6 +275,8 @@ _COUNTS: dict[str, Callable[..., int]] = {
     "step": step_ops.count_step,
     "step_backward": step_ops.count_step_backward,
     "layer_backward": backward_op.count,
+    "variant_forward": variant_ops.count_forward,
+    "variant_backward": variant_ops.count_backward,
 }
 
 

@@ -66,18 +66,17 @@ def test_time_limit_ends_the_training(tmp_path):
     assert 0 < check_files(tmp_path, "digits-gru")["steps"] < 1000000
 
 
-@pytest.mark.parametrize("name", ["charlm-lstm", "digits-gru"])
-def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
+def interrupted(seen_first, *arguments):
+    """What an example prints that gets Ctrl-C as soon as it has written `seen_first` to its progress bars."""
     process = subprocess.Popen(
-        **command(*DEMOS[name], "--steps", 1000000, "--out", tmp_path),
+        **command(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        # The bar shows a loss once both sides have finished a block of steps.
         seen = ""
-        while "loss" not in seen:
+        while seen_first not in seen:
             seen += process.stderr.read(1)
             assert process.poll() is None, seen + process.stderr.read()
         process.send_signal(signal.SIGINT)
@@ -87,6 +86,34 @@ def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert "Interrupted" in printed
+    return printed
+
+
+@pytest.mark.parametrize("name", ["charlm-lstm", "digits-gru"])
+def test_interrupt_ends_the_demo_cleanly(name, tmp_path):
+    # The bar shows a loss once both sides have finished a block of steps.
+    interrupted("loss", *DEMOS[name], "--steps", 1000000, "--out", tmp_path)
     record = check_files(tmp_path, name)
     assert record["interrupted"]
     assert 0 < record["steps"] < 1000000
+
+
+def test_the_online_series(tmp_path):
+    printed = run("online_series.py", "--steps", 300, "--k1", 7, "--k2", 14, "--out", tmp_path)
+    record = json.loads((tmp_path / "online-series-cpu.json").read_text())
+    assert (record["steps"], record["k1"], record["interrupted"]) == (300, 7, False)
+    # 43 chunks, the last one of six steps.
+    assert record["trained"] == {"k2 = 7": 301, "k2 = 14": 301}
+    assert list(record["error"]) == ["last value", "k2 = 7", "k2 = 14"]
+    assert all(math.isfinite(error) for errors in record["error"].values() for error in errors)
+    assert (tmp_path / "online-series-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "k2 = 14" in printed
+    # While the first learner trains: of the second there is nothing.
+    interrupted("k2 = 5:", "online_series.py", "--steps", 5000, "--out", tmp_path)
+    record = json.loads((tmp_path / "online-series-cpu.json").read_text())
+    assert record["interrupted"]
+    assert list(record["error"]) == ["last value", "k2 = 5"]
+    assert record["error"]["k2 = 5"][2] is None
+    for wrong in (["--k1", 0], ["--k1", 10, "--k2", 10], ["--steps", 20]):
+        done = subprocess.run(**command("online_series.py", *wrong), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "expected from" in done.stderr) == (2, True)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from ..cell_types import CELLS
-from .pieces import count_of_pieces, steps_of_a_piece
+from .pieces import count_of_pieces, larger, smaller, steps_of_a_piece
 
 # By setting, in the order in which "auto" tries them: None keeps everything.
 WAYS: tuple[str | None, ...] = (None, "gates", "chunks")
@@ -86,9 +84,9 @@ def memory_of(training: Training, how: str | None, pieces: int = 0) -> Memory:
     else:
         kept_of_row += of_direction.cell_states if how == "gates" else 0
         length = steps_of_a_piece(pieces, training.steps, training.rows)
-        batch = -(-training.rows // torch.sym_max(training.steps, 1))
+        batch = -(-training.rows // larger(training.steps, 1))
         of_borders = count_of_pieces(training.steps, length) * batch * (of_direction.output + of_direction.carried)
-        rows_of_piece = torch.sym_min(training.rows, length * batch)
+        rows_of_piece = smaller(training.rows, length * batch)
     of_rows = training.rows * (kept_of_row * item + of_direction.mask_bytes)
     kept = training.num_layers * directions * (of_rows + of_borders * item)
     has_layers = training.num_layers > 1

@@ -43,6 +43,7 @@ class SavesMemory:
 
     @recompute.setter
     def recompute(self, value: Any) -> None:
+        # An array is compared with a text in an array's way.
         self._recompute = self._checked(
             value, self._memory_budget if isinstance(value, str) and value == "auto" else None
         )

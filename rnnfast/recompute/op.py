@@ -71,22 +71,23 @@ def _keep(ctx: Any, text: str, count: int, tensors: Sequence[Tensor], results: S
     ctx.set_materialize_grads(False)
 
 
-# Where a program of torch.compile breaks before the op, Dynamo looks into all that Python runs from there on: it would
-# compile loops over pieces, which differ from each other.
-_closed: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "keep": _keep}
+# What runs. Once Dynamo is imported each is one that it does not look into (`_close`): where a program of torch.compile
+# breaks before the op, Dynamo looks into all that Python runs from there on, and would compile loops over pieces, which
+# differ from each other.
+_bodies: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "keep": _keep}
 
 
 def _close(dynamo: Any) -> None:
-    for name, function in _closed.items():
-        _closed[name] = dynamo.disable(function)
+    for name, function in _bodies.items():
+        _bodies[name] = dynamo.disable(function)
 
 
 def _run_forward(text: str, count: int, tensors: Sequence[Tensor]) -> Any:
-    return _closed["forward"](text, count, tensors)
+    return _bodies["forward"](text, count, tensors)
 
 
 def _run_backward(text: str, count: int, *others: Any) -> Any:
-    return _closed["backward"](text, count, *others)
+    return _bodies["backward"](text, count, *others)
 
 
 # --- the derivative -----------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, text: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = _run_forward(text, count, tensors)
-        _closed["keep"](ctx, text, count, tensors, results)
+        _bodies["keep"](ctx, text, count, tensors, results)
         return results
 
     @staticmethod
@@ -137,7 +138,7 @@ class Recomputed(torch.autograd.Function):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     text, count, tensors = inputs
-    _closed["keep"](ctx, text, count, tensors, output)
+    _bodies["keep"](ctx, text, count, tensors, output)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:

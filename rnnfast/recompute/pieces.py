@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,8 +17,26 @@ _ROWS = 2048
 _PIECES = 8
 
 
+# Sizes may be symbols of a program that is being traced, which Python's functions would bind to what they are now;
+# Dynamo is the other way about.
+_dynamo_traces = torch.compiler.is_dynamo_compiling
+
+
+def larger(one: int, other: int) -> int:
+    return max(one, other) if _dynamo_traces() else torch.sym_max(one, other)  # type: ignore[no-any-return]
+
+
+def smaller(one: int, other: int) -> int:
+    return min(one, other) if _dynamo_traces() else torch.sym_min(one, other)  # type: ignore[no-any-return]
+
+
+def _root(number: int) -> int:
+    """Rounded down."""
+    return int(math.sqrt(number)) if _dynamo_traces() else torch.sym_int(torch.sym_sqrt(number))  # type: ignore[no-any-return]
+
+
 def steps_of_a_piece(count: int, steps: int, rows: int) -> int:
-    """How many steps a piece has. Sizes may be symbols of a program that is being traced.
+    """How many steps a piece has.
 
     Args:
         count: how many pieces were asked for; 0: as fits.
@@ -25,16 +44,12 @@ def steps_of_a_piece(count: int, steps: int, rows: int) -> int:
         rows: of all steps together.
     """
     if count:
-        return _larger(1, -(-steps // count))
+        return larger(1, -(-steps // count))
     # What is kept, a state for each piece, and what a piece takes, about five for each step, are least together where
     # there are as many.
-    least = torch.sym_int(torch.sym_sqrt(steps // 5))
-    fast = torch.sym_min(-(-_ROWS * steps // _larger(rows, 1)), -(-steps // _PIECES))
-    return _larger(_larger(1, least), fast)
-
-
-# Python's would ask a symbol which it is, and bind the program to the answer.
-_larger: Callable[[int, int], int] = torch.sym_max
+    least = _root(steps // 5)
+    fast = smaller(-(-_ROWS * steps // larger(rows, 1)), -(-steps // _PIECES))
+    return larger(larger(1, least), fast)
 
 
 def count_of_pieces(steps: int, length: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import libraries
 from ..cell_types import CELLS, CellType
-from ..sequences import check_tensor as fits
+from ..sequences import check_tensor as check_tensor_of_op
 from ..signatures import (
     KINDS,
     OF_RECURRENCE,
@@ -71,7 +71,7 @@ def check(condition: bool, op: str, message: str) -> None:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
-    fits(f"rnnfast_triton::{op}", name, tensor, like, shape)
+    check_tensor_of_op(f"rnnfast_triton::{op}", name, tensor, like, shape)
 
 
 def upload(offsets: list[int], device: torch.device) -> Tensor:

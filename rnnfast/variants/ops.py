@@ -7,6 +7,7 @@ forward-mode derivatives look on, everything goes through reference.py.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
@@ -293,6 +294,24 @@ def _fake_backward(*values: Any) -> tuple[Tensor, ...]:
         gates.new_empty(0 if arguments.lx is None else arguments.lx.shape),
         *[gates.new_empty(0) if vector is None else vector for vector in vectors],
     )
+
+
+# --- numbers of operations, for torch.utils.flop_counter, as registration.py counts them --------------------------
+
+
+def _count(arguments: Arguments) -> int:
+    """Of W_hh with every row. Shapes come in the tensors' stead."""
+    gates: Any = arguments.gates
+    weight_hh: Any = arguments.weights.weight_hh
+    return 2 * math.prod(gates[:-1]) * math.prod(weight_hh)
+
+
+def count_forward(saves: bool, *values: Any, **_: Any) -> int:
+    return _count(nested(values))
+
+
+def count_backward(*values: Any, **_: Any) -> int:
+    return _count(of_backward(values)[2])
 
 
 # --- telling torch ------------------------------------------------------------------------------------------------
