@@ -158,9 +158,8 @@ def plot(path: Path, learners: list[Learner], k1: int, half: int) -> None:
     )  # fmt: skip
     axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
-    axes.set_ylim(top=1.2)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

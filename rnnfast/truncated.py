@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .sequences import ROLES, Role, RowOptions
+
 # The entries of a mapping that the module takes; the others are targets.
-_INPUT, _RESETS, _LENGTHS = "input", "resets", "lengths"
+_INPUT, _LENGTHS = "input", "lengths"
+_OF_STEPS = tuple(name for name in RowOptions._fields if ROLES[name] is Role.ROWS)
 
 
-@dataclass(frozen=True)
+# Two with tensors have no answer to whether they are equal.
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """The new steps of a window.
 
@@ -24,16 +29,17 @@ class Chunk:
         output: what the module gave for them, with the window's graph behind it.
         input: (k1, B, ...), with batch_first (B, k1, ...); of the stream's last chunk perhaps fewer steps.
         target: the same steps of what the stream has beside that: of (x, y) y, of longer tuples a tuple, of a mapping a
-            dict (without resets and lengths), of a tensor None.
-        resets: bool (k1, B), with batch_first (B, k1); None where none were given.
-        valid: of the same shape, without a batch (k1,): False where a row had ended; None where no lengths were given.
+            dict of the entries that the module did not get, of a tensor None.
+        options: by name what the module got of each step: resets, if the stream has them, bool (k1, B), with
+            batch_first (B, k1), without a batch (k1,).
+        valid: of the same shape: False where a row had ended; None where no lengths were given.
         begin, end: the steps [begin, end), counted from the stream's first one.
     """
 
     output: Any
     input: Tensor
     target: Any
-    resets: Tensor | None
+    options: dict[str, Tensor]
     valid: Tensor | None
     begin: int
     end: int
@@ -55,11 +61,7 @@ class _Part(NamedTuple):
 
 
 class Tbptt(Iterator[Chunk]):
-    """What `tbptt` returns.
-
-    Attributes:
-        state: the state after the last chunk, detached; before the first one the state that was given.
-    """
+    """What `tbptt` returns."""
 
     def __init__(
         self, module: Callable[..., Any], stream: Any, k1: int, k2: int | None, state: Any, batch_first: bool | None
@@ -69,7 +71,9 @@ class Tbptt(Iterator[Chunk]):
         if self._k2 < self._k1:
             raise ValueError(f"tbptt: k2: expected at least k1 = {k1}, so that each step has a gradient, got {k2}")
         self._module, self._batch_first = module, _check_module(module, batch_first)
-        self.state = state
+        # A program of torch.compile is known by what it was made of.
+        self._layer = getattr(module, "_orig_mod", module)
+        self._state = state
         # The steps where the next window and the next chunk begin, and the state before the window.
         self._window_begin, self._chunk_begin, self._window_state = 0, 0, state
         self._parts: list[_Part] = []
@@ -81,6 +85,11 @@ class Tbptt(Iterator[Chunk]):
             raise TypeError(f"tbptt: stream: expected tensors or an iterable of blocks, got {type(stream).__name__}")
         self._blocks = iter([stream] if is_block else stream)
         self._steps = self._read_block() if is_block else None
+
+    @property
+    def state(self) -> Any:
+        """The state after the last chunk, detached; before the first one the state that was given."""
+        return self._state
 
     def __len__(self) -> int:
         """How many chunks there are in all.
@@ -110,7 +119,7 @@ class Tbptt(Iterator[Chunk]):
             if part.begin >= begin:
                 outputs.append(output)
                 new.append(part)
-        self.state = _detached(state)
+        self._state = _detached(state)
         self._window_begin, self._chunk_begin, self._window_state = next_window, end, window_state
         self._parts = [part for part in self._parts if part.end > next_window]
         return self._chunk(outputs, new)
@@ -148,8 +157,8 @@ class Tbptt(Iterator[Chunk]):
         input = tensors[_INPUT]
         if input.dim() == 0:
             raise ValueError(f"{where}: input: expected at least 1 dimension, got a tensor of none")
-        axis, batch = self._axis(input), None if self._is_unbatched(input) else input.shape[1 - self._axis(input)]
-        steps = input.shape[axis]
+        axis = self._axis(input)
+        steps, batch = input.shape[axis], None if self._is_unbatched(input) else input.shape[1 - axis]
         for name, tensor in tensors.items():
             if tensor.dim() <= axis or tensor.shape[axis] != steps:
                 raise ValueError(
@@ -157,15 +166,15 @@ class Tbptt(Iterator[Chunk]):
                     f"got shape {tuple(tensor.shape)}"
                 )
         lengths = _checked_lengths(where, lengths, () if batch is None else (batch,), steps)
-        module = self._module
-        if isinstance(module, nn.RNNBase) and not getattr(type(module), "_rnnfast_layer", False):
-            for name, value in ((_RESETS, tensors.get(_RESETS)), (_LENGTHS, lengths)):
+        # Not isinstance: a subclass may take them.
+        if type(self._layer) in (nn.RNN, nn.LSTM, nn.GRU):
+            for name, value in ((_LENGTHS, lengths), *((name, tensors.get(name)) for name in _OF_STEPS)):
                 if value is not None:
                     raise TypeError(
-                        f"{where}: {name}: expected none with torch.nn.{type(module).__name__}, got some; "
+                        f"{where}: {name}: expected none with torch.nn.{type(self._layer).__name__}, got some; "
                         "rnnfast's layers take them"
                     )
-        form = _Form(isinstance(block, Mapping), frozenset(tensors), input.dim(), batch)
+        form = _Form(isinstance(block, Mapping), {name: _form_of(tensor, axis) for name, tensor in tensors.items()})
         if self._form is not None and form != self._form:
             raise ValueError(f"{where}: expected {self._form.in_words()}, as in block 0, got {form.in_words()}")
         self._form = form
@@ -177,7 +186,7 @@ class Tbptt(Iterator[Chunk]):
 
     def _is_unbatched(self, input: Tensor) -> bool:
         """Of a layer (T, I); of models, which may take token ids (T, B), only (T,)."""
-        return input.dim() < (3 if isinstance(self._module, nn.RNNBase) else 2)
+        return input.dim() < (3 if isinstance(self._layer, nn.RNNBase) else 2)
 
     def _window(self, begin: int, end: int, cuts: set[int]) -> list[_Part]:
         """The steps [begin, end) of the stream, in parts that end at each of `cuts`; and where a block has lengths, at
@@ -216,8 +225,7 @@ class Tbptt(Iterator[Chunk]):
 
     def _run(self, part: _Part, state: Any) -> tuple[Any, Any]:
         given: dict[str, Any] = {} if part.lengths is None else {_LENGTHS: part.lengths}
-        if _RESETS in part.tensors:
-            given[_RESETS] = part.tensors[_RESETS]
+        given |= {name: part.tensors[name] for name in _OF_STEPS if name in part.tensors}
         results = self._module(part.tensors[_INPUT], state, **given)
         if not isinstance(results, tuple) or len(results) != 2:
             got = f"a tuple of {len(results)}" if isinstance(results, tuple) else type(results).__name__
@@ -242,14 +250,14 @@ class Tbptt(Iterator[Chunk]):
         valid = None
         if any(part.lengths is not None for part in parts):
             valid = torch.cat([self._valid(part) for part in parts], axis)
-        input, resets = tensors.pop(_INPUT), None
+        input, options = tensors.pop(_INPUT), {}
         target: Any = None
         if self._form.is_mapping:
-            resets = tensors.pop(_RESETS, None)
+            options = {name: tensors.pop(name) for name in _OF_STEPS if name in tensors}
             target = tensors
         elif tensors:
             target = tuple(tensors.values()) if len(tensors) > 1 else tensors[1]
-        return Chunk(_together(outputs, axis), input, target, resets, valid, parts[0].begin, parts[-1].end)
+        return Chunk(_together(outputs, axis), input, target, options, valid, parts[0].begin, parts[-1].end)
 
     def _valid(self, part: _Part) -> Tensor:
         input = part.tensors[_INPUT]
@@ -278,7 +286,8 @@ def tbptt(
     `backward`, a step of an optimizer) goes back through `k2` steps, its own and those before. A window begins with the
     state that was there, detached. With k2 > k1 its first k2 - k1 steps run once more, with the current weights, so
     that gradients go through them; so does all else that the module does as it runs (dropout is drawn anew, batch norms
-    count their rows again). Each step's loss is counted once. Source: Williams and Peng 1990,
+    take statistics again). Each step's loss is counted once. A window may take several calls of the module, cut where
+    the next window begins, where the chunk begins, and where a block with lengths ends. Source: Williams and Peng 1990,
     https://doi.org/10.1162/neco.1990.2.4.490, where this is BPTT(h; h') with h = k2, h' = k1.
 
     Args:
@@ -290,12 +299,14 @@ def tbptt(
             block to block; a tuple of it and of targets with the same steps; or a mapping with "input", and perhaps
             "resets" (bool (T, B): True where a new segment begins) and "lengths" ((B,): how many of the block's steps
             each row has), which the module gets by name, and targets by any other name. Without a batch: (T, I) of a
-            layer, (T,) of a model, with lengths of shape (). Blocks are cut and joined to chunks of k1 steps. As the
-            stream itself a tuple is one block, and a list several; as a block of an iterable both are one.
+            layer, (T,) of a model, with lengths of shape (). Blocks are cut and joined to chunks of k1 steps; they are
+            kept as long as a window needs them, and must not be written into until then. As the stream itself a tuple
+            is one block, and a list several; as a block of an iterable both are one.
         k1: steps of a chunk; the stream's last one may have fewer.
         k2: over how many steps gradients go back from a chunk's end, k1 if None, never fewer. A shorter last chunk goes
             back over fewer.
-        state: the one to begin with; gradients reach it from the windows that begin with it.
+        state: the one to begin with; gradients reach it from the windows that begin with it, with k2 > k1 several (so
+            that a graph behind it must be kept by `retain_graph`).
         batch_first: how the blocks lie, and the output; the module's own attribute if None, False where it has none.
 
     Returns:
@@ -324,20 +335,22 @@ class _Form(NamedTuple):
 
     Attributes:
         is_mapping: whether it is a mapping.
-        names: of its tensors.
-        dimensions: of its input.
-        batch: B, None without one.
+        tensors: by name type and shape.
     """
 
     is_mapping: bool
-    names: frozenset[Any]
-    dimensions: int
-    batch: int | None
+    tensors: dict[Any, str]
 
     def in_words(self) -> str:
-        rows = "no batch" if self.batch is None else f"B = {self.batch}"
-        names = ", ".join(sorted(map(_named, self.names)))
-        return f"{'a mapping of ' * self.is_mapping}{names}, the input with {self.dimensions} dimensions and {rows}"
+        return "a mapping of " * self.is_mapping + ", ".join(
+            f"{_named(name)} {of}" for name, of in self.tensors.items()
+        )
+
+
+def _form_of(tensor: Tensor, axis: int) -> str:
+    """Type and shape, but for the number of steps."""
+    sizes = ["T" if i == axis else str(size) for i, size in enumerate(tensor.shape)]
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({', '.join(sizes)})"
 
 
 def _positive(name: str, value: Any) -> int:
@@ -354,7 +367,12 @@ def _check_module(module: Any, batch_first: Any) -> bool:
         raise TypeError(f"tbptt: batch_first: expected True, False or None, got {batch_first!r}")
     if not callable(module):
         raise TypeError(f"tbptt: module: expected one called as module(input, state), got {type(module).__name__}")
+    if isinstance(module, nn.RNNCellBase):
+        raise TypeError(f"tbptt: module: expected a layer or a model, got a cell, {type(module).__name__}")
     own = getattr(module, "batch_first", None)
+    is_layer = isinstance(getattr(module, "_orig_mod", module), nn.RNNBase)
+    if batch_first is not None and is_layer and own != batch_first:
+        raise ValueError(f"tbptt: batch_first: expected {own}, as the module has it, got {batch_first}")
     for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
         if not isinstance(layer, nn.RNNBase):
             continue
@@ -381,8 +399,9 @@ def _entries(where: str, block: Any) -> tuple[dict[Any, Tensor], Any]:
         if _INPUT not in block:
             raise ValueError(f"{where}: expected an entry 'input', got {', '.join(map(repr, block)) or 'none'}")
         entries = dict(block)
-        if entries.get(_RESETS, ...) is None:
-            del entries[_RESETS]
+        for name in _OF_STEPS:
+            if entries.get(name, ...) is None:
+                del entries[name]
     elif isinstance(block, (tuple, list)):
         if not block:
             raise ValueError(f"{where}: expected the input and perhaps targets, got nothing")
@@ -409,6 +428,7 @@ def _checked_lengths(where: str, lengths: Any, shape: tuple[int, ...], steps: in
         raise TypeError(f"{where}: lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != shape:
         raise ValueError(f"{where}: lengths: expected shape {shape}, got {tuple(lengths.shape)}")
+    # Small types would wrap around where steps are taken off.
     lengths = lengths.to(torch.int64)
     # Elsewhere looking would halt the device.
     if lengths.device.type == "cpu" and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
@@ -424,21 +444,25 @@ def _named(name: Any) -> str:
 
 
 def _detached(state: Any) -> Any:
-    return _mapped("a state", state, Tensor.detach)
+    return _mapped("a state", state, Tensor.detach, numbers_too=True)
 
 
-def _mapped(what: str, nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of function(tensor); numbers and None stay."""
+def _mapped(what: str, nest: Any, function: Callable[[Tensor], Tensor], numbers_too: bool = False) -> Any:
+    """The same nest of function(tensor); None stays, and numbers where they may be there."""
     if isinstance(nest, Tensor):
         return function(nest)
-    if isinstance(nest, Mapping):
-        return {name: _mapped(what, value, function) for name, value in nest.items()}
+    if isinstance(nest, MutableMapping):
+        # Of the same class, with whatever else it has.
+        mapped = copy.copy(nest)
+        for name, value in nest.items():
+            mapped[name] = _mapped(what, value, function, numbers_too)
+        return mapped
     if isinstance(nest, (tuple, list)):
-        values = [_mapped(what, value, function) for value in nest]
+        values = [_mapped(what, value, function, numbers_too) for value in nest]
         return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
-    if nest is None or isinstance(nest, (numbers.Number, str)):
+    if nest is None or (numbers_too and isinstance(nest, (numbers.Number, str))):
         return nest
-    # Whatever holds tensors out of sight would carry a graph on.
+    # What holds tensors out of sight would carry a graph on; a number in an output is that of one call of several.
     raise TypeError(
         f"tbptt: module: expected {what} of tensors, in tuples, lists and mappings, got {type(nest).__name__}"
     )
@@ -451,8 +475,11 @@ def _together(nests: list[Any], axis: int) -> Any:
         return first
     if isinstance(first, Tensor):
         return torch.cat(nests, axis)
-    if isinstance(first, Mapping):
-        return {name: _together([nest[name] for nest in nests], axis) for name in first}
+    if isinstance(first, MutableMapping):
+        together = copy.copy(first)
+        for name in first:
+            together[name] = _together([nest[name] for nest in nests], axis)
+        return together
     if isinstance(first, (tuple, list)):
         values = [_together(list(each), axis) for each in zip(*nests, strict=True)]
         return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)

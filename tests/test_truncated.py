@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_resets_and_lengths(kind: str, k1: int, k2: int, form: str, batch_first:
     step = torch.arange(T).unsqueeze(1)
     valid = (step < lengths).t() if batch_first else step < lengths
     assert torch.equal(torch.cat([chunk.valid for chunk in seen], axis), valid)
-    assert torch.equal(torch.cat([chunk.resets for chunk in seen], axis), resets)
+    assert torch.equal(torch.cat([chunk.options["resets"] for chunk in seen], axis), resets)
     assert all(chunk.target == {} for chunk in seen)
     # Where each window begins with the stream the chunks' gradients are those of the whole.
     weights = list(module.parameters())
@@ -142,6 +143,27 @@ def test_resets_and_lengths(kind: str, k1: int, k2: int, form: str, batch_first:
     losses = (chunk.output.square().sum() for chunk in rnnfast.tbptt(module, stream, k1, 2 * T))
     for one, other in zip(torch.autograd.grad(sum(losses), weights), whole, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32, torch.uint64], ids=str)
+def test_lengths_of_any_integers(dtype: torch.dtype) -> None:
+    x, lengths = torch.randn(126, 3, I), torch.tensor([126, 3, 0])
+    stream = {"input": x, "lengths": lengths.to(dtype)}
+    valid = torch.cat([chunk.valid for chunk in rnnfast.tbptt(rnnfast.GRU(I, H), stream, 50)])
+    assert valid.sum(0).tolist() == lengths.tolist()
+
+
+class _OwnLSTM(nn.LSTM):
+    """Takes lengths, and does something with them."""
+
+    def forward(self, x: Tensor, state: Any, lengths: Tensor) -> Any:
+        output, state = super().forward(x, state)
+        return output * (torch.arange(len(x)).unsqueeze(1) < lengths).unsqueeze(-1), state
+
+
+def test_a_layer_of_the_users() -> None:
+    chunks = rnnfast.tbptt(_OwnLSTM(I, H), {"input": torch.randn(6, 2, I), "lengths": [6, 1]}, 4)
+    assert [int(chunk.output[:, 1].any(-1).sum()) for chunk in chunks] == [1, 0]
 
 
 def test_rows_with_gaps_go_on_where_they_ended() -> None:
@@ -175,10 +197,12 @@ class _Model(nn.Module):
         self.lower, self.upper = rnnfast.LSTM(I, H, **DOUBLE), rnnfast.GRU(H, H, **DOUBLE)
 
     def forward(self, tokens: Tensor, state: Any = None) -> Any:
-        state = state or {"lower": None, "upper": [None]}
+        state = state or {"lower": None, "upper": [None], "calls": 0}
         output, lower = self.lower(self.embedding(tokens), state["lower"])
         other, upper = self.upper(output, state["upper"][0])
-        return {"lower": output, "both": (output, other)}, {"lower": lower, "upper": [upper]}
+        return {"lower": output, "both": (output, other)}, OrderedDict(
+            lower=lower, upper=[upper], calls=state["calls"] + 1
+        )
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(5, 5), (5, 12)])
@@ -192,7 +216,9 @@ def test_a_model_with_any_state(shape: tuple[int, ...], k1: int, k2: int) -> Non
     assert_close(torch.cat([chunk.output["both"][1] for chunk in seen]), expected["both"][1])
     assert_close(torch.cat([chunk.output["lower"] for chunk in seen]), expected["lower"])
     assert_close(chunks.state["upper"][0], last["upper"][0])
-    assert not any(state.requires_grad for state in leaves(list(chunks.state.values())))
+    assert not any(state.requires_grad for state in leaves(list(chunks.state.values())[:2]))
+    assert isinstance(chunks.state, OrderedDict)
+    assert chunks.state["calls"] >= 5
     sum(chunk.output["both"][1].sum() for chunk in seen).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -203,6 +229,7 @@ def test_a_model_with_any_state(shape: tuple[int, ...], k1: int, k2: int) -> Non
         (rnnfast.LSTM(I, H, batch_first=True), (T, I)),
         (rnnfast.GRU(I, H), (T, I)),
         (nn.LSTM(I, H, num_layers=2), (T, B, I)),
+        (torch.compile(rnnfast.GRU(I, H, batch_first=True), backend="eager"), (T, I)),
         (rnnfast.LSTM(I, H, proj_size=2, recompute="chunks"), (T, B, I)),
         (rnnfast.LSTM(I, H, layer_norm="separate", peephole=True, batch_first=True), (B, T, I)),
     ],
@@ -237,6 +264,8 @@ def test_the_state_travels() -> None:
         chunk.output.sum().backward()
         grads.append(learned.grad is not None)
     assert grads == [True, True, False, False, False, False]
+    with pytest.raises(AttributeError):
+        second.state = None
     # When the module fails nothing has changed.
     chunks = rnnfast.tbptt(module, x, 4)
     next(chunks)
@@ -277,7 +306,7 @@ def test_blocks_are_tuples_or_mappings() -> None:
     ):
         chunk = next(rnnfast.tbptt(module, stream, 4))
         assert_close(chunk.target, expected)
-        assert chunk.resets is None
+        assert chunk.options == {}
         assert chunk.valid is None
     # Names, in any order.
     blocks = [{"input": x, "a": y, "b": z}, {"b": z, "a": y, "input": x}]
@@ -357,9 +386,21 @@ class _State:
         ({"stream": {"input": x_ok, "lengths": [1, 1]}}, ValueError, r"block 0: lengths: expected shape \(3,\), got"),
         ({"stream": {"input": x_ok, "lengths": [1.0, 1, 1]}}, TypeError, "block 0: lengths: expected integers, got"),
         ({"stream": pack_sequence([x_ok[:, 0]])}, TypeError, "block 0: expected padded rows.*got a PackedSequence"),
-        ({"stream": [x_ok, x_ok[:, :2]]}, ValueError, "block 1: expected input, .*B = 3, as in block 0, got .*B = 2"),
-        ({"stream": [x_ok, (x_ok, x_ok)]}, ValueError, "block 1: expected input, the.*got input, target 1, the"),
-        ({"stream": [x_ok, {"input": x_ok}]}, ValueError, "block 1: expected input, .*got a mapping of input"),
+        (
+            {"stream": [x_ok, x_ok[:, :2]]},
+            ValueError,
+            r"block 1: expected input float32 \(T, 3, 4\), as in block 0, got input float32 \(T, 2, 4\)",
+        ),
+        (
+            {"stream": [x_ok, (x_ok, x_ok)]},
+            ValueError,
+            r"block 1: expected input .*, got input .*, target 1 float32 \(",
+        ),
+        ({"stream": [x_ok, {"input": x_ok}]}, ValueError, "block 1: expected input .*got a mapping of input"),
+        ({"stream": [(x_ok, x_ok), (x_ok, x_ok.int())]}, ValueError, "target 1 float32.*got .*, target 1 int32"),
+        ({"batch_first": True}, ValueError, "batch_first: expected False, as the module has it, got True"),
+        ({"module": rnnfast.LSTMCell(I, H)}, TypeError, "expected a layer or a model, got a cell, LSTMCell"),
+        ({"module": lambda x, state: ((x, 1.0), state)}, TypeError, "expected an output of tensors, in .*, got float"),
         ({"module": lambda x, state: x}, TypeError, r"return \(output, state\), got Tensor"),
         ({"module": lambda x, state: (x[-1:], state)}, ValueError, "expected an output of 2 steps in dimension 0, got"),
         (
