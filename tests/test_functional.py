@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
+from module_cases import torch_autocasts
 from rnnfast import functional
 from tolerances import check_equal
 
@@ -111,7 +112,7 @@ def test_autocast(kind: str, dtype: torch.dtype, own: torch.dtype, inside: bool)
     wanted = dtype if kind != "GRU" else torch.promote_types(own, dtype)
     wanted = torch.float64 if own == torch.float64 else wanted
     assert {value.dtype for value in results} == {wanted}
-    if not (kind == "LSTM" and dtype == torch.float16) and not (own == torch.bfloat16 and dtype == torch.float16):
+    if torch_autocasts(kind, dtype) and not (own == torch.bfloat16 and dtype == torch.float16):
         with torch.autocast("cpu", dtype):
             theirs = flatten(module(input))
         assert {value.dtype for value in theirs} == {wanted}

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 import rnnfast
-from module_cases import CASES, KINDS, R, leaves, pair, random_states, same
+from module_cases import CASES, KINDS, R, leaves, pair, random_states, same, torch_autocasts
 
 # --- what people do to modules --------------------------------------------------------------------------------------
 
@@ -231,6 +231,8 @@ def test_every_type_trains(kind, dtype):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("train", [False, True])
 def test_autocast_types_are_torchs(kind, layers, train):
+    if not torch_autocasts(kind, torch.bfloat16):
+        pytest.skip("torch.nn's LSTM fails under autocast to bfloat16 on this processor")
     theirs, ours = pair(kind, 4, 5, layers)
     for input in (R(6, 3, 4), R(6, 3, 4, dtype=torch.bfloat16)):
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(train):
