@@ -49,7 +49,7 @@ FEWER = {
         "test_forward_here_and_backward_by_the_cpu_kernels": 2,
         "test_twenty_schedules_agree_bit_for_bit": 6,
     },
-    "test_emulator": {"test_passes_without_a_report": 6},
+    "test_emulator": {"test_passes_without_a_report": 10},
     "test_layer_backward": {"test_16_bit_types_in_chunks": 3},
     "test_op_derivatives": {"test_opcheck_with_gradients": 2},
     "test_ops": {
@@ -61,6 +61,8 @@ FEWER = {
     },
     "test_pairs": {"test_layers_against_float64": 2},
     "test_panels": {"test_every_number_of_rows": 2},
+    "test_recompute": {"test_first_and_second_derivatives_and_several_at_once": 3, "test_other_backends": 2},
+    "test_recompute_programs": {"test_with_default_arguments": 2},
     "test_steps": {
         "test_gradients_are_torchs": 6,
         "test_the_other_types": 2,
@@ -69,6 +71,7 @@ FEWER = {
     },
     "test_triton": {"test_forward_here_and_backward_by_the_cpu_kernels": 4, "test_opcheck": 2},
     "test_variants_backends": {
+        "test_any_combination": 2,
         "test_explain_and_ops_say_what_runs": 4,
         "test_what_forward_keeps_is_what_the_cpu_keeps": 2,
         "test_wrong_arguments": 4,

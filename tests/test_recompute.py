@@ -191,9 +191,14 @@ def test_backward_inside_autocast_is_in_the_types_of_forward(case: Any, steps: i
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("way", [None, "gates", 2])
-@pytest.mark.parametrize("rows", ["both", "packed"])
-@pytest.mark.parametrize("name", ["auto", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("name", "rows", "way"),
+    [
+        *itertools.product(["auto", "reference"], ["both", "packed"], [None, "gates", 2]),
+        # The interpreter takes seconds for what the others do at once.
+        *itertools.product(["triton"], ["both", "packed"], [None]),
+    ],
+)
 def test_no_default_device_is_counted_on(name: str, rows: str, way: Any) -> None:
     problem = triton_problem() if name == "triton" else None
     if problem is not None:
