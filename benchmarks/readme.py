@@ -316,12 +316,13 @@ def online(results: Path) -> str:
     """The errors of the online example's run, and its chart."""
     data = read(results, "online-series-cpu.json")
     lines = [
-        "| | the thousand steps before the change | after it | the last thousand |",
-        "| --- | ---: | ---: | ---: |",
+        "| | the thousand steps before the change | after it | the last thousand | seconds |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, errors in data["error"].items():
-        lines.append("| " + " | ".join([name, *(f"{error:.2f}" for error in errors)]) + " |")
-    text = f"In the run that is kept, the error in standard deviations, with k1 = {data['k1']}:"
+        seconds = data["seconds"].get(name, "")
+        lines.append("| " + " | ".join([name, *(f"{error:.2f}" for error in errors), str(seconds)]) + " |")
+    text = f"In the run that is kept, the error in standard deviations, with k1 = {data['k1']} ({data['device']}):"
     chart = "![the error over the stream](../benchmarks/results/online-series-cpu.png)"
     return "\n\n".join([text, "\n".join(lines), chart])
 

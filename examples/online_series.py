@@ -207,6 +207,7 @@ def main() -> int:
     record = {
         **environment(torch.device("cpu")), "steps": steps, "k1": options.k1, "interrupted": interrupted,
         "error": scores, "trained": {learner.name: len(learner.errors) * options.k1 for learner in learners[1:]},
+        "seconds": {learner.name: round(learner.seconds, 1) for learner in learners[1:]},
     }  # fmt: skip
     stem.with_suffix(".json").write_text(json.dumps(record) + "\n")
     plot(stem.with_suffix(".png"), learners, options.k1, half)

@@ -184,7 +184,7 @@ def dense_sequences(input: Tensor, batch_first: bool, options: RowOptions) -> Se
     first, second = input.shape[0], input.shape[1]
     if lengths is not None:
         steps, batch = (second, first) if batch_first else (first, second)
-        lengths = _as_lengths(lengths, steps, batch)
+        lengths = as_lengths(lengths, steps, batch)
     if resets is not None:
         if resets.dtype != torch.bool:
             raise TypeError(f"resets should be a bool tensor, got {resets.dtype}")
@@ -208,15 +208,16 @@ def packed_sequences(batch_sizes: Tensor) -> Sequences:
     return Sequences(batch_sizes)
 
 
-def _as_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
+def as_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
+    """Checks lengths that users give, and brings them to int64; what they are and what is raised: `dense_sequences`."""
     if not isinstance(lengths, Tensor):
         # On the CPU whatever torch's default device is: there they can be looked at.
         try:
             lengths = torch.tensor(lengths, device="cpu", dtype=None if len(lengths) else torch.int64)
-        except (OverflowError, RuntimeError, ValueError) as error:
-            if "overflow" not in str(error).lower():
-                raise
-            raise ValueError(f"lengths should be from 0 to T = {steps}, got {list(lengths)}") from error
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            if "overflow" in str(error).lower():
+                raise ValueError(f"lengths should be from 0 to T = {steps}, got {list(lengths)}") from error
+            raise TypeError(f"lengths should be integers, got {lengths!r}") from error
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths should be integers, got a tensor of {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != batch:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .sequences import ROLES, Role, RowOptions
+from .sequences import ROLES, Role, RowOptions, as_lengths
 
 # The entries of a mapping that the module takes; the others are targets.
 _INPUT, _LENGTHS = "input", "lengths"
@@ -71,8 +71,7 @@ class Tbptt(Iterator[Chunk]):
         if self._k2 < self._k1:
             raise ValueError(f"tbptt: k2: expected at least k1 = {k1}, so that each step has a gradient, got {k2}")
         self._module, self._batch_first = module, _check_module(module, batch_first)
-        # A program of torch.compile is known by what it was made of.
-        self._layer = getattr(module, "_orig_mod", module)
+        self._layer = _behind(module)
         self._state = state
         # The steps where the next window and the next chunk begin, and the state before the window.
         self._window_begin, self._chunk_begin, self._window_state = 0, 0, state
@@ -165,7 +164,7 @@ class Tbptt(Iterator[Chunk]):
                     f"{where}: {_named(name)}: expected {steps} steps in dimension {axis}, as of the input, "
                     f"got shape {tuple(tensor.shape)}"
                 )
-        lengths = _checked_lengths(where, lengths, () if batch is None else (batch,), steps)
+        lengths = _checked_lengths(where, lengths, batch, steps)
         # Not isinstance: a subclass may take them.
         if type(self._layer) in (nn.RNN, nn.LSTM, nn.GRU):
             for name, value in ((_LENGTHS, lengths), *((name, tensors.get(name)) for name in _OF_STEPS)):
@@ -361,6 +360,11 @@ def _positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def _behind(module: Any) -> Any:
+    """The module, of a program of torch.compile what it was made of."""
+    return getattr(module, "_orig_mod", module)
+
+
 def _check_module(module: Any, batch_first: Any) -> bool:
     """Whether the stream is batch_first."""
     if batch_first is not None and not isinstance(batch_first, bool):
@@ -370,8 +374,7 @@ def _check_module(module: Any, batch_first: Any) -> bool:
     if isinstance(module, nn.RNNCellBase):
         raise TypeError(f"tbptt: module: expected a layer or a model, got a cell, {type(module).__name__}")
     own = getattr(module, "batch_first", None)
-    is_layer = isinstance(getattr(module, "_orig_mod", module), nn.RNNBase)
-    if batch_first is not None and is_layer and own != batch_first:
+    if batch_first is not None and isinstance(_behind(module), nn.RNNBase) and own != batch_first:
         raise ValueError(f"tbptt: batch_first: expected {own}, as the module has it, got {batch_first}")
     for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
         if not isinstance(layer, nn.RNNBase):
@@ -415,25 +418,16 @@ def _entries(where: str, block: Any) -> tuple[dict[Any, Tensor], Any]:
     return entries, lengths
 
 
-def _checked_lengths(where: str, lengths: Any, shape: tuple[int, ...], steps: int) -> Tensor | None:
+def _checked_lengths(where: str, lengths: Any, batch: int | None, steps: int) -> Tensor | None:
+    """(B,), without a batch ()."""
     if lengths is None:
         return None
-    if not isinstance(lengths, Tensor):
-        try:
-            # On the CPU whatever torch's default device is: there they can be looked at.
-            lengths = torch.tensor(lengths, device="cpu", dtype=None if shape != (0,) else torch.int64)
-        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"{where}: lengths: expected integers, got {lengths!r}") from error
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"{where}: lengths: expected integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != shape:
-        raise ValueError(f"{where}: lengths: expected shape {shape}, got {tuple(lengths.shape)}")
-    # Small types would wrap around where steps are taken off.
-    lengths = lengths.to(torch.int64)
-    # Elsewhere looking would halt the device.
-    if lengths.device.type == "cpu" and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(f"{where}: lengths: expected values from 0 to {steps}, got {lengths.tolist()}")
-    return lengths
+    try:
+        if batch is not None:
+            return as_lengths(lengths, steps, batch)
+        return as_lengths(lengths.unsqueeze(0) if isinstance(lengths, Tensor) else [lengths], steps, 1).squeeze(0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _named(name: Any) -> str:

@@ -380,7 +380,7 @@ def test_lengths_and_resets_are_checked():
     for lengths in ([1, 2], torch.ones(3, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"Expected lengths of shape \(N,\) = \(3,\), got"):
             layer(input, lengths=lengths)
-    for lengths in ([1.0, 2.0, 3.0], torch.ones(3, dtype=torch.bool)):
+    for lengths in ([1.0, 2.0, 3.0], torch.ones(3, dtype=torch.bool), 3, ["a"] * 3, [[1], [2, 3], []]):
         with pytest.raises(TypeError, match="lengths should be integers"):
             layer(input, lengths=lengths)
     with pytest.raises(ValueError, match="lengths cannot be given with a PackedSequence"):

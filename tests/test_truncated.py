@@ -151,6 +151,10 @@ def test_lengths_of_any_integers(dtype: torch.dtype) -> None:
     stream = {"input": x, "lengths": lengths.to(dtype)}
     valid = torch.cat([chunk.valid for chunk in rnnfast.tbptt(rnnfast.GRU(I, H), stream, 50)])
     assert valid.sum(0).tolist() == lengths.tolist()
+    # Without a batch one number, in a tensor or not.
+    for length in (stream["lengths"][0], 126):
+        chunks = rnnfast.tbptt(rnnfast.GRU(I, H), {"input": x[:, 0], "lengths": length}, 50)
+        assert sum(int(chunk.valid.sum()) for chunk in chunks) == 126
 
 
 class _OwnLSTM(nn.LSTM):
@@ -361,11 +365,11 @@ class _State:
             ValueError,
             "block 0: input: expected at least 1 dimension, got a tensor of no",
         ),
-        ({"stream": {"input": x_ok, "lengths": 4}}, ValueError, r"lengths: expected shape \(3,\), got \(\)"),
+        ({"stream": {"input": x_ok, "lengths": 4}}, TypeError, "block 0: lengths should be integers, got 4"),
         (
             {"stream": {"input": x_ok, "lengths": ["a"] * 3}},
             TypeError,
-            "block 0: lengths: expected integers, got \\['a",
+            "block 0: lengths should be integers, got \\['a",
         ),
         ({"module": lambda x, state: (x, _State(x))}, TypeError, "expected a state of tensors, in tuples.*got _State"),
         ({"module": lambda x, state: (x,)}, TypeError, r"return \(output, state\), got a tuple of 1"),
@@ -381,10 +385,15 @@ class _State:
         (
             {"stream": {"input": x_ok, "lengths": [7, 1, 1]}},
             ValueError,
-            "block 0: lengths: expected values from 0 to 6",
+            "block 0: lengths should be from 0 to T = 6, got 7",
         ),
-        ({"stream": {"input": x_ok, "lengths": [1, 1]}}, ValueError, r"block 0: lengths: expected shape \(3,\), got"),
-        ({"stream": {"input": x_ok, "lengths": [1.0, 1, 1]}}, TypeError, "block 0: lengths: expected integers, got"),
+        (
+            {"stream": {"input": x_ok, "lengths": [1, 1]}},
+            ValueError,
+            r"block 0: Expected lengths of shape \(N,\) = \(3,\), got",
+        ),
+        ({"stream": {"input": x_ok, "lengths": [1.0, 1, 1]}}, TypeError, "block 0: lengths should be integers, got"),
+        ({"stream": {"input": x_ok, "lengths": torch.tensor(4)}}, ValueError, r"lengths of shape \(N,\) = \(3,\), got"),
         ({"stream": pack_sequence([x_ok[:, 0]])}, TypeError, "block 0: expected padded rows.*got a PackedSequence"),
         (
             {"stream": [x_ok, x_ok[:, :2]]},
