@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -131,3 +132,38 @@ def test_shapes_and_derivatives_of_the_ops_by_themselves(kind: str, form: str) -
     for differentiable, result in zip(results, plain, strict=True):
         assert_close(differentiable, result)
     assert torch.autograd.grad(results[0].sum(), given[0])[0].abs().sum() > 0
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@over_kinds
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_no_state_is_refused_as_by_torch(kind: str, grad: bool) -> None:
+    cells, input, state = [loop.core for loop in pair(kind)], data(1)[0], torch.zeros(B, H, dtype=torch.float64)
+    wrong: list[Any] = [[state], state.numpy(), 3]
+    if kind == "LSTM":
+        wrong = [(state, None), (state, [state]), (state.numpy(), state), (state,)]
+    with torch.set_grad_enabled(grad):
+        for hx in wrong:
+            errors = []
+            for cell in cells:
+                with pytest.raises((AttributeError, RuntimeError, TypeError)) as caught:
+                    cell(input, hx)
+                errors.append((caught.type, str(caught.value)))
+            assert errors[1] == errors[0]
+
+
+def test_errors_that_are_not_about_the_call_are_raised_once() -> None:
+    cell, input, calls = pair("GRU")[1].core, data(1)[0], []
+
+    def fail(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        raise RuntimeError("no room on the disk")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor),
+        pytest.raises(RuntimeError, match="no room on the disk"),
+    ):
+        cell(input)
+    assert len(calls) == 1
